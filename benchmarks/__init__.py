@@ -1,0 +1,1 @@
+"""What the losses cost, against eager PyTorch and torch.compile: `python -m benchmarks`."""

@@ -1,0 +1,201 @@
+"""The command line: `python -m benchmarks --help`."""
+
+import argparse
+import datetime
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import fastkd
+from benchmarks import report
+from benchmarks.contenders import BACKENDS, CONTENDERS, explain
+from benchmarks.cpu import Cpu, compiler
+from benchmarks.measure import Device, measure
+from benchmarks.plot import plot
+from benchmarks.record import SCHEMA, Case, Record
+from benchmarks.workloads import WORKLOADS, Workload
+from fastkd import info
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RESULTS = Path(__file__).parent / "results"
+_QUICK_FRACTION = 32
+_COPY_SECONDS = 2.0
+
+Job = tuple[Workload, torch.dtype]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure fastkd against eager and torch.compile."
+    )
+    parser.add_argument(
+        "--filter",
+        nargs="+",
+        metavar="TEXT",
+        help="only workloads whose function, family or name contains one of these",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        help="default: eager, compile and the best backend of fastkd here",
+    )
+    parser.add_argument(
+        "--seconds", type=_positive, help="of timing for each workload (3; 0.2 with --quick)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a smoke test on a {_QUICK_FRACTION}nd of each batch: its figures mean nothing",
+    )
+    parser.add_argument(
+        "--allocator",
+        choices=("keep", "system"),
+        default="keep",
+        help="keep: large blocks stay with the process (default); system: each is mapped anew",
+    )
+    parser.add_argument("--output", type=Path, default=_RESULTS, metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    wanted = [text.lower() for text in options.filter or [""]]
+    return [
+        (workload.shrunk(_QUICK_FRACTION) if options.quick else workload, dtype)
+        for workload in WORKLOADS
+        for dtype in map(_DTYPES.__getitem__, dict.fromkeys(options.dtype))
+        if dtype in workload.dtypes
+        and any(t in f"{workload.loss} {workload.family} {workload.name}".lower() for t in wanted)
+    ]
+
+
+def choose_contenders(options: argparse.Namespace, device: Device) -> list[str]:
+    """The names, or an exit if one of them cannot run here."""
+    if options.contenders is None:
+        best = explain(device.name)
+        if best.chosen != "native":
+            print(f"native is not measured: {best.reasons['native']}", file=sys.stderr)
+        return ["eager", "compile", str(best.chosen)]
+    for name in set(options.contenders) & set(BACKENDS):
+        if explain(device.name, name).chosen is None:
+            raise SystemExit(f"{name} cannot run here: {explain(device.name, name).reasons[name]}")
+    return list(dict.fromkeys(options.contenders))
+
+
+def run(
+    todo: list[Job], contenders: list[str], device: Device, options: argparse.Namespace
+) -> list[Case]:
+    seconds = options.seconds or (0.2 if options.quick else 3.0)
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    cases = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(todo))
+        for workload, dtype in todo:
+            label = f"{workload.loss} {workload.name} {str(dtype).removeprefix('torch.')}"
+
+            def announce(stage: str, label: str = label) -> None:
+                progress.update(task, description=f"{label}: {stage}")
+
+            case = measure(
+                workload, dtype, contenders, device, seconds, 3 if options.quick else 7, announce
+            )
+            figures = [f"{n} {report.milliseconds(o)}" for n, o in case.outcomes.items()]
+            progress.console.print(
+                f"{label}: {', '.join(figures)} ms", highlight=False, soft_wrap=True
+            )
+            progress.advance(task)
+            cases.append(case)
+    return cases
+
+
+def versions() -> dict[str, str]:
+    return {
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": compiler(),
+    }
+
+
+def is_complete(options: argparse.Namespace) -> bool:
+    """Whether the figures may stand in the documentation."""
+    return not (options.filter or options.quick or options.contenders) and (
+        set(options.dtype) == set(_DTYPES)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    todo = jobs(options)
+    if not todo:
+        console.print("no workload matches; --list names them", style="red")
+        return 2
+    if options.list:
+        for workload, dtype in todo:
+            name = str(dtype).removeprefix("torch.")
+            console.print(f"{workload.loss} {workload.name} {name}", highlight=False)
+        return 0
+    device: Device = Cpu(options.allocator)
+    contenders = choose_contenders(options, device)
+    subject = next((name for name in contenders if name in BACKENDS), contenders[0])
+    machine, commit = device.machine(), info.collect()["fastkd"]["commit"]
+    if machine["load"] > machine["cores"] / 4:
+        console.print(f"the machine is busy (load {machine['load']:.1f}): figures will be noisy")
+    before = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
+    cases = run(todo, contenders, device, options)
+    after = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
+    record = Record(
+        schema=SCHEMA,
+        device=device.name,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        commit=commit or "unknown",
+        machine=machine,
+        versions=versions(),
+        options=_shown(options),
+        complete=is_complete(options) and subject == "native",
+        subject=subject,
+        # The better of the two: no share is flattered by a noisy minute.
+        copy_bandwidth={kind: max(before[kind], after[kind]) for kind in before},
+        cases=cases,
+    )
+    report.show(record, console)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / (device.name if record.complete else f"{device.name}-partial")
+    record.save(stem.with_suffix(".json"))
+    plot(record, stem.with_suffix(".png"))
+    console.print(f"\nwritten to {stem}.json and {stem}.png", highlight=False)
+    problems = report.complaints(record)
+    for problem in problems:
+        console.print(problem, style="red", highlight=False)
+    return 1 if problems else 0
+
+
+def _shown(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as given; where the files went is nobody's business."""
+    return {name: value for name, value in vars(options).items() if name != "output"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

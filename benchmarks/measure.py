@@ -1,0 +1,186 @@
+"""One workload: first whether each contender is right, then its time, then its memory."""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import CONTENDERS, Statement
+from benchmarks.record import Case, Outcome
+from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Inputs
+
+Action = Callable[[], Any]
+
+_ORACLE_ELEMENTS = 1 << 23
+_WARMUPS = 2
+_REPETITIONS_MOST = 2000
+# Beyond what rounding the exact gradient to its dtype costs; a float32 sum over 262,144 classes
+# stays well below it, and arithmetic in half precision does not.
+_TOLERANCE = 1e-4
+
+
+class Device(Protocol):
+    """What a kind of device must offer to be measured."""
+
+    name: str
+
+    def time(self, prepare: Action, step: Action) -> float: ...
+    def peak_extra_bytes(self, prepare: Action, step: Action) -> int | None: ...
+    def copy_bandwidth(self, seconds: float) -> dict[str, float]: ...
+    def on_chip_bytes(self) -> int: ...
+    def machine(self) -> dict[str, Any]: ...
+
+
+class Trial:
+    """A contender's forward and backward on some inputs."""
+
+    def __init__(self, statement: Statement, inputs: Inputs) -> None:
+        self.statement, self.inputs = statement, inputs
+
+    def prepare(self) -> None:
+        """Forget the gradients, so that backward allocates them anew as a training step does."""
+        for leaf in self.inputs.leaves():
+            leaf.grad = None
+
+    def step(self) -> Tensor:
+        loss = self.statement(*self.inputs.batch, **self.inputs.parameters)
+        loss.backward()
+        return loss
+
+
+class Truth:
+    """The float64 loss and gradients of a workload, by the reference.
+
+    Every loss here is a mean over dimension 0: a few samples at a time give the whole of it.
+    """
+
+    def __init__(self, workload: Workload, inputs: Inputs) -> None:
+        leaves = inputs.leaves()
+        count = len(leaves) - len(inputs.parameters)
+        self.gradients = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
+        self.loss, start = 0.0, 0
+        for chunk in inputs.chunks(_ORACLE_ELEMENTS, torch.float64):
+            loss = workload.function(
+                *chunk.batch, **chunk.parameters, **workload.keywords, backend="reference"
+            )
+            loss = loss * (chunk.samples() / inputs.samples())
+            loss.backward()
+            self.loss += loss.item()
+            stop = start + chunk.samples()
+            for index, leaf in enumerate(chunk.leaves()):
+                part = self.gradients[index]
+                (part[start:stop] if index < count else part).add_(leaf.grad)
+            start = stop
+        self.rounding_error = self.gradient_error(
+            gradient.to(leaf.dtype) for gradient, leaf in zip(self.gradients, leaves, strict=True)
+        )
+
+    def gradient_error(self, found: Iterable[Tensor]) -> float:
+        """The relative error in the L2 norm, over all gradients together."""
+        pairs = list(zip(found, self.gradients, strict=True))
+        error = sum(torch.dist(one.double(), exact).item() ** 2 for one, exact in pairs)
+        return (error / sum(exact.norm().item() ** 2 for exact in self.gradients)) ** 0.5
+
+    def judge(self, trial: Trial) -> Outcome:
+        """Run once and compare."""
+        try:
+            trial.prepare()
+            loss = trial.step().item()
+        except Exception as error:
+            return Outcome("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+        leaves = trial.inputs.leaves()
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if len(gradients) < len(leaves):
+            return Outcome("wrong", "a gradient is missing")
+        loss_error = abs(loss - self.loss) / abs(self.loss)
+        gradient_error = self.gradient_error(gradients)
+        if not math.isfinite(loss_error + gradient_error):
+            return Outcome("wrong", "the loss or the gradient is not finite")
+        within = loss_error <= _TOLERANCE and gradient_error <= 2 * self.rounding_error + _TOLERANCE
+        return Outcome("right" if within else "wrong", "", loss_error, gradient_error)
+
+
+def race(
+    device: Device, trials: dict[str, Trial], seconds: float, rounds_least: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender, taken in turns, in a new order each round.
+
+    What slows the machine down for a while then slows all of them down.
+    """
+    names, shuffler = list(trials), random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for trial in trials.values():
+        for _ in range(_WARMUPS):
+            device.time(trial.prepare, trial.step)
+    gc.collect()
+    gc.disable()
+    try:
+        deadline, rounds = time.monotonic() + seconds, 0
+        while rounds < rounds_least or (time.monotonic() < deadline and rounds < _REPETITIONS_MOST):
+            shuffler.shuffle(names)
+            for name in names:
+                samples[name].append(device.time(trials[name].prepare, trials[name].step))
+            rounds += 1
+    finally:
+        gc.enable()
+    return samples
+
+
+def measure(
+    workload: Workload,
+    dtype: torch.dtype,
+    contenders: Iterable[str],
+    device: Device,
+    seconds: float,
+    rounds_least: int,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Case:
+    inputs = workload.inputs(dtype, device.name)
+    progress("float64 oracle")
+    truth = Truth(workload, inputs)
+    outcomes: dict[str, Outcome] = {}
+    trials: dict[str, Trial] = {}
+    for name in contenders:
+        progress(f"checking {name}")
+        trial = Trial(CONTENDERS[name](workload), inputs)
+        outcomes[name] = truth.judge(trial)
+        if outcomes[name].status == "right":
+            trials[name] = trial
+    rounding_error = truth.rounding_error
+    del truth
+    progress("timing")
+    for name, samples in race(device, trials, seconds, rounds_least).items():
+        q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
+        outcomes[name] = replace(
+            outcomes[name],
+            seconds=median,
+            seconds_q25=q25,
+            seconds_q75=q75,
+            seconds_least=min(samples),
+            repetitions=len(samples),
+        )
+    progress("memory")
+    for name, trial in trials.items():
+        peak = device.peak_extra_bytes(trial.prepare, trial.step)
+        outcomes[name] = replace(outcomes[name], peak_extra_bytes=peak)
+    return Case(
+        family=workload.family,
+        loss=workload.loss,
+        workload=workload.name,
+        dtype=str(dtype).removeprefix("torch."),
+        student=[list(shape) for shape in workload.student],
+        teacher=[list(shape) for shape in workload.teacher],
+        headline=workload.headline,
+        ideal_bytes=workload.ideal_bytes(dtype, device.on_chip_bytes()),
+        gradient_bytes=sum(leaf.nbytes for leaf in inputs.leaves()),
+        rounding_error=rounding_error,
+        outcomes=outcomes,
+    )

@@ -1,0 +1,137 @@
+"""A record as tables in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import Case, Outcome, Record, geometric_mean
+
+NONE = "–"
+
+
+def times(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.0%}"
+
+
+def error(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1e}"
+
+
+def milliseconds(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return NONE
+    if outcome.seconds is None:
+        return outcome.status
+    value = outcome.seconds * 1e3
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def megabytes(value: int | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value / 1e6:.0f}" if value >= 1e6 else "< 1"
+
+
+def heading(record: Record) -> str:
+    machine, copy = record.machine, record.copy_bandwidth
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    return (
+        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instruction_set']}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{machine['system']}\n{versions}; commit {record.commit}, {record.date}\n"
+        f"copy bandwidth {copy['warm'] / 1e9:.1f} GB/s, into fresh memory "
+        f"{copy['fresh'] / 1e9:.1f} GB/s"
+    )
+
+
+LEGEND = (
+    "Forward and backward; medians, ± the interquartile range. GB/s counts the bytes that the best "
+    "kernel would move, % copy is its share of the bandwidth of a large copy between mapped "
+    "tensors: inputs that stay in a cache can exceed it. The gradient error is relative, in the "
+    "L2 norm, against float64; rounding is what the exact gradient loses in its dtype. Memory is "
+    "the peak beyond the inputs, in MB, the gradient included."
+)
+
+
+def show(record: Record, console: Console) -> None:
+    console.print(heading(record), highlight=False)
+    for family in record.families():
+        console.print()
+        console.print(_family(record, family))
+    console.print(LEGEND, style="dim")
+    console.print()
+    console.print(_summary(record))
+
+
+def _family(record: Record, family: str) -> Table:
+    table = Table(title=family, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("workload", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("contender", no_wrap=True)
+    for name in ("ms", "±", "vs eager", "vs compile", "GB/s", "% copy", "error", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in record.cases:
+        if case.family != family:
+            continue
+        labels = [case.workload, case.dtype]
+        for name, outcome in case.outcomes.items():
+            table.add_row(*labels, name, *_figures(record, case, name, outcome))
+            labels = ["", ""]
+        table.add_row("", "", "rounding", *[""] * 6, error(case.rounding_error), style="dim")
+        table.add_section()
+    return table
+
+
+def _figures(record: Record, case: Case, name: str, outcome: Outcome) -> list[str]:
+    bandwidth = case.bandwidth(name)
+    time = milliseconds(outcome)
+    return [
+        time if outcome.status == "right" else f"[bold red]{time}[/]",
+        percent(outcome.spread),
+        times(case.speedup(name, "eager")),
+        times(case.speedup(name, "compile")),
+        NONE if bandwidth is None else f"{bandwidth / 1e9:.1f}",
+        percent(record.share(case, name)),
+        error(outcome.gradient_error),
+        megabytes(outcome.peak_extra_bytes),
+    ]
+
+
+def _summary(record: Record) -> Table:
+    title = f"{record.subject}: geometric means, and the least against torch.compile"
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("workloads")
+    for dtype in record.dtypes():
+        for name in ("vs eager", "vs compile", "least"):
+            table.add_column(f"{dtype}\n{name}", justify="right")
+    columns = [list(record.groups(dtype)) for dtype in record.dtypes()]
+    for group in zip(*columns, strict=True):
+        figures = []
+        for _, cases in group:
+            ratios = record.speedups(cases, "compile")
+            figures += [
+                times(geometric_mean(record.speedups(cases, "eager"))),
+                times(geometric_mean(ratios)),
+                times(min(ratios, default=None)),
+            ]
+        table.add_row(group[0][0], *figures)
+    return table
+
+
+def complaints(record: Record) -> list[str]:
+    """Each contender that has no time, and why."""
+    return [
+        f"{name} is {outcome.status} on {case.loss} {case.workload} {case.dtype}"
+        + (
+            f": {outcome.message}"
+            if outcome.message
+            else f", gradient error "
+            f"{error(outcome.gradient_error)}, loss error {error(outcome.loss_error)}"
+        )
+        for case in record.cases
+        for name, outcome in case.outcomes.items()
+        if outcome.status != "right"
+    ]

@@ -1,0 +1,133 @@
+"""Attention transfer between feature maps, and one attention map alone."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+from benchmarks.workloads.workload import Argument, Shape, Workload, tensors
+from fastkd.dispatch import Backend
+
+
+def attention_map(features: Tensor, channel_dim: int = 1) -> Tensor:
+    return F.normalize(features.float().pow(2).sum(channel_dim).flatten(1), dim=1)
+
+
+def paper_loss(student: Argument, teacher: Argument, *, channel_dim: int = 1) -> Tensor:
+    """Equation 2 of the paper, with beta 1."""
+    differences = (
+        attention_map(s, channel_dim) - attention_map(t, channel_dim)
+        for s, t in zip(tensors(student), tensors(teacher), strict=True)
+    )
+    return sum((d.norm(dim=1).mean() for d in differences), torch.zeros(())) / 2
+
+
+def released_loss(student: Argument, teacher: Argument, *, distance: str) -> Tensor:
+    """The authors' released code, whose maps are means over the channels."""
+    assert distance == "mse"
+
+    def released_map(features: Tensor) -> Tensor:
+        return F.normalize(features.float().pow(2).mean(1).flatten(1))
+
+    pairs = zip(tensors(student), tensors(teacher), strict=True)
+    return sum((F.mse_loss(released_map(s), released_map(t)) for s, t in pairs), torch.zeros(()))
+
+
+def eager_map_loss(features: Tensor, weights: Tensor) -> Tensor:
+    """A map has no loss of its own: these weights give it one, to every contender alike."""
+    return (attention_map(features) * weights).sum(1).mean()
+
+
+def fused_map_loss(features: Tensor, weights: Tensor, *, backend: Backend) -> Tensor:
+    return (fastkd.attention_map(features, backend=backend) * weights).sum(1).mean()
+
+
+# A kernel must know a sample's norm before it can write its gradient: it reads the student twice,
+# from memory if the sample does not stay on the chip.
+_transfer = partial(Workload, "attention_transfer_loss", student_reads=2, student_reads_on_chip=1)
+
+
+def _alone(family: str, shape: Shape, *, channel_dim: int = 1, headline: bool = False) -> Workload:
+    return _transfer(
+        f"attention, {family}",
+        (shape,),
+        (shape,),
+        paper_loss,
+        keywords={"channel_dim": channel_dim},
+        headline=headline,
+    )
+
+
+def _stages(batch: int, *maps: Shape) -> tuple[Shape, ...]:
+    return tuple((batch, *shape) for shape in maps)
+
+
+_WRN_16_2 = _stages(128, (32, 32, 32), (64, 16, 16), (128, 8, 8))
+_WRN_40_1 = _stages(128, (16, 32, 32), (32, 16, 16), (64, 8, 8))
+_RESNET_8X4 = _stages(64, (64, 32, 32), (128, 16, 16), (256, 8, 8))
+_RESNET_18 = _stages(256, (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7))
+_PYRAMID = _stages(2, (256, 200, 336), (256, 100, 168), (256, 50, 84), (256, 25, 42), (256, 13, 21))
+
+WORKLOADS = (
+    _transfer(
+        "attention, CIFAR",
+        _WRN_16_2,
+        _WRN_16_2,
+        paper_loss,
+        title="WRN-16-2 ← WRN-40-2",
+        headline=True,
+    ),
+    _transfer(
+        "attention, CIFAR",
+        _WRN_16_2,
+        _WRN_16_2,
+        released_loss,
+        title="WRN-16-2 ← WRN-40-2, mse",
+        keywords={"distance": "mse"},
+    ),
+    _transfer("attention, CIFAR", _WRN_40_1, _WRN_16_2, paper_loss, title="WRN-40-1 ← WRN-40-2"),
+    _transfer(
+        "attention, CIFAR", _RESNET_8X4, _RESNET_8X4, paper_loss, title="resnet8x4 ← resnet32x4"
+    ),
+    _transfer(
+        "attention, ImageNet",
+        _RESNET_18,
+        _RESNET_18,
+        paper_loss,
+        title="ResNet-18 ← ResNet-34",
+        headline=True,
+    ),
+    _transfer(
+        "attention, ImageNet",
+        _RESNET_18,
+        _RESNET_18,
+        paper_loss,
+        title="ResNet-18 ← ResNet-34, channels_last",
+        memory_format=torch.channels_last,
+    ),
+    _transfer(
+        "attention, detector",
+        _PYRAMID,
+        _PYRAMID,
+        paper_loss,
+        title="feature pyramid",
+        headline=True,
+    ),
+    _alone("ViT tokens", (64, 256, 768), channel_dim=-1, headline=True),
+    _alone("ViT tokens", (64, 256, 1536), channel_dim=-1),
+    _alone("one map", (128, 256, 8, 8)),
+    _alone("one map", (128, 64, 32, 32)),
+    _alone("one map", (64, 256, 56, 56)),
+    Workload(
+        "attention_map",
+        "attention map",
+        ((256, 64, 56, 56),),
+        ((256, 56 * 56),),
+        eager_map_loss,
+        fused=fused_map_loss,
+        student_reads=2,
+        student_reads_on_chip=2,
+    ),
+)

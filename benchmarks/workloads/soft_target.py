@@ -1,0 +1,81 @@
+"""Soft targets, alone and with the hard labels, on logits."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.workloads.workload import Shape, Workload
+
+
+def soft_target_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float, dim: int = -1
+) -> Tensor:
+    log_q = F.log_softmax(student.float() / temperature, dim=dim)
+    p = F.softmax(teacher.float() / temperature, dim=dim)
+    rows = student.numel() // student.shape[dim]
+    return F.kl_div(log_q, p, reduction="sum") / rows * temperature**2
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    soft_weight: float = 0.9,
+    hard_weight: float = 0.1,
+) -> Tensor:
+    hard = F.cross_entropy(student.float(), labels)
+    return hard_weight * hard + soft_weight * soft_target_loss(
+        student, teacher, temperature=temperature
+    )
+
+
+def _logits(
+    family: str, temperature: float, shape: Shape, *, dim: int = -1, headline: bool = False
+) -> Workload:
+    return Workload(
+        "soft_target_loss",
+        f"soft targets, {family}",
+        (shape,),
+        (shape,),
+        soft_target_loss,
+        title="" if dim == -1 else f"dim={dim}",
+        keywords={"temperature": temperature, "dim": dim},
+        headline=headline,
+    )
+
+
+def _distillation(shape: Shape, *, headline: bool = False) -> Workload:
+    return Workload(
+        "distillation_loss",
+        "soft and hard targets",
+        (shape,),
+        (shape,),
+        distillation_loss,
+        keywords={"temperature": 4.0},
+        headline=headline,
+        labels=True,
+    )
+
+
+_vision = partial(_logits, "vision", 4.0)
+_language = partial(_logits, "language", 2.0)
+
+# Vocabularies of language models with as many rows as let eager PyTorch work within 8 GB.
+WORKLOADS = (
+    _vision((64, 100)),
+    _vision((128, 100)),
+    _vision((256, 1000), headline=True),
+    _vision((512, 1000)),
+    _vision((128, 21841)),
+    _vision((2, 19, 64, 128), dim=1),
+    _language((1024, 32000), headline=True),
+    _language((512, 128256)),
+    _language((256, 151936), headline=True),
+    _language((128, 262144)),
+    _distillation((128, 100)),
+    _distillation((256, 1000), headline=True),
+    _distillation((1024, 32000)),
+)

@@ -1,0 +1,139 @@
+"""A workload: one loss on inputs of certain shapes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+
+Shape = tuple[int, ...]
+Argument = Tensor | list[Tensor]
+
+
+@dataclass
+class Inputs:
+    """The arguments of one call. Dimension 0 of every tensor in `batch` counts samples."""
+
+    batch: tuple[Argument, ...]
+    parameters: dict[str, Tensor]
+
+    def leaves(self) -> list[Tensor]:
+        """What receives a gradient: the student's side and the parameters."""
+        return [*tensors(self.batch[0]), *self.parameters.values()]
+
+    def samples(self) -> int:
+        return tensors(self.batch[0])[0].shape[0]
+
+    def chunks(self, elements: int, dtype: torch.dtype) -> Iterator["Inputs"]:
+        """Copies of a few samples at a time, about so many elements of the student's."""
+        total = sum(t.numel() for t in tensors(self.batch[0]))
+        step = max(1, elements * self.samples() // total)
+        for start in range(0, self.samples(), step):
+            part = slice(start, start + step)
+            yield Inputs(
+                tuple(
+                    [_copy(t[part], dtype) for t in a]
+                    if isinstance(a, list)
+                    else _copy(a[part], dtype)
+                    for a in self.batch
+                ),
+                {name: _copy(t, dtype) for name, t in self.parameters.items()},
+            )
+
+
+def tensors(argument: Argument) -> list[Tensor]:
+    """The maps of a call, one or several."""
+    return argument if isinstance(argument, list) else [argument]
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One loss, by the name of its function in fastkd, on the pairs `student` and `teacher`.
+
+    `eager` takes the arguments of the fastkd function. `fused` stands in for that function where
+    it returns no loss. The reads of the student are those of the best possible kernel: in one
+    forward and backward, and where one sample fits the on-chip memory next to a core.
+    """
+
+    loss: str
+    family: str
+    student: tuple[Shape, ...]
+    teacher: tuple[Shape, ...]
+    eager: Callable[..., Tensor]
+    title: str = ""
+    keywords: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    headline: bool = False
+    fused: Callable[..., Tensor] | None = None
+    labels: bool = False
+    regressor: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+    student_reads: int = 1
+    student_reads_on_chip: int = 1
+
+    @property
+    def name(self) -> str:
+        shapes = f"batch {self.student[0][0]}" if len(self.student) > 1 else _show(self.student[0])
+        return f"{self.title}, {shapes}" if self.title else shapes
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        function: Callable[..., Tensor] = self.fused or getattr(fastkd, self.loss)
+        return function
+
+    def shrunk(self, factor: int) -> "Workload":
+        """The same on a fraction of the samples, for smoke tests."""
+        student, teacher = (
+            tuple((max(1, shape[0] // factor), *shape[1:]) for shape in side)
+            for side in (self.student, self.teacher)
+        )
+        return replace(self, student=student, teacher=teacher)
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(shape: Shape, learns: bool = False) -> Tensor:
+            values = 2 * torch.randn(shape, generator=generator, device=device)
+            return values.to(dtype, memory_format=self.memory_format).requires_grad_(learns)
+
+        def side(shapes: tuple[Shape, ...], learns: bool) -> Argument:
+            tensors = [draw(shape, learns) for shape in shapes]
+            return tensors if len(tensors) > 1 else tensors[0]
+
+        batch = [side(self.student, True), side(self.teacher, False)]
+        parameters = {}
+        if self.labels:
+            rows, classes = self.student[0]
+            batch.append(torch.randint(classes, (rows,), generator=generator, device=device))
+        if self.regressor:
+            channels = (self.teacher[0][1], self.student[0][1])
+            parameters["regressor_weight"] = draw((*channels, 1, 1), True)
+            parameters["regressor_bias"] = draw(channels[:1], True)
+        return Inputs(tuple(batch), parameters)
+
+    def ideal_bytes(self, dtype: torch.dtype, on_chip: int) -> int:
+        """What the best possible kernel moves: reads of both sides, and the gradient."""
+        total = 0
+        for student, teacher in zip(self.student, self.teacher, strict=True):
+            size, teacher_size = (_elements(s) * dtype.itemsize for s in (student, teacher))
+            fits = size <= on_chip * student[0]
+            reads = self.student_reads_on_chip if fits else self.student_reads
+            total += (reads + 1) * size + teacher_size
+        return total
+
+
+def _elements(shape: Shape) -> int:
+    return torch.Size(shape).numel()
+
+
+def _show(shape: Shape) -> str:
+    return f"({','.join(map(str, shape))})"

@@ -1,0 +1,188 @@
+// The whole boundary with Python. A tensor comes as (address, dtype, sizes, strides), a plain
+// buffer as its address; nothing here knows of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef FASTKD_OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/calls.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastkd::Tensor> {
+  PYBIND11_TYPE_CASTER(fastkd::Tensor, const_name("tuple[int, int, tuple, tuple] | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    PyObject* sizes = PyTuple_GET_ITEM(source.ptr(), 2);
+    PyObject* strides = PyTuple_GET_ITEM(source.ptr(), 3);
+    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(sizes);
+    if (ndim > fastkd::kMaxDims || PyTuple_GET_SIZE(strides) != ndim) return false;
+    value.data = static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0)));
+    value.dtype = fastkd::DType(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1)));
+    value.ndim = int(ndim);
+    for (Py_ssize_t d = 0; d < ndim; ++d) {
+      value.sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, d));
+      value.strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
+    }
+    return PyErr_Occurred() == nullptr;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+using namespace fastkd;
+using calls::Tensors;
+using Address = uintptr_t;
+
+calls::Labels labels_at(Address address) { return reinterpret_cast<calls::Labels>(address); }
+
+calls::Winners winners_at(const std::vector<Address>& addresses) {
+  calls::Winners winners;
+  for (Address address : addresses) winners.push_back(reinterpret_cast<int32_t*>(address));
+  return winners;
+}
+
+struct SoftTarget : SoftTargetParameters {
+  SoftTarget(double temperature, double soft_weight, double hard_weight, double label_smoothing,
+             int64_t ignore_index, int reduction, int dim, int threads)
+      : SoftTargetParameters{temperature,  soft_weight,          hard_weight, label_smoothing,
+                             ignore_index, Reduction(reduction), dim,         threads} {}
+};
+
+struct Map : MapParameters {
+  Map(int kind, double p, double eps, int channel_dim, int threads)
+      : MapParameters{MapKind(kind), p, eps, channel_dim, threads} {}
+};
+
+struct Transfer : TransferParameters {
+  Reduction reduction;
+  Transfer(int distance, double order, double beta, int reduction)
+      : TransferParameters{Distance(distance), order, beta, 1}, reduction(Reduction(reduction)) {}
+};
+
+struct Hint : calls::HintParameters {
+  Hint(double scale, int reduction, int threads)
+      : calls::HintParameters{scale, Reduction(reduction), threads} {}
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The compiled kernels of fastkd; see fastkd.kernels.native.";
+
+  py::class_<SoftTarget>(m, "SoftTarget")
+      .def(py::init<double, double, double, double, int64_t, int, int, int>());
+  py::class_<Map>(m, "Map").def(py::init<int, double, double, int, int>());
+  py::class_<Transfer>(m, "Transfer").def(py::init<int, double, double, int>());
+  py::class_<Hint>(m, "Hint").def(py::init<double, int, int>());
+
+  using unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "soft_target_forward",
+      [](const Tensor& student, const Tensor& teacher, Address labels, const Tensor& loss,
+         const Tensor& parts, const Tensor& statistics, const Tensor& gradient,
+         const SoftTarget& p) {
+        calls::soft_target_forward(student, teacher, labels_at(labels), loss, parts, statistics,
+                                   gradient, p);
+      },
+      unlocked());
+  m.def(
+      "soft_target_backward",
+      [](const Tensor& grad_output, const Tensor& student, const Tensor& teacher, Address labels,
+         const Tensor& statistics, const Tensor& to_student, const Tensor& to_teacher,
+         const SoftTarget& p) {
+        calls::soft_target_backward(grad_output, student, teacher, labels_at(labels), statistics,
+                                    to_student, to_teacher, p);
+      },
+      unlocked());
+  m.def(
+      "soft_target_rescale",
+      [](const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
+         const Tensor& teacher, Address labels, const Tensor& statistics, const SoftTarget& p) {
+        calls::soft_target_rescale(gradient, grad_output, student, teacher, labels_at(labels),
+                                   statistics, p);
+      },
+      unlocked());
+  m.def(
+      "attention_map_forward",
+      [](const Tensor& features, const Tensor& raw, Address winners, const Map& p) {
+        calls::attention_map_forward(features, raw, reinterpret_cast<int32_t*>(winners), p);
+      },
+      unlocked());
+  m.def(
+      "attention_transfer_forward",
+      [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
+         const Tensors& slopes, const std::vector<Address>& winners, const Tensors& gradients,
+         const Transfer& transfer, const Map& p) {
+        calls::attention_transfer_forward(students, teachers, loss, slopes, winners_at(winners),
+                                          gradients, transfer, transfer.reduction, p);
+      },
+      unlocked());
+  m.def(
+      "attention_backward",
+      [](const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
+         const std::vector<Address>& winners, const Tensors& gradients, const Map& p) {
+        calls::attention_backward(grad_output, features, slopes, winners_at(winners), gradients, p);
+      },
+      unlocked());
+  m.def(
+      "attention_rescale",
+      [](const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
+         const Tensors& slopes, const std::vector<Address>& winners, const Map& p) {
+        calls::attention_rescale(gradients, grad_output, features, slopes, winners_at(winners), p);
+      },
+      unlocked());
+  m.def(
+      "hint_forward",
+      [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
+         const Tensors& gradients,
+         const Hint& p) { calls::hint_forward(students, teachers, loss, gradients, p); },
+      unlocked());
+  m.def(
+      "hint_backward",
+      [](const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
+         const Tensors& gradients,
+         const Hint& p) { calls::hint_backward(grad_output, students, teachers, gradients, p); },
+      unlocked());
+  m.def(
+      "hint_rescale",
+      [](const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
+         const Tensors& teachers,
+         const Hint& p) { calls::hint_rescale(gradients, grad_output, students, teachers, p); },
+      unlocked());
+
+  m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        const char* names[3];
+        return std::vector<std::string>(names, names + available(names));
+      },
+      "The instruction sets that can run here, best first.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (!use(name.c_str())) throw py::value_error("no kernels for " + name + " run here");
+      },
+      "Use another instruction set's kernels from now on.");
+  m.def(
+      "openmp",
+      [] {
+#ifdef FASTKD_OPENMP
+        return true;
+#else
+        return false;
+#endif
+      },
+      "Whether the module was built with OpenMP.");
+}

@@ -1,0 +1,150 @@
+// Attention maps and attention transfer, a sample at a time: its features are still in cache when
+// the gradient reads them again.
+#include "attention_map.h"
+#include "distance.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// Samples over threads; where samples are fewer, the chunks of each sample over threads.
+struct Shares {
+  int outer, inner;
+  Shares(int64_t samples, int64_t elements, int available) {
+    const int useful = threads_for(elements, available);
+    outer = samples >= useful ? useful : 1;
+    inner = samples >= useful ? 1 : useful;
+  }
+};
+
+template <class F>
+void over_chunks(int64_t positions, int threads, const F& f) {
+  parallel_for((positions + kChunk - 1) / kChunk, threads, [&](int64_t chunk) {
+    const int64_t first = chunk * kChunk;
+    f(first, int(positions - first < kChunk ? positions - first : kChunk));
+  });
+}
+
+// f(a null pointer of the storage type, |x|^p specialised where that pays)
+template <class A, class F>
+void with_power(const Tensor& features, double p, const F& f) {
+  with_storage(features.dtype, [&](auto* storage) {
+    if (p == 1)
+      f(storage, Power<A, 2>(p));
+    else if (p == 2)
+      f(storage, Power<A, 4>(p));
+    else
+      f(storage, Power<A, 0>(p));
+  });
+}
+
+template <class A>
+void map_sample(const Tensor& features, const Positions& where, int64_t sample, A* raw,
+                int32_t* winners, const MapParameters& p, int threads) {
+  with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    const S* x = at<S>(features, sample * where.batch_stride);
+    over_chunks(where.count, threads, [&](int64_t first, int n) {
+      map_chunk(x, where, p.kind, power, first, n, raw + first,
+                winners ? winners + first : nullptr);
+    });
+  });
+}
+
+template <class A>
+void gradient_sample(const Tensor& features, const Positions& from, const Tensor& gradient,
+                     const Positions& to, int64_t sample, const A* slopes, A factor,
+                     const int32_t* winners, const MapParameters& p, int threads) {
+  with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    const S* x = at<S>(features, sample * from.batch_stride);
+    S* g = at<S>(gradient, sample * to.batch_stride);
+    const bool streams = past_cache(gradient);
+    over_chunks(from.count, threads, [&](int64_t first, int n) {
+      alignas(64) A scaled[kChunk];
+      for (int i = 0; i < n; ++i) scaled[i] = slopes[first + i] * factor;
+      gradient_chunk(x, from, g, to, p.kind, power, first, n, scaled,
+                     winners ? winners + first : nullptr, streams);
+    });
+  });
+}
+
+template <class A>
+void map(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p) {
+  const Positions where(features, p.channel_dim);
+  const Shares shares(where.batch, features.numel(), p.threads);
+  parallel_for(where.batch, shares.outer, [&](int64_t b) {
+    map_sample(features, where, b, at<A>(raw, b * where.count),
+               winners ? winners + b * where.count : nullptr, p, shares.inner);
+  });
+}
+
+template <class A>
+void transfer(const Tensor& student, const Tensor& teacher, double* losses,
+              const Tensor& student_slopes, int32_t* student_winners, const Tensor& teacher_slopes,
+              int32_t* teacher_winners, const Tensor& gradient, const TransferParameters& transfer,
+              const MapParameters& p) {
+  const Positions s(student, p.channel_dim), t(teacher, p.channel_dim);
+  const Positions g(gradient ? gradient : student, p.channel_dim);
+  const int64_t count = s.count;
+  const Shares shares(s.batch, student.numel() + teacher.numel(), p.threads);
+  parallel_for(s.batch, shares.outer, [&](int64_t b) {
+    A* slopes = at<A>(student_slopes, b * count);
+    A* other = teacher_slopes ? at<A>(teacher_slopes, b * count) : scratch<A>(count);
+    // max_pow needs somewhere to put the teacher's winners, wanted or not.
+    Array<int32_t> unwanted(p.kind == MapKind::max_pow && !teacher_winners ? count : 0);
+    int32_t* s_winners = student_winners ? student_winners + b * count : nullptr;
+    int32_t* t_winners = teacher_winners ? teacher_winners + b * count : unwanted.data();
+    map_sample(teacher, t, b, other, t_winners, p, shares.inner);
+    map_sample(student, s, b, slopes, s_winners, p, shares.inner);
+    losses[b] = distance_slopes(slopes, other, count, bool(teacher_slopes), transfer, p.eps);
+    if (gradient)
+      gradient_sample(student, s, gradient, g, b, slopes, A(1), s_winners, p, shares.inner);
+  });
+}
+
+template <class A>
+void backward(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
+              const int32_t* winners, const Tensor& gradient, const MapParameters& p) {
+  const Positions from(features, p.channel_dim), to(gradient, p.channel_dim);
+  const Shares shares(from.batch, features.numel(), p.threads);
+  const A* factors = at<A>(grad_output, 0);
+  parallel_for(from.batch, shares.outer, [&](int64_t b) {
+    gradient_sample(features, from, gradient, to, b, at<A>(slopes, b * from.count),
+                    factors[grad_output.ndim ? b : 0], winners ? winners + b * from.count : nullptr,
+                    p, shares.inner);
+  });
+}
+
+// The maps' dtype is the arithmetic's.
+void map_any(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p) {
+  if (raw.dtype == DType::f64)
+    map<double>(features, raw, winners, p);
+  else
+    map<float>(features, raw, winners, p);
+}
+
+void transfer_any(const Tensor& student, const Tensor& teacher, double* losses,
+                  const Tensor& student_slopes, int32_t* student_winners,
+                  const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
+                  const TransferParameters& parameters, const MapParameters& p) {
+  if (student_slopes.dtype == DType::f64)
+    transfer<double>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
+                     teacher_winners, gradient, parameters, p);
+  else
+    transfer<float>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
+                    teacher_winners, gradient, parameters, p);
+}
+
+void backward_any(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
+                  const int32_t* winners, const Tensor& gradient, const MapParameters& p) {
+  if (slopes.dtype == DType::f64)
+    backward<double>(grad_output, features, slopes, winners, gradient, p);
+  else
+    backward<float>(grad_output, features, slopes, winners, gradient, p);
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels{map_any, transfer_any, backward_any};
+
+}  // namespace fastkd::FASTKD_ISA

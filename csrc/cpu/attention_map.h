@@ -1,0 +1,206 @@
+// The map of one sample, and the features' gradient from its slopes, in each memory layout.
+#pragma once
+
+#include "kernels.h"
+#include "positions.h"
+#include "power.h"
+
+namespace fastkd::FASTKD_ISA {
+
+constexpr int kChunk = 2048;  // positions of one unit of work; its sums stay in cache
+constexpr int kAtOnce = 4;    // channels added before the running sum is touched
+
+// ---- Sums over channels ------------------------------------------------------------------------
+
+template <class A, class S, class P>
+void sum_planar(const S* x, int64_t channels, int64_t stride, int n, const P& power, A* to) {
+  constexpr int W = Simd<A>::width;
+  for (int i = 0; i < n; ++i) to[i] = 0;
+  int64_t c = 0;
+  for (; c + kAtOnce <= channels; c += kAtOnce, x += kAtOnce * stride) {
+    int i = 0;
+    for (; i + W <= n; i += W) {
+      auto part = power(load_as<A>(x + i));
+      for (int k = 1; k < kAtOnce; ++k) part += power(load_as<A>(x + k * stride + i));
+      store(load(to + i) + part, to + i);
+    }
+    if (i < n) {
+      auto part = power(load_part<A>(x + i, n - i, A(0)));
+      for (int k = 1; k < kAtOnce; ++k)
+        part += power(load_part<A>(x + k * stride + i, n - i, A(0)));
+      store_part(load_part<A>(to + i, n - i, A(0)) + part, to + i, n - i);
+    }
+  }
+  for (; c < channels; ++c, x += stride)
+    for (int i = 0; i < n; i += W) {
+      const int lanes = n - i < W ? n - i : W;
+      const auto term = power(load_part<A>(x + i, lanes, A(0)));
+      store_part(load_part<A>(to + i, lanes, A(0)) + term, to + i, lanes);
+    }
+}
+
+template <class A, class S, class P>
+A sum_interleaved(const S* x, int64_t channels, const P& power) {
+  constexpr int W = Simd<A>::width;
+  vec_t<A> even = {}, odd = {};
+  int64_t c = 0;
+  for (; c + 2 * W <= channels; c += 2 * W) {
+    even += power(load_as<A>(x + c));
+    odd += power(load_as<A>(x + c + W));
+  }
+  for (; c < channels; c += W)
+    even += c + W <= channels ? power(load_as<A>(x + c))
+                              : power(load_part<A>(x + c, int(channels - c), A(0)));
+  return sum<A>(even + odd);
+}
+
+template <class A, class S, class P>
+A sum_scattered(const S* x, int64_t channels, int64_t stride, const P& power) {
+  constexpr int W = Simd<A>::width;
+  vec_t<A> total = {};
+  for (int64_t c = 0; c < channels; c += W) {
+    vec_t<A> v = {};
+    for (int64_t k = c; k < channels && k < c + W; ++k) v[k - c] = A(widen(x[k * stride]));
+    total += power(v);
+  }
+  return sum<A>(total);
+}
+
+// ---- Maxima over channels, and the lowest channel that attains each ----------------------------
+
+// NaN wins, as it does in torch, and then stays.
+template <class A>
+inline bool beats(A a, A best) {
+  return a > best || (a != a && best == best);
+}
+
+template <class A, class S>
+void max_strided(const S* x, int64_t channels, int64_t channel_stride, int64_t position_stride,
+                 int n, A* to, int32_t* winners) {
+  for (int i = 0; i < n; ++i) {
+    to[i] = -1;
+    winners[i] = 0;
+  }
+  // Channels outside, so that planar maps are read in order.
+  for (int64_t c = 0; c < channels; ++c)
+    for (int i = 0; i < n; ++i) {
+      const A a = std::fabs(A(widen(x[c * channel_stride + i * position_stride])));
+      const bool wins = beats(a, to[i]);
+      to[i] = wins ? a : to[i];
+      winners[i] = wins ? int32_t(c) : winners[i];
+    }
+}
+
+template <class A, class S>
+void max_interleaved(const S* x, int64_t channels, int64_t stride, A* to, int32_t* winner) {
+  A best = -1;
+  int32_t channel = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const A a = std::fabs(A(widen(x[c * stride])));
+    if (beats(a, best)) {
+      best = a;
+      channel = int32_t(c);
+    }
+  }
+  *to = best;
+  *winner = channel;
+}
+
+// ---- One chunk of positions of one sample ------------------------------------------------------
+
+// The unnormalised map. `winners` is for max_pow only.
+template <class A, class S, int halves>
+void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, halves>& power,
+               int64_t first, int n, A* to, int32_t* winners) {
+  const Layout layout = where.layout();
+  const int64_t step = where.position_stride;
+  if (kind == MapKind::max_pow) {
+    if (layout == Layout::planar)
+      max_strided(x + first, where.channels, where.channel_stride, 1, n, to, winners);
+    else
+      for (int i = 0; i < n; ++i)
+        max_interleaved(x + where.offset(first + i), where.channels, where.channel_stride, to + i,
+                        winners + i);
+    constexpr int W = Simd<A>::width;
+    for (int i = 0; i < n; i += W) {
+      const int lanes = n - i < W ? n - i : W;
+      store_part(power(load_part<A>(to + i, lanes, A(0))), to + i, lanes);
+    }
+  } else if (layout == Layout::planar) {
+    sum_planar(x + first, where.channels, where.channel_stride, n, power, to);
+  } else if (layout == Layout::interleaved) {
+    for (int i = 0; i < n; ++i)
+      to[i] = sum_interleaved<A>(x + (first + i) * step, where.channels, power);
+  } else {
+    for (int i = 0; i < n; ++i)
+      to[i] = sum_scattered<A>(x + where.offset(first + i), where.channels, where.channel_stride,
+                               power);
+  }
+}
+
+// The gradient slope · dF/dA, where `slopes` hold the chunk's.
+template <class A, class S, int halves>
+void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to, MapKind kind,
+                    const Power<A, halves>& power, int64_t first, int n, const A* slopes,
+                    const int32_t* winners, bool streams) {
+  constexpr int W = Simd<A>::width;
+  const Layout layout = from.layout() == to.layout() ? from.layout() : Layout::scattered;
+  const int64_t channels = from.channels;
+  const bool scatter_winners = kind == MapKind::max_pow;
+  if (layout == Layout::planar) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const S* source = x + c * from.channel_stride + first;
+      S* target = g + c * to.channel_stride + first;
+      for (int i = 0; i < n; i += W) {
+        const int lanes = n - i < W ? n - i : W;
+        if (scatter_winners) {
+          store_part(vec_t<A>{}, target + i, lanes);
+        } else if (lanes == W && streams && until_aligned<A>(target + i, 1) == 0) {
+          stream(load(slopes + i) * power.derivative(load_as<A>(source + i)), target + i);
+        } else if (lanes == W) {
+          store(load(slopes + i) * power.derivative(load_as<A>(source + i)), target + i);
+        } else {
+          store_part(load_part<A>(slopes + i, lanes, A(0)) *
+                         power.derivative(load_part<A>(source + i, lanes, A(0))),
+                     target + i, lanes);
+        }
+      }
+    }
+  } else if (layout == Layout::interleaved) {
+    for (int i = 0; i < n; ++i) {
+      const S* source = x + (first + i) * from.position_stride;
+      S* target = g + (first + i) * to.position_stride;
+      const auto slope = splat<A>(scatter_winners ? A(0) : slopes[i]);
+      for (int64_t c = 0; c < channels; c += W) {
+        const int lanes = channels - c < W ? int(channels - c) : W;
+        if (scatter_winners)
+          store_part(vec_t<A>{}, target + c, lanes);
+        else if (lanes == W && streams && until_aligned<A>(target + c, 1) == 0)
+          stream(slope * power.derivative(load_as<A>(source + c)), target + c);
+        else if (lanes == W)
+          store(slope * power.derivative(load_as<A>(source + c)), target + c);
+        else
+          store_part(slope * power.derivative(load_part<A>(source + c, lanes, A(0))), target + c,
+                     lanes);
+      }
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const S* source = x + from.offset(first + i);
+      S* target = g + to.offset(first + i);
+      for (int64_t c = 0; c < channels; ++c) {
+        const A value = A(widen(source[c * from.channel_stride]));
+        const A slope = scatter_winners ? A(0) : slopes[i] * power.derivative(splat<A>(value))[0];
+        narrow(slope, target + c * to.channel_stride);
+      }
+    }
+  }
+  for (int i = 0; scatter_winners && i < n; ++i) {
+    const int64_t c = winners[i];
+    const A value = A(widen(x[from.offset(first + i) + c * from.channel_stride]));
+    narrow(slopes[i] * power.derivative(splat<A>(value))[0],
+           g + to.offset(first + i) + c * to.channel_stride);
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,199 @@
+#include "calls.h"
+
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastkd::calls {
+namespace {
+
+// A large gradient lies in pages that nobody has touched. As huge pages they come 512 at a time,
+// which halves the time of writing it.
+void expect_writing(const Tensor& gradient) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data);
+  const uintptr_t end = begin + uintptr_t(gradient.numel() * size_of(gradient.dtype));
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (begin != 0 && first < last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)gradient;
+#endif
+}
+
+// Memory is only touched after this: a label out of range must not become an address.
+void check_labels(Labels labels, const Tensor& logits, const SoftTargetParameters& p) {
+  if (labels == nullptr) return;
+  const int64_t classes = logits.sizes[p.dim], rows = logits.numel() / classes;
+  for (int64_t row = 0; row < rows; ++row)
+    if ((labels[row] < 0 || labels[row] >= classes) && labels[row] != p.ignore_index)
+      throw std::invalid_argument("labels must lie in [0, " + std::to_string(classes - 1) +
+                                  "] or be ignore_index=" + std::to_string(p.ignore_index) +
+                                  ", got " + std::to_string(labels[row]));
+}
+
+void put(const Tensor& loss, int64_t i, double value) {
+  if (loss.dtype == DType::f64)
+    reinterpret_cast<double*>(loss.data)[i] = value;
+  else
+    reinterpret_cast<float*>(loss.data)[i] = float(value);
+}
+
+double scalar(const Tensor& t) {
+  return t.dtype == DType::f64 ? *reinterpret_cast<const double*>(t.data)
+                               : *reinterpret_cast<const float*>(t.data);
+}
+
+// grad_output of one pair: the scalar, or the pair's row of (pairs, batch).
+Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
+  Tensor row = grad_output;
+  if (grad_output.ndim == 2) {
+    row.ndim = 1;
+    row.sizes[0] = grad_output.sizes[1];
+    row.data += int64_t(pair % pairs) * row.sizes[0] * size_of(row.dtype);
+  }
+  return row;
+}
+
+// Whether every gradient takes a scalar factor in place. Half precision does not: it would round
+// twice, and what underflowed in forward would stay 0 under any loss scale.
+bool scaled(const Tensor& gradient, double factor, int threads) {
+  if (factor == 1 || gradient.data == nullptr) return true;
+  if (gradient.dtype != DType::f32 && gradient.dtype != DType::f64) return false;
+  kernels().scale(gradient, factor, threads);
+  return true;
+}
+
+double divisor_of(const Tensor& features, Reduction reduction) {
+  const double all = double(features.numel()), batch = double(features.sizes[0]);
+  const double divisor = reduction == Reduction::mean        ? all
+                         : reduction == Reduction::batchmean ? batch
+                                                             : 1;
+  return divisor > 0 ? divisor : 1;
+}
+
+}  // namespace
+
+void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
+                         const Tensor& loss, const Tensor& parts, const Tensor& statistics,
+                         const Tensor& gradient, const SoftTargetParameters& p) {
+  check_labels(labels, student, p);
+  expect_writing(gradient);
+  kernels().soft_target.forward(student, teacher, labels, loss, parts, statistics, gradient, p);
+}
+
+void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
+                          Labels labels, const Tensor& statistics, const Tensor& to_student,
+                          const Tensor& to_teacher, const SoftTargetParameters& p) {
+  check_labels(labels, student, p);
+  expect_writing(to_student);
+  expect_writing(to_teacher);
+  kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, to_student,
+                                 to_teacher, p);
+}
+
+void soft_target_rescale(const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
+                         const Tensor& teacher, Labels labels, const Tensor& statistics,
+                         const SoftTargetParameters& p) {
+  check_labels(labels, student, p);
+  if (!scaled(gradient, scalar(grad_output), p.threads))
+    kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, gradient,
+                                   Tensor{}, p);
+}
+
+void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
+                           const MapParameters& p) {
+  kernels().attention.map(features, raw, winners, p);
+}
+
+void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
+                                const Tensor& loss, const Tensors& slopes, const Winners& winners,
+                                const Tensors& gradients, TransferParameters transfer,
+                                Reduction reduction, const MapParameters& p) {
+  const size_t pairs = students.size();
+  const int64_t batch = students[0].sizes[0];
+  transfer.sample_scale = reduction == Reduction::mean && batch > 0 ? 1 / double(batch) : 1;
+  std::vector<double> losses(size_t(batch), 0);
+  double total = 0;
+  for (size_t j = 0; j < pairs; ++j) {
+    const bool both = slopes.size() > pairs;
+    const Tensor gradient = gradients.empty() ? Tensor{} : gradients[j];
+    expect_writing(gradient);
+    kernels().attention.transfer(students[j], teachers[j], losses.data(), slopes[j], winners[j],
+                                 both ? slopes[pairs + j] : Tensor{},
+                                 both ? winners[pairs + j] : nullptr, gradient, transfer, p);
+    for (int64_t b = 0; b < batch; ++b) {
+      total += losses[size_t(b)];
+      if (reduction == Reduction::none) put(loss, int64_t(j) * batch + b, losses[size_t(b)]);
+    }
+  }
+  if (reduction != Reduction::none) put(loss, 0, total * transfer.sample_scale);
+}
+
+void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
+                        const Winners& winners, const Tensors& gradients, const MapParameters& p) {
+  // Features are those of the students, and of the teachers after them where they were asked for.
+  const size_t pairs = grad_output.ndim == 2 ? size_t(grad_output.sizes[0]) : features.size();
+  for (size_t j = 0; j < features.size(); ++j) {
+    expect_writing(gradients[j]);
+    kernels().attention.backward(of_pair(grad_output, j, pairs), features[j], slopes[j], winners[j],
+                                 gradients[j], p);
+  }
+}
+
+void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
+                       const Tensors& slopes, const Winners& winners, const MapParameters& p) {
+  for (size_t j = 0; j < features.size(); ++j)
+    if (!scaled(gradients[j], scalar(grad_output), p.threads))
+      kernels().attention.backward(grad_output, features[j], slopes[j], winners[j], gradients[j],
+                                   p);
+}
+
+void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
+                  const Tensors& gradients, const HintParameters& p) {
+  double total = 0;
+  for (size_t j = 0; j < students.size(); ++j) {
+    const int64_t batch = students[j].sizes[0];
+    const double divisor = divisor_of(students[j], p.reduction);
+    const Tensor gradient = gradients.empty() ? Tensor{} : gradients[j];
+    expect_writing(gradient);
+    std::vector<double> losses(size_t(batch), 0);
+    kernels().hint.forward(students[j], teachers[j], loss.dtype == DType::f64, losses.data(),
+                           p.scale, 2 * p.scale / divisor, gradient, p.threads);
+    double sum = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      sum += losses[size_t(b)];
+      if (p.reduction == Reduction::none) put(loss, int64_t(j) * batch + b, losses[size_t(b)]);
+    }
+    total += sum / divisor;
+  }
+  if (p.reduction != Reduction::none) put(loss, 0, total);
+}
+
+void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
+                   const Tensors& gradients, const HintParameters& p) {
+  const size_t pairs = students.size();
+  for (size_t j = 0; j < pairs; ++j) {
+    const double coefficient = 2 * p.scale / divisor_of(students[j], p.reduction);
+    const Tensor to_teacher = gradients.size() > pairs ? gradients[pairs + j] : Tensor{};
+    expect_writing(gradients[j]);
+    expect_writing(to_teacher);
+    kernels().hint.backward(of_pair(grad_output, j, pairs), students[j], teachers[j], coefficient,
+                            gradients[j], to_teacher, p.threads);
+  }
+}
+
+void hint_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
+                  const Tensors& teachers, const HintParameters& p) {
+  for (size_t j = 0; j < students.size(); ++j) {
+    const double coefficient = 2 * p.scale / divisor_of(students[j], p.reduction);
+    if (!scaled(gradients[j], scalar(grad_output), p.threads))
+      kernels().hint.backward(grad_output, students[j], teachers[j], coefficient, gradients[j],
+                              Tensor{}, p.threads);
+  }
+}
+
+}  // namespace fastkd::calls

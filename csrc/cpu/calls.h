@@ -1,0 +1,51 @@
+// One call of a loss, over all its pairs: from per-sample results to the loss, and from grad_output
+// to the kernels. The reductions run in a fixed order, in double.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastkd::calls {
+
+using Tensors = std::vector<Tensor>;
+using Labels = const int64_t*;
+using Winners = std::vector<int32_t*>;
+
+void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
+                         const Tensor& loss, const Tensor& parts, const Tensor& statistics,
+                         const Tensor& gradient, const SoftTargetParameters& p);
+void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
+                          Labels labels, const Tensor& statistics, const Tensor& to_student,
+                          const Tensor& to_teacher, const SoftTargetParameters& p);
+void soft_target_rescale(const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
+                         const Tensor& teacher, Labels labels, const Tensor& statistics,
+                         const SoftTargetParameters& p);
+
+void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
+                           const MapParameters& p);
+void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
+                                const Tensor& loss, const Tensors& slopes, const Winners& winners,
+                                const Tensors& gradients, TransferParameters transfer,
+                                Reduction reduction, const MapParameters& p);
+void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
+                        const Winners& winners, const Tensors& gradients, const MapParameters& p);
+void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
+                       const Tensors& slopes, const Winners& winners, const MapParameters& p);
+
+struct HintParameters {
+  double scale;
+  Reduction reduction;
+  int threads;
+};
+
+void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
+                  const Tensors& gradients, const HintParameters& p);
+// `gradients` are of students, then teachers; any may be absent.
+void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
+                   const Tensors& gradients, const HintParameters& p);
+void hint_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
+                  const Tensors& teachers, const HintParameters& p);
+
+}  // namespace fastkd::calls

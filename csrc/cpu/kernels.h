@@ -1,0 +1,107 @@
+// What the CPU kernels offer, the same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensor.h"
+
+namespace fastkd {
+
+enum class Reduction : int { none = 0, sum = 1, mean = 2, batchmean = 3 };
+
+struct SoftTargetParameters {
+  double temperature;
+  double soft_weight;
+  double hard_weight;
+  double label_smoothing;
+  int64_t ignore_index;
+  Reduction reduction;
+  int dim;  // of the classes, counted from the front
+  int threads;
+};
+
+// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py).
+enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
+
+struct SoftTargetKernels {
+  // loss is a scalar, or one per row; parts are (hard, KL). gradient may be absent.
+  void (*forward)(const Tensor& student, const Tensor& teacher, const int64_t* labels,
+                  const Tensor& loss, const Tensor& parts, const Tensor& statistics,
+                  const Tensor& gradient, const SoftTargetParameters& p);
+  // Either gradient may be absent. grad_output is a scalar, or one per row.
+  void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
+                   const int64_t* labels, const Tensor& statistics, const Tensor& to_student,
+                   const Tensor& to_teacher, const SoftTargetParameters& p);
+};
+
+enum class MapKind : int { sum_pow = 0, max_pow = 1 };
+enum class Distance : int { norm = 0, mse = 1 };
+
+struct MapParameters {
+  MapKind kind;
+  double p;
+  double eps;
+  int channel_dim;  // counted from the front
+  int threads;
+};
+
+struct TransferParameters {
+  Distance distance;
+  double order;
+  double beta;
+  double sample_scale;  // 1 over the batch for the mean, otherwise 1
+};
+
+struct AttentionKernels {
+  // The unnormalised map (B, positions), and the winning channels of max_pow.
+  void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p);
+  // losses: one per sample. Slopes of the teacher and the gradient may be absent.
+  void (*transfer)(const Tensor& student, const Tensor& teacher, double* losses,
+                   const Tensor& student_slopes, int32_t* student_winners,
+                   const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
+                   const TransferParameters& transfer, const MapParameters& p);
+  // grad_output is a scalar, or one per sample.
+  void (*backward)(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
+                   const int32_t* winners, const Tensor& gradient, const MapParameters& p);
+};
+
+struct HintKernels {
+  // losses: scale * sum of squares, one per sample. gradient (of coefficient * difference) may be
+  // absent. in_double is the arithmetic of the whole call, whatever this pair's dtypes.
+  void (*forward)(const Tensor& student, const Tensor& teacher, bool in_double, double* losses,
+                  double scale, double coefficient, const Tensor& gradient, int threads);
+  // Either gradient may be absent. grad_output is a scalar, or one per sample; its dtype is the
+  // arithmetic's.
+  void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
+                   double coefficient, const Tensor& to_student, const Tensor& to_teacher,
+                   int threads);
+};
+
+struct Kernels {
+  const char* isa;
+  SoftTargetKernels soft_target;
+  AttentionKernels attention;
+  HintKernels hint;
+  // gradient *= factor, for a dense gradient.
+  void (*scale)(const Tensor& gradient, double factor, int threads);
+};
+
+// The kernels of each instruction set, defined by its object files.
+#define FASTKD_DECLARE(isa)                              \
+  namespace isa {                                        \
+  extern const SoftTargetKernels soft_target_kernels;    \
+  extern const AttentionKernels attention_kernels;       \
+  extern const HintKernels hint_kernels;                 \
+  void scale(const Tensor&, double factor, int threads); \
+  }
+FASTKD_DECLARE(baseline)
+FASTKD_DECLARE(avx2)
+FASTKD_DECLARE(avx512)
+#undef FASTKD_DECLARE
+
+// The kernels in use: the best set that this machine has, until `use` names another.
+const Kernels& kernels();
+int available(const char** names);  // those that can run here, best first; at most 3
+bool use(const char* isa);
+
+}  // namespace fastkd

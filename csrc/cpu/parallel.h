@@ -1,0 +1,89 @@
+// Threads and scratch memory. Work is cut into pieces that do not depend on the number of threads,
+// so results do not either.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fastkd::FASTKD_ISA {
+
+// Orders a thread's streamed stores before whatever it does next.
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// f(i) for every i < count, by at most `threads` threads, each taking one stretch of i.
+template <class F>
+inline void parallel_for(int64_t count, int threads, const F& f) {
+#ifdef _OPENMP
+  if (threads > count) threads = int(count);
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < count; ++i) f(i);
+      finish_streaming();
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t i = 0; i < count; ++i) f(i);
+  finish_streaming();
+}
+
+// How many threads are worth waking for so many elements: a wake-up costs a few microseconds.
+inline int threads_for(int64_t elements, int available) {
+  const int64_t useful = elements / 16384;
+  return useful < 2 ? 1 : useful < available ? int(useful) : available;
+}
+
+// Memory that a thread keeps between calls, because fresh pages cost more than the work in them.
+template <class A>
+inline A* scratch(int64_t count) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  const int64_t bytes = (count * int64_t(sizeof(A)) + 63) / 64 * 64;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.data);
+    buffer.bytes = 0;
+    buffer.data = std::aligned_alloc(64, size_t(bytes));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return static_cast<A*>(buffer.data);
+}
+
+// An array for the length of a scope.
+template <class A>
+class Array {
+ public:
+  explicit Array(int64_t count)
+      : data_(static_cast<A*>(std::malloc(size_t(count > 0 ? count : 1) * sizeof(A)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Array() { std::free(data_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  A& operator[](int64_t i) { return data_[i]; }
+  A* data() { return data_; }
+
+ private:
+  A* data_;
+};
+
+}  // namespace fastkd::FASTKD_ISA

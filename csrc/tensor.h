@@ -1,0 +1,31 @@
+// A tensor as the kernels see it: memory, sizes and strides. Nothing here knows of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkd {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+constexpr int kMaxDims = 64;
+
+struct Tensor {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int ndim = 0;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];  // in elements
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int d = 0; d < ndim; ++d) count *= sizes[d];
+    return count;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace fastkd

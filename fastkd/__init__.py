@@ -1,0 +1,63 @@
+"""fastkd: fused knowledge-distillation losses for PyTorch.
+
+Names load on first use, so that ``import fastkd`` stays cheap and ``python -m fastkd.info`` can
+report on an environment in which torch itself is broken.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd import nn as nn
+    from fastkd.dispatch import (
+        BackendUnavailableError,
+        FallbackWarning,
+        explain,
+        use_backend,
+    )
+    from fastkd.losses.attention import attention_map, attention_transfer_loss
+    from fastkd.losses.hint import hint_loss
+    from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft_target_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "DistillationParts",
+    "FallbackWarning",
+    "attention_map",
+    "attention_transfer_loss",
+    "distillation_loss",
+    "explain",
+    "hint_loss",
+    "nn",
+    "soft_target_loss",
+    "use_backend",
+]
+
+_HOME = {
+    "BackendUnavailableError": "dispatch",
+    "FallbackWarning": "dispatch",
+    "explain": "dispatch",
+    "use_backend": "dispatch",
+    "attention_map": "losses.attention",
+    "attention_transfer_loss": "losses.attention",
+    "hint_loss": "losses.hint",
+    "DistillationParts": "losses.soft_target",
+    "distillation_loss": "losses.soft_target",
+    "soft_target_loss": "losses.soft_target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("fastkd.nn")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastkd.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,244 @@
+"""Which implementation serves a call, and why.
+
+A choice rests on facts only: the device, the dtypes, what is loaded, and whether a function
+transform has wrapped the tensors. A backend refuses a call with a `Refusal`; the first backend of
+`ORDER` that does not refuse serves it. To add one, register its refusal function in `_REFUSE`.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Backend = Literal["native", "triton", "reference"]
+
+ORDER: tuple[Backend, ...] = ("native", "triton", "reference")
+
+
+class FallbackWarning(UserWarning):
+    """A slower implementation serves a call than the machine could offer; says why."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve this call; says why."""
+
+
+class Facts(NamedTuple):
+    """All that a choice may depend on."""
+
+    loss: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    transformed: bool
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not serve a call, and what would change that.
+
+    `expected` marks a backend that was never meant for such tensors (Triton on a CPU): passing it
+    over is no step down and warns nobody.
+    """
+
+    reason: str
+    remedy: str = ""
+    expected: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: the backend that serves a call, and why not the others."""
+
+    loss: str
+    chosen: Backend | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.loss}: {self.chosen or 'no backend can serve this call'}"]
+        for name, reason in self.reasons.items():
+            mark = "->" if name == self.chosen else "  "
+            lines.append(f" {mark} {name:<9} {reason}")
+        return "\n".join(lines)
+
+
+def _refuse_native(facts: Facts) -> Refusal | None:
+    from fastkd.kernels import native
+
+    return native.refuse(facts)
+
+
+def _refuse_triton(facts: Facts) -> Refusal | None:
+    from fastkd.kernels import triton
+
+    return triton.refuse(facts)
+
+
+def _refuse_reference(_: Facts) -> Refusal | None:
+    return None
+
+
+_REFUSE: dict[str, Callable[[Facts], Refusal | None]] = {
+    "native": _refuse_native,
+    "triton": _refuse_triton,
+    "reference": _refuse_reference,
+}
+
+# Plain globals, because torch.compile guards on them: a compiled function follows `use_backend`.
+_override: Backend | None = None
+_explaining = False
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+def select(
+    loss: str,
+    tensors: tuple[Tensor, ...],
+    backend: Backend | None,
+    others: tuple[Tensor | None, ...] = (),
+) -> Backend:
+    """The backend that serves `loss` on these tensors.
+
+    `others` are tensors whose dtype does not matter: labels, a regressor.
+
+    Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
+    available.
+
+    Raises:
+        ValueError: the name asked for is not a backend.
+        BackendUnavailableError: the backend asked for cannot serve this call.
+    """
+    name: object = _override if backend is None else backend
+    if name is None:
+        name = os.environ.get("FASTKD_BACKEND") or None
+    requested = None if name is None else known_backend(name)
+    device = tensors[0].device.type
+    dtypes = tuple(t.dtype for t in tensors)
+    if torch.compiler.is_compiling():
+        return _resolve_compiled(loss, device, dtypes, requested)
+    transformed = any(t is not None and is_transformed(t) for t in (*tensors, *others))
+    facts = Facts(loss, device, dtypes, transformed)
+    if _explaining:
+        raise _Explained(_explain(facts, requested))
+    return _resolve(facts, requested)
+
+
+# Private to torch; where it is missing, a transform fails inside autograd with torch's own message.
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether memory does not hold the tensor's values: a torch.func transform, a lazy negation."""
+    return tensor.is_neg() or _is_wrapped(tensor)
+
+
+def _resolve_compiled(
+    loss: str, device: str, dtypes: tuple[torch.dtype, ...], requested: Backend | None
+) -> Backend:
+    return _resolve(Facts(loss, device, dtypes, False), requested)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_resolve_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Keyed by facts, so that a small loss does not pay for the search, and each reason warns once.
+@functools.lru_cache(maxsize=1024)
+def _resolve(facts: Facts, requested: Backend | None) -> Backend:
+    if requested is not None:
+        refusal = _REFUSE[requested](facts)
+        if refusal is not None:
+            raise BackendUnavailableError(
+                f"backend {requested!r} was asked for and cannot serve {facts.loss}: {refusal}"
+            )
+        return requested
+    for name in ORDER:
+        refusal = _REFUSE[name](facts)
+        if refusal is None:
+            return name
+        if not refusal.expected:
+            _warn_once(f"fastkd does not use its {name} kernels here: {refusal}")
+    raise AssertionError("the reference refuses nothing")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=5)
+
+
+def known_backend(name: object) -> Backend:
+    """`name` itself, if it names a backend.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for known in ORDER:
+        if name == known:
+            return known
+    raise ValueError(f"backend must be one of {', '.join(map(repr, ORDER))}, got {name!r}")
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Within the context, every call that names no backend uses this one or raises.
+
+    The setting belongs to the process, not to the thread, as torch's own backend flags do.
+
+    Raises:
+        ValueError: the name is not a backend's.
+    """
+    global _override
+    previous, _override = _override, known_backend(name)
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve `function(*args, **kwargs)`, and why each other would not.
+
+    `function` is a loss or a module of `fastkd.nn`. Its arguments are checked as in a real call,
+    and raise as they would there; no kernel runs.
+
+    >>> print(fastkd.explain(fastkd.soft_target_loss, student, teacher, temperature=4.0))
+    """
+    global _explaining
+    _explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Explained as explained:
+        return explained.explanation
+    finally:
+        _explaining = False
+    raise TypeError(f"explain expects a loss of fastkd, got {function!r}")
+
+
+def _explain(facts: Facts, requested: Backend | None) -> Explanation:
+    reasons: dict[str, str] = {}
+    chosen: Backend | None = None
+    for name in ORDER:
+        refusal = _REFUSE[name](facts)
+        if refusal is not None:
+            reasons[name] = str(refusal)
+        elif requested is not None and name != requested:
+            reasons[name] = f"available; {requested!r} was asked for"
+        elif chosen is not None:
+            reasons[name] = f"available; {chosen!r} is faster"
+        else:
+            chosen = name
+            reasons[name] = "asked for" if requested else "the fastest that can serve this call"
+    return Explanation(facts.loss, chosen, reasons)

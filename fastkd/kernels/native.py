@@ -1,0 +1,314 @@
+"""Hands tensors to the compiled module, which knows nothing of torch.
+
+The module is `fastkd._native`; the environment variable FASTKD_NATIVE_PATH names another build of
+it. It is loaded when a call first needs it.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastkd.dispatch import Facts, Refusal
+from fastkd.reference.precision import compute_dtype
+
+if TYPE_CHECKING:
+    from fastkd.ops import attention as attention_ops
+    from fastkd.ops import hint as hint_ops
+    from fastkd.ops import soft_target as soft_target_ops
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+_KINDS = {"sum": 0, "sum_pow": 0, "max_pow": 1}
+_DISTANCES = {"norm": 0, "mse": 1}
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The compiled module, or why it cannot be loaded."""
+    path = os.environ.get("FASTKD_NATIVE_PATH")
+    try:
+        if not path:
+            return importlib.import_module("fastkd._native")
+        spec = importlib.util.spec_from_file_location("fastkd._native", path)
+        if spec is None or spec.loader is None:
+            return f"FASTKD_NATIVE_PATH={path} is no Python module"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ModuleNotFoundError:
+        return "this installation was built without the compiled module"
+    except (ImportError, OSError) as error:
+        return f"the compiled module does not load ({error})"
+
+
+def refuse(facts: Facts) -> Refusal | None:
+    """Why the compiled module does not serve a call, or None if it does."""
+    if facts.device != "cpu":
+        return Refusal(
+            f"the compiled module of this release has no kernels for {facts.device} tensors",
+            'Pass backend="reference" to use plain PyTorch without this warning.',
+        )
+    if facts.transformed:
+        return Refusal(
+            "a torch.func transform or a lazy negation stands between the tensors and their memory",
+            'Pass backend="reference" to use plain PyTorch without this warning.',
+        )
+    module = load()
+    if isinstance(module, str):
+        return Refusal(
+            module,
+            "Install a C++ compiler and reinstall fastkd; `python -m fastkd.info` tells more.",
+        )
+    return None
+
+
+def _module() -> Any:
+    module = load()
+    assert not isinstance(module, str), module
+    return module
+
+
+def _view(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """What the module sees of a tensor, which the caller keeps alive."""
+    return t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride()
+
+
+def _views(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_view(t) for t in tensors]
+
+
+def _optional(t: Tensor | None) -> Any:
+    return None if t is None else _view(t)
+
+
+def _grad_output(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, and in the precision of the loss."""
+    return grad_output.to(dtype).contiguous()
+
+
+# Parameter objects are immutable, and a training run uses a handful.
+@functools.lru_cache(maxsize=256)
+def _soft_target(p: "soft_target_ops.Parameters", threads: int) -> Any:
+    return _module().SoftTarget(*p[:5], _REDUCTIONS[p.reduction], p.dim, threads)
+
+
+@functools.lru_cache(maxsize=256)
+def _map(p: "attention_ops.MapParameters", ndim: int, threads: int) -> Any:
+    return _module().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim % ndim, threads)
+
+
+@functools.lru_cache(maxsize=256)
+def _hint(p: "hint_ops.Parameters", threads: int) -> Any:
+    return _module().Hint(p.scale, _REDUCTIONS[p.reduction], threads)
+
+
+def soft_target_forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    loss: Tensor,
+    parts: Tensor,
+    statistics: Tensor,
+    gradient: Tensor | None,
+    p: "soft_target_ops.Parameters",
+) -> None:
+    """Fill the loss, its parts, the rows' statistics and the gradient if there is one."""
+    if labels is not None:
+        labels = labels.contiguous()
+    _module().soft_target_forward(
+        _view(student),
+        _view(teacher),
+        0 if labels is None else labels.data_ptr(),
+        _view(loss),
+        _view(parts),
+        _view(statistics),
+        _optional(gradient),
+        _soft_target(p, torch.get_num_threads()),
+    )
+
+
+def soft_target_backward(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    to_student: Tensor | None,
+    to_teacher: Tensor | None,
+    p: "soft_target_ops.Parameters",
+) -> None:
+    """Fill the gradients that are wanted."""
+    grad_output = _grad_output(grad_output, statistics.dtype)
+    if labels is not None:
+        labels = labels.contiguous()
+    _module().soft_target_backward(
+        _view(grad_output),
+        _view(student),
+        _view(teacher),
+        0 if labels is None else labels.data_ptr(),
+        _view(statistics),
+        _optional(to_student),
+        _optional(to_teacher),
+        _soft_target(p, torch.get_num_threads()),
+    )
+
+
+def soft_target_rescale(
+    gradient: Tensor,
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    p: "soft_target_ops.Parameters",
+) -> None:
+    """Apply a scalar grad_output to a gradient in place."""
+    grad_output = _grad_output(grad_output, statistics.dtype)
+    if labels is not None:
+        labels = labels.contiguous()
+    _module().soft_target_rescale(
+        _view(gradient),
+        _view(grad_output),
+        _view(student),
+        _view(teacher),
+        0 if labels is None else labels.data_ptr(),
+        _view(statistics),
+        _soft_target(p, torch.get_num_threads()),
+    )
+
+
+def attention_map_forward(
+    features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
+) -> None:
+    """Fill the unnormalised map, and the winners of max_pow."""
+    parameters = _map(p, features.ndim, torch.get_num_threads())
+    _module().attention_map_forward(_view(features), _view(raw), winners.data_ptr(), parameters)
+
+
+def attention_transfer_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    loss: Tensor,
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    transfer: "attention_ops.TransferParameters",
+    p: "attention_ops.MapParameters",
+) -> None:
+    """Fill the loss, slopes and winners, and the gradients if there are any."""
+    module = _module()
+    module.attention_transfer_forward(
+        _views(students),
+        _views(teachers),
+        _view(loss),
+        _views(slopes),
+        [w.data_ptr() for w in winners],
+        _views(gradients),
+        module.Transfer(
+            _DISTANCES[transfer.distance],
+            transfer.order,
+            transfer.beta,
+            _REDUCTIONS[transfer.reduction],
+        ),
+        _map(p, students[0].ndim, torch.get_num_threads()),
+    )
+
+
+def attention_backward(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    p: "attention_ops.MapParameters",
+) -> None:
+    """Fill the features' gradients."""
+    grad_output = _grad_output(grad_output, slopes[0].dtype)
+    _module().attention_backward(
+        _view(grad_output),
+        _views(features),
+        _views(slopes),
+        [w.data_ptr() for w in winners],
+        _views(gradients),
+        _map(p, features[0].ndim, torch.get_num_threads()),
+    )
+
+
+def attention_rescale(
+    gradients: Sequence[Tensor],
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    p: "attention_ops.MapParameters",
+) -> None:
+    """Apply a scalar grad_output to gradients in place."""
+    grad_output = _grad_output(grad_output, slopes[0].dtype)
+    _module().attention_rescale(
+        _views(gradients),
+        _view(grad_output),
+        _views(features),
+        _views(slopes),
+        [w.data_ptr() for w in winners],
+        _map(p, features[0].ndim, torch.get_num_threads()),
+    )
+
+
+def hint_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    loss: Tensor,
+    gradients: Sequence[Tensor],
+    p: "hint_ops.Parameters",
+) -> None:
+    """Fill the loss, and the students' gradients if there are any."""
+    _module().hint_forward(
+        _views(students),
+        _views(teachers),
+        _view(loss),
+        _views(gradients),
+        _hint(p, torch.get_num_threads()),
+    )
+
+
+def hint_backward(
+    grad_output: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    p: "hint_ops.Parameters",
+) -> None:
+    """Fill the gradients that are wanted, of students and then of teachers."""
+    grad_output = _grad_output(grad_output, compute_dtype(*students, *teachers))
+    _module().hint_backward(
+        _view(grad_output),
+        _views(students),
+        _views(teachers),
+        [_optional(g) for g in gradients],
+        _hint(p, torch.get_num_threads()),
+    )
+
+
+def hint_rescale(
+    gradients: Sequence[Tensor],
+    grad_output: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    p: "hint_ops.Parameters",
+) -> None:
+    """Apply a scalar grad_output to gradients in place."""
+    grad_output = _grad_output(grad_output, compute_dtype(*students, *teachers))
+    _module().hint_rescale(
+        _views(gradients),
+        _view(grad_output),
+        _views(students),
+        _views(teachers),
+        _hint(p, torch.get_num_threads()),
+    )

@@ -1,0 +1,258 @@
+"""Attention maps and attention transfer (Zagoruyko & Komodakis 2017)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.dispatch import Backend, select
+from fastkd.losses import checks
+from fastkd.ops.attention import (
+    MapParameters,
+    TransferParameters,
+    attention_transfer,
+    raw_attention_map,
+)
+from fastkd.reference import attention as reference
+from fastkd.reference.precision import compute_dtype
+
+_KINDS = ("sum", "sum_pow", "max_pow")
+_DISTANCES = ("norm", "mse")
+_REDUCTIONS = ("none", "sum", "mean")
+_RESIZES = ("adaptive_avg_pool",)
+
+
+def attention_map(
+    features: Tensor,
+    *,
+    kind: str = "sum_pow",
+    p: float | None = None,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    channel_dim: int = 1,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Where a network looks: the magnitude of its features at each position.
+
+    Over the channels `A_i`, `kind` is `"sum"` for `F = Σ|A_i|`, `"sum_pow"` for `Σ|A_i|^p`,
+    `"max_pow"` for `max |A_i|^p`. The map is `Q = vec(F) / max(‖vec(F)‖₂, eps)`. Its gradient
+    reaches a feature through `p · |A_i|^(p−1) · sign(A_i)`; at a tie of the maximum it goes to
+    the lowest channel, and a sample whose map is all zero has a zero map and a zero gradient.
+
+    Args:
+        features: `(B, C, *spatial)`, or with `channel_dim=-1` tokens `(B, N, C)`; float32,
+            float16, bfloat16 or float64, in any memory layout.
+        kind: `"sum"`, `"sum_pow"` or `"max_pow"`.
+        p: the exponent of the two pow kinds, any real number >= 1; None is 2. `"sum"` takes
+            None or 1.
+        normalize: divide each sample's map by its L2 norm.
+        eps: the least norm to divide by, above 0.
+        channel_dim: the dimension of the channels; not 0.
+        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+
+    Returns:
+        The maps, `(B, positions)`, in float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument is out of its range, or there are no channels or positions.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+    """
+    checks.floating("features", features)
+    exponent = _exponent(kind, p)
+    checks.flag("normalize", normalize)
+    eps = checks.number("eps", eps, above=0)
+    channel_dim = _check_features("features", features, channel_dim)
+    chosen = select("attention_map", (features,), backend)
+    if chosen == "reference":
+        return reference.attention_map(
+            features,
+            kind=kind,
+            p=exponent,
+            normalize=normalize,
+            eps=eps,
+            channel_dim=channel_dim,
+        )
+    raw = raw_attention_map(features, MapParameters(kind, exponent, eps, channel_dim, chosen))
+    return reference.unit(raw, eps) if normalize else raw
+
+
+def attention_transfer_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    kind: str = "sum_pow",
+    p: float | None = None,
+    distance: str = "norm",
+    order: float | None = None,
+    beta: float = 1.0,
+    resize: str | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    channel_dim: int = 1,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""The distance between the student's and the teacher's normalised attention maps.
+
+    `distance="norm"` is the paper's equation, `(beta/2) · Σ_j mean_b ‖Q_S − Q_T‖_order`;
+    `distance="mse"` is the authors' released code, `beta · Σ_j mean_{b,i} (Q_S − Q_T)²`, without
+    the half. No constant converts one into the other. Maps are those of `attention_map`; the
+    gradient of a norm at 0 is 0.
+
+    Args:
+        student: features `(B, C, *spatial)`, or a list or tuple of them: the pairs j. float32,
+            float16, bfloat16 or float64, in any memory layout.
+        teacher: as many features; channels, dtype and layout may differ within a pair. They
+            receive their gradient if they require one.
+        kind: `"sum"`, `"sum_pow"` or `"max_pow"`, see `attention_map`.
+        p: the exponent of the map, any real number >= 1; None is 2 (1 for `"sum"`).
+        distance: `"norm"` or `"mse"`.
+        order: of the norm, any real number >= 1 or `math.inf`; None is 2. `"mse"` takes None
+            or 2. At order infinity, positions that tie share the gradient.
+        beta: the weight of the loss. The paper uses about 1e3 with `"mse"`.
+        resize: None: spatial sizes that differ are an error. `"adaptive_avg_pool"`: the larger
+            features, `(B, C, H, W)`, are pooled to the smaller size before the map.
+        reduction: `"mean"` or `"sum"` over the batch, or `"none"` for `(pairs, B)` (for `"mse"`
+            the mean over each sample's positions). Pairs are summed.
+        eps: the least norm that a map is divided by, above 0.
+        channel_dim: the dimension of the channels; -1 for tokens `(B, N, C)`.
+        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+
+    Returns:
+        The loss in float32 (float64 if an input is float64); 0 for an empty batch.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: sequences are of unequal length, batch or spatial sizes differ within a pair,
+            or an argument is out of its range.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2.
+    """
+    students, teachers, is_sequence = checks.pairs(student, teacher)
+    exponent = _exponent(kind, p)
+    norm_order = _order(distance, order)
+    beta = checks.number("beta", beta)
+    eps = checks.number("eps", eps, above=0)
+    if resize is not None:
+        checks.choice("resize", resize, _RESIZES)
+    checks.choice("reduction", reduction, _REDUCTIONS)
+    _check_pairs(students, teachers, channel_dim, is_sequence)
+    if resize is not None:
+        students, teachers = _pool_larger(students, teachers, channel_dim, is_sequence)
+    _check_positions(students, teachers, channel_dim, is_sequence)
+    chosen = select("attention_transfer_loss", (*students, *teachers), backend)
+    if chosen == "reference":
+        return reference.attention_transfer_loss(
+            students,
+            teachers,
+            kind=kind,
+            p=exponent,
+            distance=distance,
+            order=norm_order,
+            beta=beta,
+            reduction=reduction,
+            eps=eps,
+            channel_dim=channel_dim,
+        )
+    return attention_transfer(
+        students,
+        teachers,
+        TransferParameters(distance, norm_order, beta, reduction),
+        MapParameters(kind, exponent, eps, channel_dim, chosen),
+    )
+
+
+def _exponent(kind: str, p: float | None) -> float:
+    checks.choice("kind", kind, _KINDS)
+    if kind == "sum":
+        if p is not None and checks.number("p", p, finite=False) != 1:
+            raise ValueError(f'p must be None or 1 with kind="sum", got {p!r}')
+        return 1.0
+    return 2.0 if p is None else checks.number("p", p, at_least=1)
+
+
+def _order(distance: str, order: float | None) -> float:
+    checks.choice("distance", distance, _DISTANCES)
+    if distance == "mse":
+        if order is not None and checks.number("order", order, finite=False) != 2:
+            raise ValueError(f'order must be None or 2 with distance="mse", got {order!r}')
+        return 2.0
+    return 2.0 if order is None else checks.number("order", order, at_least=1, finite=False)
+
+
+def _check_features(name: str, features: Tensor, channel_dim: Any) -> int:
+    if features.ndim < 3:
+        raise ValueError(
+            f"{name} must be (B, C, *spatial), or (B, *positions, C) with channel_dim=-1, of at "
+            f"least 3 dimensions, got shape {tuple(features.shape)}"
+        )
+    axis = checks.dimension("channel_dim", channel_dim, features.ndim)
+    if axis == 0:
+        raise ValueError(f"channel_dim must not be the batch dimension 0, got {channel_dim}")
+    if 0 in features.shape[1:]:
+        raise ValueError(
+            f"{name} must have at least one channel and one position, got {tuple(features.shape)}"
+        )
+    return axis
+
+
+def _spatial(features: Tensor, channel_dim: int) -> tuple[int, ...]:
+    axis = channel_dim % features.ndim
+    return tuple(features.shape[1:axis]) + tuple(features.shape[axis + 1 :])
+
+
+def _names(is_sequence: bool, index: int) -> tuple[str, str]:
+    return (f"student[{index}]", f"teacher[{index}]") if is_sequence else ("student", "teacher")
+
+
+def _check_pairs(
+    students: list[Tensor], teachers: list[Tensor], channel_dim: Any, is_sequence: bool
+) -> None:
+    """Each feature map by itself, and the batch sizes."""
+    for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        names = _names(is_sequence, index)
+        _check_features(names[0], student, channel_dim)
+        _check_features(names[1], teacher, channel_dim)
+        if student.shape[0] != teacher.shape[0] or student.shape[0] != students[0].shape[0]:
+            raise ValueError(
+                f"{names[0]} and {names[1]} must have the batch size {students[0].shape[0]} of "
+                f"the first pair, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            )
+
+
+def _check_positions(
+    students: list[Tensor], teachers: list[Tensor], channel_dim: int, is_sequence: bool
+) -> None:
+    for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        if _spatial(student, channel_dim) != _spatial(teacher, channel_dim):
+            names = _names(is_sequence, index)
+            raise ValueError(
+                f"{names[0]} and {names[1]} must have the same spatial size, "
+                f"got {tuple(student.shape)} and {tuple(teacher.shape)}; "
+                'resize="adaptive_avg_pool" pools the larger one'
+            )
+
+
+def _pool_larger(
+    students: list[Tensor], teachers: list[Tensor], channel_dim: int, is_sequence: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for index, pair in enumerate(zip(students, teachers, strict=True)):
+        sizes = [_spatial(features, channel_dim) for features in pair]
+        if sizes[0] != sizes[1] and any(f.ndim != 4 or channel_dim % f.ndim != 1 for f in pair):
+            names = _names(is_sequence, index)
+            raise ValueError(
+                'resize="adaptive_avg_pool" needs features (B, C, H, W) with channel_dim=1, got '
+                f"{names[0]} {tuple(pair[0].shape)} and {names[1]} {tuple(pair[1].shape)} with "
+                f"channel_dim={channel_dim}"
+            )
+        smaller = tuple(map(min, *sizes))
+        for side, features, size in zip(pooled, pair, sizes, strict=True):
+            if size != smaller:
+                features = F.adaptive_avg_pool2d(features.to(compute_dtype(features)), smaller)
+            side.append(features)
+    return pooled

@@ -1,0 +1,140 @@
+"""Checks that the losses share. Each raises in the user's words, before any kernel runs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, value: Any) -> Tensor:
+    """A dense tensor of a floating-point dtype that the kernels know."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+    return value
+
+
+def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    """Two tensors that one kernel reads lie on one device."""
+    if first.device != value.device:
+        raise ValueError(
+            f"{first_name} and {name} must be on the same device, "
+            f"got {first.device} and {value.device}"
+        )
+
+
+def same_shape(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
+    """Student and teacher are compared element by element."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{student_name} and {teacher_name} must have the same shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def integer(name: str, value: Any) -> int:
+    """An int that the kernels can hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
+
+
+def flag(name: str, value: Any) -> None:
+    """A bool, and no number or tensor in its place."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    finite: bool = True,
+) -> float:
+    """A real number within bounds, and never NaN."""
+    result = _as_float(name, value)
+    is_finite = -math.inf < result < math.inf
+    if result > above and at_least <= result <= at_most and (is_finite or not finite):
+        return result
+    bounds = []
+    if above > -math.inf:
+        bounds.append(f"> {above:g}")
+    if at_least > -math.inf:
+        bounds.append(f">= {at_least:g}")
+    if at_most < math.inf:
+        bounds.append(f"<= {at_most:g}")
+    wanted = " and ".join(bounds)
+    raise ValueError(
+        f"{name} must be a {'finite ' if finite else ''}number {wanted}".rstrip()
+        + f", got {value!r}"
+    )
+
+
+def _as_float(name: str, value: Any) -> float:
+    # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
+    if isinstance(value, float):
+        return value
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int and (isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+
+
+def dimension(name: str, value: Any, ndim: int) -> int:
+    """An axis, counted from either end; returned counted from the front."""
+    integer(name, value)
+    if not -ndim <= value < ndim:
+        raise ValueError(
+            f"{name} must lie in [{-ndim}, {ndim - 1}] for tensors of {ndim} dimensions, "
+            f"got {value}"
+        )
+    return value % ndim
+
+
+def pairs(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Student and teacher as equally long lists, and whether sequences came in."""
+    is_sequence = isinstance(student, list | tuple)
+    if is_sequence != isinstance(teacher, list | tuple):
+        raise TypeError(
+            "student and teacher must both be tensors or both be lists or tuples of tensors, "
+            f"got {type(student).__name__} and {type(teacher).__name__}"
+        )
+    if not is_sequence:
+        student, teacher = [student], [teacher]
+    if len(student) != len(teacher):
+        raise ValueError(
+            "student and teacher must have the same number of feature maps, "
+            f"got {len(student)} and {len(teacher)}"
+        )
+    if not student:
+        raise ValueError("student and teacher must hold at least one pair, got none")
+    for index, (one, other) in enumerate(zip(student, teacher, strict=True)):
+        names = [f"{side}[{index}]" if is_sequence else side for side in ("student", "teacher")]
+        floating(names[0], one)
+        floating(names[1], other)
+        same_device(names[0], one, names[1], other)
+        same_device("student[0]", student[0], names[0], one)
+    return list(student), list(teacher), is_sequence

@@ -1,0 +1,221 @@
+"""Soft targets (Hinton et al. 2014), alone and together with the hard labels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.dispatch import Backend, is_transformed, select
+from fastkd.losses import checks
+from fastkd.ops.soft_target import Parameters, soft_target
+from fastkd.reference import soft_target as reference
+
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+class DistillationParts(NamedTuple):
+    """What `distillation_loss(..., return_parts=True)` returns.
+
+    Attributes:
+        loss: `hard_weight * hard + soft_weight * soft`, differentiable.
+        hard: the cross-entropy with the labels, unweighted and detached.
+        soft: `T^2 * KL`, unweighted and detached.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def soft_target_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_t2: bool = True,
+    reduction: str = "batchmean",
+    dim: int = -1,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""The KL divergence from the student's softened distribution to the teacher's.
+
+    With `p = softmax(teacher/T)` and `q = softmax(student/T)` along `dim`, each row's loss is
+    `T^2 * sum(p * (log p - log q))`, and its gradient `T * (q - p)`. A row is one distribution:
+    `dim=1` serves `(N, C, H, W)` segmentation logits, without a copy.
+
+    Args:
+        student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
+            float64. `-inf` excludes a class.
+        teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
+            if it requires one.
+        temperature: T, above 0.
+        scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
+        reduction: `"none"` for one loss per row (the input's shape without `dim`), `"sum"`,
+            `"batchmean"` for the sum over the number of rows, `"mean"` for the sum over
+            rows × classes (what `torch.nn.KLDivLoss` calls mean: K times smaller).
+        dim: the dimension of the classes.
+        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+
+    Returns:
+        The loss in float32 (float64 if an input is float64). 0 for an empty batch; `+inf` for a
+        row in which only the student excludes a class; NaN for a row that holds NaN.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices differ, or an argument is out of its range.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
+    section 2.
+    """
+    dim = _check_logits(student_logits, teacher_logits, dim)
+    temperature = checks.number("temperature", temperature, above=0)
+    checks.flag("scale_t2", scale_t2)
+    checks.choice("reduction", reduction, _REDUCTIONS)
+    chosen = select("soft_target_loss", (student_logits, teacher_logits), backend)
+    if chosen == "reference":
+        return reference.soft_target_loss(
+            student_logits,
+            teacher_logits,
+            temperature=temperature,
+            scale_t2=scale_t2,
+            reduction=reduction,
+            dim=dim,
+        )
+    weight = temperature * temperature if scale_t2 else 1.0
+    parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, dim, chosen)
+    return soft_target(student_logits, teacher_logits, None, parameters)[0]
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    soft_weight: float = 0.9,
+    hard_weight: float = 0.1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    dim: int = -1,
+    return_parts: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | DistillationParts:
+    r"""Soft targets and hard labels together, from one read of the logits.
+
+    `hard_weight * CE(student, labels) + soft_weight * T^2 * KL(softmax(teacher/T) ‖
+    softmax(student/T))`, both averaged over the rows whose label is not `ignore_index`. The
+    cross-entropy is at temperature 1.
+
+    Args:
+        student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
+            float64. `-inf` excludes a class.
+        teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
+            if it requires one.
+        labels: int64 classes, of the logits' shape without `dim`.
+        temperature: T, above 0, of the soft term only.
+        soft_weight: the weight of the soft term; 0 switches it off.
+        hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
+            independent: they need not sum to 1.
+        ignore_index: rows with this label contribute nothing and count for nothing.
+        label_smoothing: in [0, 1]; the hard target is `(1 - label_smoothing) * one_hot +
+            label_smoothing / K`.
+        dim: the dimension of the classes.
+        return_parts: return a `DistillationParts` in place of the loss.
+        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+
+    Returns:
+        The loss in float32 (float64 if an input is float64); 0, with a zero gradient, if every
+        row is ignored.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices differ, an argument is out of its range, or a label is
+            neither a class nor `ignore_index`. On a GPU a label cannot be looked at without
+            stopping the queue: there torch's own device-side assertion reports it.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
+    section 2 (the weighted average of two objectives).
+    """
+    dim = _check_logits(student_logits, teacher_logits, dim)
+    temperature = checks.number("temperature", temperature, above=0)
+    soft_weight = checks.number("soft_weight", soft_weight)
+    hard_weight = checks.number("hard_weight", hard_weight)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+    checks.flag("return_parts", return_parts)
+    _check_labels(student_logits, labels, ignore_index, dim)
+    chosen = select("distillation_loss", (student_logits, teacher_logits), backend, (labels,))
+    if chosen == "reference":
+        loss, hard, soft = reference.distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=temperature,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            dim=dim,
+        )
+        return DistillationParts(loss, hard.detach(), soft.detach()) if return_parts else loss
+    t2 = temperature * temperature
+    parameters = Parameters(
+        temperature,
+        soft_weight * t2,
+        hard_weight,
+        label_smoothing,
+        ignore_index,
+        "batchmean",
+        dim,
+        chosen,
+    )
+    loss, parts = soft_target(student_logits, teacher_logits, labels, parameters)
+    return DistillationParts(loss, parts[0], parts[1] * t2) if return_parts else loss
+
+
+def _check_logits(student: Tensor, teacher: Tensor, dim: int) -> int:
+    checks.floating("student_logits", student)
+    checks.floating("teacher_logits", teacher)
+    checks.same_device("student_logits", student, "teacher_logits", teacher)
+    checks.same_shape("student_logits", student, "teacher_logits", teacher)
+    if student.ndim == 0:
+        raise ValueError("logits must have at least one dimension, got shape ()")
+    dim = checks.dimension("dim", dim, student.ndim)
+    if student.shape[dim] == 0:
+        raise ValueError(
+            f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
+        )
+    return dim
+
+
+def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    checks.integer("ignore_index", ignore_index)
+    checks.same_device("student_logits", logits, "labels", labels)
+    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if labels.shape != rows:
+        raise ValueError(
+            f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
+            f"got {tuple(labels.shape)}"
+        )
+    # Compiled code and GPUs would have to wait for the answer; there the kernel or torch asserts.
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    if labels.numel() and not is_transformed(labels):
+        _check_label_range(labels, logits.shape[dim], ignore_index)
+
+
+def _check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if 0 <= low and high < classes:
+        return
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must lie in [0, {classes - 1}] or be ignore_index={ignore_index}, "
+            f"got {int(wrong[0])}"
+        )

@@ -1,0 +1,240 @@
+"""Operators and autograd of attention maps and attention transfer.
+
+Forward reads each feature map once and keeps its *slopes*: the loss's derivative with respect to
+each position of the unnormalised map, `(B, positions)`. Backward turns slopes into the features'
+gradient with one more read. `max_pow` keeps the winning channel of each position as well.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.library import (
+    define,
+    differentiate_once,
+    eager_gradient,
+    exclusive,
+    kernels,
+    wants_gradient,
+)
+from fastkd.reference.precision import compute_dtype
+
+
+class MapParameters(NamedTuple):
+    """What defines a map; every attention operator ends with it."""
+
+    kind: str
+    p: float
+    eps: float
+    channel_dim: int
+    backend: str
+
+
+class TransferParameters(NamedTuple):
+    """What defines the distance between maps."""
+
+    distance: str
+    order: float
+    beta: float
+    reduction: str
+
+
+_MAP = "str kind, float p, float eps, int channel_dim, str backend"
+_TRANSFER = "str distance, float order, float beta, str reduction"
+
+
+def _map_outputs(features: Tensor, p: MapParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = 1
+    for axis, length in enumerate(features.shape):
+        if axis not in (0, p.channel_dim % features.ndim):
+            size *= length
+    shape = (features.shape[0], size)
+    winners = shape if p.kind == "max_pow" else (0,)
+    return (
+        features.new_empty(shape, dtype=dtype),
+        features.new_empty(winners, dtype=torch.int32),
+    )
+
+
+def _map_fake(features: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    return _map_outputs(features, MapParameters(*parameters), compute_dtype(features))
+
+
+@define(
+    f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor winners)", _map_fake
+)
+def map_forward(features: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    """The unnormalised map and, for `max_pow`, the winning channels."""
+    p = MapParameters(*parameters)
+    raw, winners = _map_fake(features, *parameters)
+    kernels(p.backend, "attention").attention_map_forward(features, raw, winners, p)
+    return raw, winners
+
+
+def _transfer_fake(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    with_gradients: bool,
+    with_teachers: bool,
+    *parameters: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    transfer, p = TransferParameters(*parameters[:4]), MapParameters(*parameters[4:])
+    dtype = compute_dtype(*students, *teachers)
+    first = students[0]
+    shape = (len(students), first.shape[0]) if transfer.reduction == "none" else ()
+    sides = (*students, *teachers) if with_teachers else students
+    slopes, winners = zip(*(_map_outputs(x, p, dtype) for x in sides), strict=True)
+    gradients = [torch.empty_like(s) for s in students] if with_gradients else []
+    return first.new_empty(shape, dtype=dtype), list(slopes), list(winners), gradients
+
+
+@define(
+    "attention_transfer_forward(Tensor[] students, Tensor[] teachers, bool with_gradients, "
+    f"bool with_teachers, {_TRANSFER}, {_MAP}) "
+    "-> (Tensor loss, Tensor[] slopes, Tensor[] winners, Tensor[] gradients)",
+    _transfer_fake,
+)
+def transfer_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    with_gradients: bool,
+    with_teachers: bool,
+    *parameters: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The loss; slopes and winners of students, and of teachers after them if asked for."""
+    transfer, p = TransferParameters(*parameters[:4]), MapParameters(*parameters[4:])
+    outputs = _transfer_fake(students, teachers, with_gradients, with_teachers, *parameters)
+    kernels(p.backend, "attention").attention_transfer_forward(
+        students, teachers, *outputs, transfer, p
+    )
+    return outputs
+
+
+_BACKWARD = f"Tensor grad_output, Tensor[] features, Tensor[] slopes, Tensor[] winners, {_MAP}"
+
+
+@define(
+    f"attention_backward({_BACKWARD}) -> Tensor[]",
+    lambda grad_output, features, *_: [torch.empty_like(f) for f in features],
+)
+def backward(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    *parameters: Any,
+) -> list[Tensor]:
+    """The gradients of features, `grad_output · slope · dF/dA`.
+
+    `grad_output` is a scalar, or `(pairs, B)`.
+    """
+    p = MapParameters(*parameters)
+    gradients = [torch.empty_like(f) for f in features]
+    kernels(p.backend, "attention").attention_backward(
+        grad_output, features, slopes, winners, gradients, p
+    )
+    return gradients
+
+
+@define(f"attention_rescale(Tensor(a!)[] gradients, {_BACKWARD}) -> ()", lambda *_: None)
+def rescale(
+    gradients: Sequence[Tensor],
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    *parameters: Any,
+) -> None:
+    """Apply a scalar `grad_output` to forward's gradients in place; nothing to do where it is 1."""
+    p = MapParameters(*parameters)
+    kernels(p.backend, "attention").attention_rescale(
+        gradients, grad_output, features, slopes, winners, p
+    )
+
+
+class AttentionMap(torch.autograd.Function):
+    """The unnormalised map. Its normalisation is map-sized and left to torch."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, p: MapParameters) -> Tensor:
+        raw, winners = map_forward(features, *p)
+        ctx.save_for_backward(features, winners)
+        ctx.parameters = p
+        return raw
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        features, winners = ctx.saved_tensors
+        with torch.no_grad():
+            one = grad_output.new_ones(())
+            gradients = backward(
+                one, [features], [grad_output.contiguous()], [winners], *ctx.parameters
+            )
+        return (*differentiate_once("attention_map", (gradients[0],), (features,)), None)
+
+
+class AttentionTransfer(torch.autograd.Function):
+    """The loss of all pairs: `apply(transfer, parameters, *students, *teachers)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, transfer: TransferParameters, p: MapParameters, *features: Tensor
+    ) -> Tensor:
+        count = len(features) // 2
+        students, teachers = features[:count], features[count:]
+        needed = ctx.needs_input_grad[2:]
+        with_teachers = any(needed[count:])
+        with_gradients = (
+            all(needed[:count])
+            and not with_teachers
+            and transfer.reduction != "none"
+            and all(eager_gradient(s.dtype) for s in students)
+        )
+        loss, slopes, winners, gradients = transfer_forward(
+            students, teachers, with_gradients, with_teachers, *transfer, *p
+        )
+        kept = features if with_teachers else students
+        ctx.save_for_backward(*kept, *slopes, *winners, *gradients)
+        ctx.parameters, ctx.kept, ctx.with_gradients = p, len(kept), with_gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        saved, kept, p = ctx.saved_tensors, ctx.kept, ctx.parameters
+        features, slopes, winners = (saved[i * kept : (i + 1) * kept] for i in range(3))
+        gradients = saved[3 * kept :]
+        needed = ctx.needs_input_grad[2:]
+        with torch.no_grad():
+            if not ctx.with_gradients:
+                to = backward(grad_output, features, slopes, winners, *p)
+            elif torch.compiler.is_compiling():
+                to = [(g * grad_output).to(g.dtype) for g in gradients]
+            else:
+                to = [exclusive(g) for g in gradients]
+                rescale(to, grad_output, features, slopes, winners, *p)
+        found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
+        found += (None,) * (len(needed) - len(found))
+        return (None, None, *differentiate_once("attention_transfer_loss", found, features))
+
+
+def attention_transfer(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    transfer: TransferParameters,
+    p: MapParameters,
+) -> Tensor:
+    """The loss of all pairs, differentiable where that is wanted."""
+    if wants_gradient(*students, *teachers):
+        loss: Tensor = AttentionTransfer.apply(transfer, p, *students, *teachers)
+        return loss
+    return transfer_forward(students, teachers, False, False, *transfer, *p)[0]
+
+
+def raw_attention_map(features: Tensor, p: MapParameters) -> Tensor:
+    """The unnormalised map, differentiable where that is wanted."""
+    if wants_gradient(features):
+        raw: Tensor = AttentionMap.apply(features, p)
+        return raw
+    return map_forward(features, *p)[0]

@@ -1,0 +1,208 @@
+"""Operators and autograd of soft targets, alone and with the hard labels.
+
+Both losses are one kernel: `soft_weight · KL(p‖q) + hard_weight · CE` of each row, where a loss
+without labels has no second term. `soft_weight` holds T² where that is wanted.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.library import (
+    define,
+    differentiate_once,
+    eager_gradient,
+    exclusive,
+    kernels,
+    wants_gradient,
+)
+from fastkd.reference.precision import compute_dtype
+
+# Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
+# temperature 1, the KL divergence and the cross-entropy. All that backward needs of a row.
+STATISTICS = 7
+
+_PARAMETERS = (
+    "float temperature, float soft_weight, float hard_weight, float label_smoothing, "
+    "int ignore_index, str reduction, int dim, str backend"
+)
+
+
+class Parameters(NamedTuple):
+    """The arguments that every soft-target operator ends with."""
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    dim: int
+    backend: str
+
+
+def _outputs(
+    student: Tensor, teacher: Tensor, reduction: str, dim: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    rows = [size for axis, size in enumerate(student.shape) if axis != dim]
+    count = student.numel() // student.shape[dim]
+    return (
+        student.new_empty(rows if reduction == "none" else (), dtype=dtype),
+        student.new_empty(2, dtype=dtype),
+        student.new_empty((count, STATISTICS), dtype=dtype),
+        torch.empty_like(student) if with_gradient else student.new_empty(0),
+    )
+
+
+def _forward_fake(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    with_gradient: bool,
+    *parameters: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = Parameters(*parameters)
+    return _outputs(student, teacher, p.reduction, p.dim, with_gradient)
+
+
+@define(
+    "soft_target_forward(Tensor student, Tensor teacher, Tensor? labels, bool with_gradient, "
+    f"{_PARAMETERS}) -> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
+    _forward_fake,
+)
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    with_gradient: bool,
+    *parameters: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its parts `(hard, KL)`, what backward needs of each row, and the gradient."""
+    p = Parameters(*parameters)
+    outputs = _outputs(student, teacher, p.reduction, p.dim, with_gradient)
+    kernels(p.backend, "soft_target").soft_target_forward(
+        student, teacher, labels, *outputs[:3], outputs[3] if with_gradient else None, p
+    )
+    return outputs
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    to_student: bool,
+    to_teacher: bool,
+    *parameters: Any,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(student) if to_student else student.new_empty(0),
+        torch.empty_like(teacher) if to_teacher else teacher.new_empty(0),
+    )
+
+
+@define(
+    "soft_target_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor? labels, "
+    f"Tensor statistics, bool to_student, bool to_teacher, {_PARAMETERS}) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+def backward(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    to_student: bool,
+    to_teacher: bool,
+    *parameters: Any,
+) -> tuple[Tensor, Tensor]:
+    """The gradients, computed from the inputs."""
+    p = Parameters(*parameters)
+    to = _backward_fake(grad_output, student, teacher, labels, statistics, to_student, to_teacher)
+    kernels(p.backend, "soft_target").soft_target_backward(
+        grad_output,
+        student,
+        teacher,
+        labels,
+        statistics,
+        to[0] if to_student else None,
+        to[1] if to_teacher else None,
+        p,
+    )
+    return to
+
+
+@define(
+    "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, Tensor teacher, "
+    f"Tensor? labels, Tensor statistics, {_PARAMETERS}) -> ()",
+    lambda *_: None,
+)
+def rescale(
+    gradient: Tensor,
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    *parameters: Any,
+) -> None:
+    """Apply a scalar `grad_output` to forward's gradient in place; nothing to do where it is 1."""
+    p = Parameters(*parameters)
+    kernels(p.backend, "soft_target").soft_target_rescale(
+        gradient, grad_output, student, teacher, labels, statistics, p
+    )
+
+
+class SoftTarget(torch.autograd.Function):
+    """`(loss, parts)`; only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
+    ) -> tuple[Tensor, Tensor]:
+        to_student, to_teacher = ctx.needs_input_grad[:2]
+        with_gradient = (
+            to_student
+            and not to_teacher
+            and p.reduction != "none"
+            and eager_gradient(student.dtype)
+        )
+        loss, parts, statistics, gradient = forward(student, teacher, labels, with_gradient, *p)
+        ctx.save_for_backward(student, teacher, labels, statistics, gradient)
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        ctx.parameters, ctx.with_gradient = p, with_gradient
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> Any:
+        if grad_output is None:
+            return None, None, None, None
+        student, teacher, labels, statistics, gradient = ctx.saved_tensors
+        p = ctx.parameters
+        to_student, to_teacher = ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            if not ctx.with_gradient:
+                gradients = backward(
+                    grad_output, student, teacher, labels, statistics, to_student, to_teacher, *p
+                )
+            elif torch.compiler.is_compiling():
+                gradients = (gradient * grad_output).to(gradient.dtype), None
+            else:
+                gradients = exclusive(gradient), None
+                rescale(gradients[0], grad_output, student, teacher, labels, statistics, *p)
+        found = (gradients[0] if to_student else None, gradients[1] if to_teacher else None)
+        return (*differentiate_once("soft targets", found, (student, teacher)), None, None)
+
+
+def soft_target(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
+) -> tuple[Tensor, Tensor]:
+    """`(loss, parts)`, the loss differentiable where that is wanted."""
+    if wants_gradient(student, teacher):
+        loss, parts = SoftTarget.apply(student, teacher, labels, p)
+        return loss, parts
+    return forward(student, teacher, labels, False, *p)[:2]

@@ -1,0 +1,78 @@
+"""Attention maps and attention transfer (Zagoruyko & Komodakis 2017)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.reference.precision import compute_dtype
+
+
+def attention_map(
+    features: Tensor,
+    *,
+    kind: str,
+    p: float,
+    normalize: bool,
+    eps: float,
+    channel_dim: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`vec(F(A))` of each sample, `(B, positions)`, divided by its L2 norm if `normalize`."""
+    magnitude = features.to(dtype or compute_dtype(features)).movedim(channel_dim, 1).abs()
+    if kind == "max_pow":
+        # `max(dim)` sends the gradient to the first channel that attains it; `amax` splits it.
+        raw = magnitude.max(dim=1).values.pow(p)
+    else:
+        raw = magnitude.pow(p).sum(dim=1)
+    raw = raw.flatten(1)
+    return unit(raw, eps) if normalize else raw
+
+
+def unit(raw: Tensor, eps: float) -> Tensor:
+    """Each row over its L2 norm, or over `eps` where that is larger; zeros stay zeros."""
+    # Relative to its largest element, a row has a norm whose squares cannot overflow.
+    largest = raw.detach().amax(1, keepdim=True)
+    scale = largest.masked_fill(~((largest > 0) & largest.isfinite()), 1)
+    norm = torch.linalg.vector_norm(raw / scale, dim=1, keepdim=True) * scale
+    return raw / norm.clamp_min(max(eps, torch.finfo(raw.dtype).tiny))
+
+
+def attention_transfer_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    kind: str,
+    p: float,
+    distance: str,
+    order: float,
+    beta: float,
+    reduction: str,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """The distances between normalised maps, `(pairs, B)`, weighted and reduced."""
+    dtype = compute_dtype(*students, *teachers)
+
+    def maps(features: Tensor) -> Tensor:
+        return attention_map(
+            features,
+            kind=kind,
+            p=p,
+            normalize=True,
+            eps=eps,
+            channel_dim=channel_dim,
+            dtype=dtype,
+        )
+
+    rows = []
+    for student, teacher in zip(students, teachers, strict=True):
+        difference = maps(student) - maps(teacher)
+        if distance == "norm":
+            rows.append(beta / 2 * torch.linalg.vector_norm(difference, ord=order, dim=1))
+        else:
+            rows.append(beta * difference.square().mean(dim=1))
+    losses = torch.stack(rows)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(losses.shape[1], 1) if reduction == "mean" else 1)

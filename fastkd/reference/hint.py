@@ -1,0 +1,46 @@
+"""FitNets hints (Romero et al. 2015)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.reference.precision import compute_dtype
+
+
+def regress(student: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The regressor r: a 1x1 convolution of `(B, C_s, *spatial)` to `(B, C_t, *spatial)`."""
+    student, weight = student.to(dtype), weight.to(dtype).flatten(1)
+    bias = None if bias is None else bias.to(dtype)
+    if student.ndim > 2 and student.is_contiguous():
+        # Positions lie side by side: a product per sample needs no copy with channels last.
+        weights = weight.expand(len(student), -1, -1)
+        flat = student.flatten(2)
+        projected = (
+            torch.bmm(weights, flat)
+            if bias is None
+            else torch.baddbmm(bias[:, None], weights, flat)
+        )
+        return projected.unflatten(2, student.shape[2:])
+    return F.linear(student.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+def hint_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    reduction: str,
+    half: bool,
+) -> Tensor:
+    """`½‖student − teacher‖²` of each sample, `(pairs, B)`, reduced."""
+    dtype = compute_dtype(*students, *teachers)
+    scale = 0.5 if half else 1.0
+    losses = torch.zeros((), dtype=dtype, device=students[0].device)
+    rows = []
+    for student, teacher in zip(students, teachers, strict=True):
+        squares = (student.to(dtype) - teacher.to(dtype)).square()
+        rows.append(scale * squares.flatten(1).sum(1))
+        divisor = {"none": 1, "sum": 1, "batchmean": squares.shape[0], "mean": squares.numel()}
+        losses = losses + rows[-1].sum() / max(divisor[reduction], 1)
+    return torch.stack(rows) if reduction == "none" else losses

@@ -1,0 +1,112 @@
+"""Compiles csrc with CMake and Ninja; all else about the package is in pyproject.toml.
+
+FASTKD_BUILD says what to compile:
+
+    auto   (default) what this machine can; what is left out is said, and the install succeeds
+    none   nothing: pure Python
+    cpu    the CPU kernels, or the install fails
+    cuda   the CUDA kernels as well, or the install fails
+"""
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from itertools import dropwhile, islice
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MODES = ("auto", "none", "cpu", "cuda")
+MODE = os.environ.get("FASTKD_BUILD") or "auto"
+if MODE not in MODES:
+    raise SystemExit(f"fastkd: FASTKD_BUILD must be one of {', '.join(MODES)}; got {MODE!r}")
+
+NO_CUDA = "the CUDA kernels arrive in a later version"
+NO_COMPILER = (
+    "no C++ compiler was found; install one (on Debian, apt install g++) or name it in CXX, "
+    "then install fastkd again"
+)
+
+
+class LeftOutError(Exception):
+    """Kernels that cannot be compiled here, and the remedy."""
+
+
+class NativeBuild(build_ext):
+    """Compiles `_native`, and leaves `_build.txt` beside it for `python -m fastkd.info`."""
+
+    def run(self):
+        built = Path(self.build_lib, "fastkd")
+        package = Path("fastkd") if self.inplace else built
+        # An earlier build's module must not pass for this one's, least of all in a wheel.
+        for folder in {built, package}:
+            for stale in folder.glob("_native*"):
+                stale.unlink()
+        try:
+            if MODE == "cuda":
+                raise LeftOutError(f"{NO_CUDA}; use FASTKD_BUILD=auto or FASTKD_BUILD=cpu")
+            super().run()
+            cpu = "compiled"
+        except LeftOutError as reason:
+            if MODE != "auto":
+                raise SystemExit(f"fastkd: FASTKD_BUILD={MODE} cannot be done: {reason}") from None
+            cpu = f"left out: {reason}"
+        note = f"CPU kernels: {cpu}\nCUDA kernels: left out: {NO_CUDA}\n"
+        print(note, end="", file=sys.stderr)
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.txt").write_text(note)
+
+    def build_extension(self, ext):
+        import pybind11
+
+        # Ninja and pybind11 are named each time: CMake's cache may hold the folders of an isolated
+        # build that is long gone.
+        ninja = next(file.locate() for file in metadata.files("ninja") if file.stem == "ninja")
+        compiler = cxx_compiler()
+        # A folder for each compiler: CMake forgets its other settings when the compiler changes.
+        build = Path(self.build_temp, re.sub(r"\W+", "-", compiler))
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        os.environ["CXX"] = compiler
+        self.cmake(
+            *("-S", "csrc", "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja).resolve()}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        )
+        self.cmake("--build", str(build))
+
+    def cmake(self, *args):
+        from cmake import CMAKE_BIN_DIR
+
+        command = [str(Path(CMAKE_BIN_DIR, "cmake")), *args]
+        done = subprocess.run(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        self.announce(done.stdout, logging.ERROR if done.returncode else logging.INFO)
+        if done.returncode:
+            lines = [line for line in done.stdout.splitlines() if line.strip()]
+            errors = dropwhile(lambda line: "error" not in line.lower(), lines)
+            raise LeftOutError("\n".join(["compiling failed", *islice(errors, 4)]))
+
+
+def cxx_compiler():
+    # Left to itself, CMake also searches /usr/bin, and finds a compiler that PATH hides.
+    names = map(shutil.which, ("c++", "g++", "clang++"))
+    compiler = os.environ.get("CXX") or next(filter(None, names), None)
+    if compiler is None:
+        raise LeftOutError(NO_COMPILER)
+    return compiler
+
+
+setup(
+    ext_modules=[] if MODE == "none" else [Extension("fastkd._native", sources=[])],
+    cmdclass={"build_ext": NativeBuild},
+)

@@ -1,0 +1,195 @@
+"""What it means that a loss agrees with the oracle, in value and gradients."""
+
+import functools
+import math
+
+import numpy as np
+import oracle
+import torch
+from torch import float32, float64
+
+import fastkd
+
+DTYPES = [float32, float64, torch.float16, torch.bfloat16]
+
+# Of the loss, or of the loss's natural size where that is larger; of the gradient's norm.
+LOSS_TOLERANCE = {float32: 2e-6, float64: 1e-12}
+GRADIENT_TOLERANCE = {float32: 3e-6, float64: 1e-12}
+# Half precision: the error of rounding the exact gradient, and no more than 5% of error besides.
+HALF_TOLERANCE = 1.05
+
+
+def array(x):
+    """Exact, whatever the dtype."""
+    x = x.detach()
+    return x.double().numpy() if x.is_floating_point() else x.numpy()
+
+
+def leaf(x, requires_grad=True):
+    """A leaf that shares values and strides with `x`."""
+    return x.detach().requires_grad_(requires_grad)
+
+
+def check(loss, expected, tensors, *, students=1, grad_output=None, size=0.0, teachers=True):
+    """`loss(*tensors)` and its gradients are those of `expected(*arrays, grad_output=...)`.
+
+    The first `students` tensors require grad alone (kernels compute that gradient in forward), and
+    then together with all others unless `teachers` is False. `size` is what the loss may be
+    rounded against where it is smaller.
+    """
+    upstream = 1.0 if grad_output is None else array(torch.as_tensor(grad_output, dtype=float64))
+    value, expected_gradients = expected(*map(array, tensors), grad_output=upstream)
+    for wanted in {students, len(tensors) if teachers else students}:
+        leaves = [leaf(x, index < wanted) for index, x in enumerate(tensors)]
+        actual = loss(*leaves)
+        assert_loss(actual, value, tensors, size)
+        if grad_output is None:
+            cotangent = torch.ones_like(actual)
+        else:
+            cotangent = torch.as_tensor(grad_output, dtype=actual.dtype).expand_as(actual)
+        gradients = torch.autograd.grad(actual, leaves[:wanted], cotangent)
+        for x, gradient, wanted_gradient in zip(tensors, gradients, expected_gradients):  # noqa: B905
+            assert gradient.dtype == x.dtype
+            assert_gradient(gradient, wanted_gradient)
+
+
+def assert_loss(actual, expected, tensors, size=0.0):
+    expected = np.asarray(expected)
+    is_double = any(x.dtype == float64 for x in tensors)
+    assert actual.dtype == (float64 if is_double else float32)
+    assert tuple(actual.shape) == expected.shape
+    bound = LOSS_TOLERANCE[actual.dtype] * np.maximum(np.abs(expected), size)
+    actual = array(actual)
+    same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        wrong = ~(same | (np.isfinite(expected) & (np.abs(actual - expected) <= bound)))
+    assert not wrong.any(), (actual[wrong], expected[wrong], (actual - expected)[wrong])
+
+
+def assert_gradient(actual, expected):
+    """Infinite and NaN elements are where they should be; the others are close in norm."""
+    assert tuple(actual.shape) == expected.shape
+    dtype, actual = actual.dtype, array(actual)
+    rounded = array(torch.from_numpy(np.array(expected)).to(dtype))
+    is_finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(actual[~is_finite], rounded[~is_finite])
+    if dtype in GRADIENT_TOLERANCE:
+        bound = GRADIENT_TOLERANCE[dtype] * np.linalg.norm(expected[is_finite])
+    else:
+        bound = HALF_TOLERANCE * np.linalg.norm((rounded - expected)[is_finite])
+    error = np.linalg.norm((actual - expected)[is_finite])
+    assert error <= bound, (
+        f"error {error:.3g} > {bound:.3g}, ratio {error / max(bound, 1e-300):.3g}"
+    )
+
+
+def logits(*shape, dtype=torch.float32, scale=3.0):
+    return (scale * torch.randn(shape, dtype=torch.float64)).to(dtype)
+
+
+def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, **_):
+    """T² of each row, reduced as the loss is: what a row's loss is rounded against."""
+    rows = math.prod(shape) / shape[dim]
+    per_row = temperature**2 if scale_t2 else 1.0
+    return per_row * {"sum": rows, "mean": 1 / shape[dim]}.get(reduction, 1)
+
+
+def check_soft_target(student, teacher, backend, grad_output=None, teachers=True, **keywords):
+    check(
+        functools.partial(fastkd.soft_target_loss, backend=backend, **keywords),
+        functools.partial(oracle.soft_target, **keywords),
+        (student, teacher),
+        grad_output=grad_output,
+        size=_size(student.shape, **keywords),
+        teachers=teachers,
+    )
+
+
+def check_distillation(
+    student, teacher, labels, backend, grad_output=None, teachers=True, **keywords
+):
+    soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
+    size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
+
+    def expected(s, t, grad_output):
+        parts, gradients = oracle.distillation(s, t, array(labels), grad_output, **keywords)
+        return parts[0], gradients
+
+    check(
+        functools.partial(fastkd.distillation_loss, labels=labels, backend=backend, **keywords),
+        expected,
+        (student, teacher),
+        grad_output=grad_output,
+        size=size,
+        teachers=teachers,
+    )
+
+
+def features(*shape, dtype=torch.float32, channel_dim=1):
+    """Of either sign, as before a ReLU, and stronger at some positions than at others."""
+    strength = 0.1 + torch.rand(shape, dtype=float64)
+    if len(shape) > 1:
+        strength = strength.narrow(channel_dim, 0, min(1, shape[channel_dim]))
+    return (torch.randn(shape, dtype=float64) * strength).to(dtype)
+
+
+def check_map(x, backend, **keywords):
+    positions = math.prod(x.shape[1:]) // x.shape[keywords.get("channel_dim", 1)]
+    check(
+        functools.partial(fastkd.attention_map, backend=backend, **keywords),
+        functools.partial(oracle.attention_map, **keywords),
+        (x,),
+        grad_output=torch.randn(x.shape[0], positions),
+    )
+
+
+def check_transfer(students, teachers, backend, grad_output=None, with_teachers=True, **keywords):
+    """Tensors or lists of them, as the loss takes them."""
+    is_sequence = isinstance(students, list)
+    students, teachers = (x if is_sequence else [x] for x in (students, teachers))
+    count = len(students)
+
+    def loss(*tensors):
+        sides = list(tensors[:count]), list(tensors[count:])
+        if not is_sequence:
+            sides = sides[0][0], sides[1][0]
+        return fastkd.attention_transfer_loss(*sides, backend=backend, **keywords)
+
+    def expected(*arrays, grad_output):
+        return oracle.attention_transfer(
+            arrays[:count], arrays[count:], grad_output=grad_output, **keywords
+        )
+
+    check(
+        loss, expected, [*students, *teachers],
+        students=count, grad_output=grad_output, teachers=with_teachers,
+    )  # fmt: skip
+
+
+def check_hint(students, teachers, backend, weight=None, bias=None, grad_output=None, **keywords):
+    """Tensors or lists of them, as the loss takes them."""
+    is_sequence = isinstance(students, list)
+    students, teachers = (x if is_sequence else [x] for x in (students, teachers))
+    count = len(students)
+    regressor = [x for x in (weight, bias) if x is not None]
+
+    def split(values):
+        extra = [*values[2 * count :], None, None]
+        return list(values[:count]), list(values[count : 2 * count]), extra[0], extra[1]
+
+    def loss(*tensors):
+        *sides, w, b = split(tensors)
+        if not is_sequence:
+            sides = [side[0] for side in sides]
+        return fastkd.hint_loss(
+            *sides, regressor_weight=w, regressor_bias=b, backend=backend, **keywords
+        )
+
+    def expected(*arrays, grad_output):
+        value, gradients = oracle.hint(*split(arrays), grad_output, **keywords)
+        per_sample = not is_sequence and keywords.get("reduction") == "none"
+        return value[0] if per_sample else value, gradients
+
+    check(
+        loss, expected, [*students, *teachers, *regressor], students=count, grad_output=grad_output
+    )

@@ -1,0 +1,63 @@
+"""Which backends are tested, with what inputs; everything a test may change is put back."""
+
+import os
+import secrets
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import dispatch
+
+# A backend that is named here and cannot run fails its tests: it is never skipped in silence.
+BACKENDS = os.environ.get("FASTKD_TEST_BACKENDS", "native,reference").split(",")
+KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+SEED = int(os.environ.get("FASTKD_TEST_SEED") or secrets.randbelow(2**32))
+
+
+def pytest_report_header():
+    return f"fastkd: FASTKD_TEST_BACKENDS={','.join(BACKENDS)} FASTKD_TEST_SEED={SEED}"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def kernel_backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs(request):
+    """Other inputs in every run; the seed in the header brings them back."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Uninitialised memory holds NaN, so that an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dispatch(monkeypatch):
+    monkeypatch.delenv("FASTKD_BACKEND", raising=False)
+    dispatch._resolve.cache_clear()
+    dispatch._warn_once.cache_clear()
+    yield
+    dispatch._resolve.cache_clear()
+    dispatch._warn_once.cache_clear()
+
+
+@pytest.fixture
+def numbers():
+    """Normal random numbers of a shape, as a float64 array."""
+    rng = np.random.default_rng(torch.initial_seed())
+    return lambda *shape: rng.normal(size=shape)

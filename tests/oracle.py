@@ -1,0 +1,207 @@
+"""The equations as the papers state them, in NumPy float64, with derivatives worked out by hand.
+
+Nothing here comes from fastkd. Every function takes arrays and the `grad_output` of the loss and
+returns `(loss, gradients)`, the gradients in the order of the array arguments.
+"""
+
+import numpy as np
+
+
+def log_softmax(x):
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_rows(student, teacher, temperature):
+    """KL(p‖q) of each row, and its derivatives towards student and teacher."""
+    # Shifted before the division, so that huge logits lose nothing to it.
+    log_p, log_q = (
+        log_softmax((x - x.max(-1, keepdims=True)) / temperature) for x in (teacher, student)
+    )
+    p, q = np.exp(log_p), np.exp(log_q)
+    is_excluded = teacher == -np.inf
+    ratio = np.where(is_excluded, 0, log_p) - np.where(is_excluded, 0, log_q)
+    # The teacher's probability may underflow; where only the student excludes a class it still is
+    # not 0.
+    terms = np.where(ratio == np.inf, np.inf, p * ratio)
+    rows = terms.sum(-1)
+    to_teacher = p * (ratio - rows[..., None])
+    return rows, (q - p) / temperature, to_teacher / temperature
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def soft_target(
+    student, teacher, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
+    dim=-1,
+):  # fmt: skip
+    rows, *gradients = kl_rows(
+        np.moveaxis(student, dim, -1), np.moveaxis(teacher, dim, -1), temperature
+    )
+    weight = temperature**2 if scale_t2 else 1.0
+    divisor = {"none": 1, "sum": 1, "batchmean": rows.size, "mean": student.size}[reduction]
+    weight = weight / max(divisor, 1)
+    upstream = np.broadcast_to(grad_output, rows.shape)[..., None] * weight
+    loss = rows * weight if reduction == "none" else np.sum(rows * weight)
+    return loss, [np.moveaxis(upstream * g, -1, dim) for g in gradients]
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def distillation(
+    student, teacher, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
+    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, dim=-1,
+):  # fmt: skip
+    """As the others; the loss is `(loss, hard, soft)`."""
+    student, teacher = np.moveaxis(student, dim, -1), np.moveaxis(teacher, dim, -1)
+    kept = labels != ignore_index
+    count, classes = max(kept.sum(), 1), student.shape[-1]
+    gradients = [np.zeros_like(student), np.zeros_like(teacher)]
+    s, t = student[kept], teacher[kept]
+
+    log_q = log_softmax(s)
+    target = np.full(s.shape, label_smoothing / classes)
+    target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
+    hard = -np.where(target > 0, target * log_q, 0).sum() / count
+    rows, soft_to_student, soft_to_teacher = kl_rows(s, t, temperature)
+    soft = temperature**2 * rows.sum() / count
+
+    # A term of weight 0 is not there, also where it is infinite.
+    loss = sum(w * part for w, part in ((hard_weight, hard), (soft_weight, soft)) if w)
+    if hard_weight:
+        gradients[0][kept] += hard_weight * (np.exp(log_q) - target)
+    if soft_weight:
+        gradients[0][kept] += soft_weight * temperature**2 * soft_to_student
+        gradients[1][kept] += soft_weight * temperature**2 * soft_to_teacher
+    gradients = [np.moveaxis(g * grad_output / count, -1, dim) for g in gradients]
+    return (loss, hard, soft), gradients
+
+
+def _raw_map(features, kind, p):
+    """F of `(B, C, positions)`, and the function that carries a gradient of F to the features."""
+    p = p if p is not None else 1.0 if kind == "sum" else 2.0
+    magnitude = np.abs(features)
+    slope = p * magnitude ** (p - 1) * np.sign(features)
+    if kind == "max_pow":
+        winners = magnitude.argmax(1)[:, None]
+        slope = np.where(np.arange(features.shape[1])[:, None] == winners, slope, 0)
+        raw = magnitude.max(1) ** p
+    else:
+        raw = (magnitude**p).sum(1)
+    return raw, lambda gradient: gradient[:, None] * slope
+
+
+def _map(features, kind, p, normalize, eps, channel_dim):
+    moved = np.moveaxis(features, channel_dim, 1)
+    raw, to_features = _raw_map(moved.reshape(*moved.shape[:2], np.prod(moved.shape[2:])), kind, p)
+    norm = np.sqrt((raw**2).sum(1, keepdims=True))
+    q = raw / np.maximum(norm, eps) if normalize else raw
+
+    def back(gradient):
+        if normalize:
+            radial = np.where(norm > eps, q * (q * gradient).sum(1, keepdims=True), 0)
+            gradient = (gradient - radial) / np.maximum(norm, eps)
+        return np.moveaxis(to_features(gradient).reshape(moved.shape), 1, channel_dim)
+
+    return q, back
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def attention_map(
+    features, grad_output=1.0, *, kind="sum_pow", p=None, normalize=True, eps=1e-12, channel_dim=1
+):
+    q, back = _map(features, kind, p, normalize, eps, channel_dim)
+    return q, [back(np.broadcast_to(grad_output, q.shape))]
+
+
+def _distance(difference, distance, order):
+    """One number per sample, and its derivative towards the difference."""
+    if distance == "mse":
+        return (difference**2).mean(1), 2 * difference / difference.shape[1]
+    order = 2.0 if order is None else order
+    magnitude, sign = np.abs(difference), np.sign(difference)
+    largest = magnitude.max(1, keepdims=True)
+    if order == np.inf:
+        ties = (magnitude == largest).astype(float)
+        return largest[:, 0], sign * ties / ties.sum(1, keepdims=True)
+    # Scaled by the largest element, so that high orders neither overflow nor underflow.
+    scaled = magnitude / np.where(largest > 0, largest, 1)
+    norm = (scaled**order).sum(1, keepdims=True) ** (1 / order)
+    slope = sign * (scaled / np.where(norm > 0, norm, 1)) ** (order - 1)
+    return (largest * norm)[:, 0], slope
+
+
+def pooling(size, to):
+    """The matrix that averages `size` positions into `to` bins, as adaptive pooling does."""
+    matrix = np.zeros((to, size))
+    for i in range(to):
+        start, end = i * size // to, -(-(i + 1) * size // to)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix
+
+
+def _pooled(features, height, width):
+    if features.shape[2:] == (height, width):
+        return features, lambda gradient: gradient
+    rows, columns = pooling(features.shape[2], height), pooling(features.shape[3], width)
+    return rows @ features @ columns.T, lambda gradient: rows.T @ gradient @ columns
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def attention_transfer(
+    students, teachers, grad_output=1.0, *, kind="sum_pow", p=None, distance="norm", order=None,
+    beta=1.0, resize=None, reduction="mean", eps=1e-12, channel_dim=1,
+):  # fmt: skip
+    """Takes lists; the gradients are all students', then all teachers'."""
+    batch = students[0].shape[0]
+    weight = beta / 2 if distance == "norm" else beta
+    weight = weight / max(batch, 1) if reduction == "mean" else weight
+    upstream = np.broadcast_to(grad_output, (len(students), batch)) * weight
+    losses, to_students, to_teachers = [], [], []
+    for pair, student, teacher in zip(upstream, students, teachers, strict=True):
+        unpool = [lambda gradient: gradient] * 2
+        if resize is not None:
+            smaller = np.minimum(student.shape[2:], teacher.shape[2:])
+            student, unpool[0] = _pooled(student, *smaller)
+            teacher, unpool[1] = _pooled(teacher, *smaller)
+        (q_s, back_s), (q_t, back_t) = (
+            _map(x, kind, p, True, eps, channel_dim) for x in (student, teacher)
+        )
+        values, slope = _distance(q_s - q_t, distance, order)
+        losses.append(values * weight)
+        to_students.append(unpool[0](back_s(pair[:, None] * slope)))
+        to_teachers.append(unpool[1](back_t(-pair[:, None] * slope)))
+    losses = np.stack(losses)
+    return losses if reduction == "none" else losses.sum(), [*to_students, *to_teachers]
+
+
+def hint(
+    students, teachers, weight=None, bias=None, grad_output=1.0, *, reduction="batchmean", half=True
+):
+    """Takes lists; the gradients are all students', all teachers', the weight's, the bias's."""
+    scale = 0.5 if half else 1.0
+    losses, to_students, to_teachers, to_weight, to_bias = [], [], [], 0, 0
+    for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        guided = student
+        if weight is not None:
+            matrix = weight.reshape(weight.shape[:2])
+            guided = np.einsum("ts,bs...->bt...", matrix, student)
+            if bias is not None:
+                guided = guided + bias.reshape(-1, *[1] * (student.ndim - 2))
+        divisor = {"batchmean": len(guided), "mean": guided.size}.get(reduction, 1)
+        difference = guided - teacher
+        squares = (difference**2).sum(tuple(range(1, difference.ndim)))
+        losses.append(scale / max(divisor, 1) * squares)
+        upstream = np.broadcast_to(grad_output, (len(students), len(guided)))[index]
+        upstream = upstream.reshape(-1, *[1] * (guided.ndim - 1))
+        slope = 2 * scale / max(divisor, 1) * upstream * difference
+        to_teachers.append(-slope)
+        if weight is None:
+            to_students.append(slope)
+            continue
+        to_students.append(np.einsum("ts,bt...->bs...", matrix, slope))
+        summed = [0, *range(2, slope.ndim)]
+        products = np.tensordot(slope, student, (summed, summed))
+        to_weight = to_weight + products.reshape(weight.shape)
+        to_bias = to_bias + slope.sum(tuple(summed))
+    extra = [g for x, g in ((weight, to_weight), (bias, to_bias)) if x is not None]
+    loss = np.stack(losses) if reduction == "none" else sum(x.sum() for x in losses)
+    return loss, [*to_students, *to_teachers, *extra]

@@ -1,0 +1,338 @@
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import fastkd  # noqa: E402
+from benchmarks import __main__ as cli  # noqa: E402
+from benchmarks import contenders, measure, readme, report  # noqa: E402
+from benchmarks.cpu import Cpu  # noqa: E402
+from benchmarks.plot import plot  # noqa: E402
+from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
+from benchmarks.workloads import WORKLOADS  # noqa: E402
+
+CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.dtypes]
+SMALL = WORKLOADS[0].shrunk(16)
+FLOAT = torch.float32
+
+
+def test_every_public_loss_has_a_workload():
+    public = {
+        name
+        for name in fastkd.__all__
+        if inspect.isfunction(getattr(fastkd, name))
+        and getattr(fastkd, name).__module__.startswith("fastkd.losses.")
+    }
+    assert public == {workload.loss for workload in WORKLOADS}
+
+
+def test_workloads_are_told_apart_by_family_and_name():
+    assert len({(w.family, w.name) for w in WORKLOADS}) == len(WORKLOADS)
+
+
+@pytest.mark.parametrize(
+    ("workload", "dtype"), [pytest.param(w, d, id=f"{w.loss}-{w.name}-{d}") for w, d in CASES]
+)
+def test_eager_statement_is_the_loss_that_fastkd_computes(workload, dtype):
+    small = workload.shrunk(10**6)
+    if small.family == "attention, detector":
+        pyramid = tuple((2, 16, *shape[2:]) for shape in small.student)
+        small = replace(small, student=pyramid, teacher=pyramid)
+    inputs = small.inputs(dtype)
+    assert all(leaf.dtype == dtype for leaf in inputs.leaves())
+    truth = measure.Truth(small, inputs)
+    outcome = truth.judge(measure.Trial(contenders.CONTENDERS["eager"](small), inputs))
+    assert outcome.status == "right", outcome
+
+
+def test_inputs_are_the_same_each_time_and_only_the_student_learns():
+    first, second = (SMALL.inputs(FLOAT) for _ in range(2))
+    for one, other in zip(first.batch, second.batch, strict=True):
+        assert torch.equal(one, other)
+    assert [x.requires_grad for x in first.batch] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["three in one call", "regressor", "channels_last"])
+def test_oracle_is_the_same_in_pieces(name, monkeypatch):
+    (workload,) = (w for w in WORKLOADS if name in w.name)
+    small = workload.shrunk(workload.student[0][0] // 4)
+    inputs = small.inputs(FLOAT)
+    whole = measure.Truth(small, inputs)
+    monkeypatch.setattr(measure, "_ORACLE_ELEMENTS", 1)
+    pieces = measure.Truth(small, inputs)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert pieces.gradient_error(whole.gradients) < 1e-12
+
+
+def test_ideal_bytes_count_what_must_move():
+    logits = next(w for w in WORKLOADS if w.name == "(256,1000)")
+    assert logits.ideal_bytes(FLOAT, 0) == 3 * 256 * 1000 * 4
+    assert logits.ideal_bytes(torch.bfloat16, 0) == 3 * 256 * 1000 * 2
+    maps = next(w for w in WORKLOADS if w.name == "(128,256,8,8)")
+    sample = 256 * 8 * 8 * 4
+    assert maps.ideal_bytes(FLOAT, sample) == 3 * 128 * sample
+    assert maps.ideal_bytes(FLOAT, sample - 1) == 4 * 128 * sample
+
+
+def measured(names: list[str]) -> Case:
+    return measure.measure(SMALL, FLOAT, names, Cpu(), 0.01, 2)
+
+
+def scaled(workload):
+    return lambda *batch: 1.001 * contenders.CONTENDERS["eager"](workload)(*batch)
+
+
+def broken(workload):
+    def statement(*batch):
+        raise RuntimeError("no kernel\nwith details")
+
+    return statement
+
+
+def not_a_number(workload):
+    return lambda student, teacher: (student * torch.nan).sum()
+
+
+def without_gradient(workload):
+    spare = torch.zeros((), requires_grad=True)
+    return lambda *batch: contenders.CONTENDERS["eager"](workload)(*batch).detach() + spare
+
+
+@pytest.mark.parametrize(
+    ("contender", "status", "message"),
+    [
+        (scaled, "wrong", "gradient error 1.0e-03"),
+        (broken, "failed", "RuntimeError: no kernel"),
+        (not_a_number, "wrong", "not finite"),
+        (without_gradient, "wrong", "a gradient is missing"),
+    ],
+)
+def test_a_wrong_contender_has_no_time(contender, status, message, monkeypatch):
+    monkeypatch.setitem(contenders.CONTENDERS, "other", contender)
+    case = measured(["eager", "other"])
+    assert case.outcomes["eager"].status == "right"
+    assert case.outcomes["other"].status == status
+    assert case.seconds("other") is None
+    assert case.speedup("other", "eager") is None
+    assert report.milliseconds(case.outcomes["other"]) == status
+    (complaint,) = report.complaints(record_of(case))
+    assert message in complaint
+
+
+def test_race_takes_turns_and_respects_the_least_number_of_rounds():
+    order = []
+
+    class Clock:
+        def time(self, prepare, step):
+            order.append(step())
+            return 1.0
+
+    class Trial:
+        def __init__(self, name):
+            self.prepare, self.step = (lambda: None), (lambda: name)
+
+    samples = measure.race(Clock(), {"a": Trial("a"), "b": Trial("b")}, 0.0, 5)
+    assert samples == {"a": [1.0] * 5, "b": [1.0] * 5}
+    rounds = [order[i : i + 2] for i in range(4, len(order), 2)]
+    assert all(sorted(names) == ["a", "b"] for names in rounds)
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    cpu = Cpu()
+    size = 64 << 20
+    peak = cpu.peak_extra_bytes(lambda: None, lambda: torch.ones(size // 4).sum())
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert size * 0.95 < peak < size * 1.3
+
+
+def record_of(*cases: Case, **changes) -> Record:
+    fields = dict(
+        schema=SCHEMA,
+        device="cpu",
+        date="2026-01-01T00:00+00:00",
+        commit="0123456789ab",
+        machine=Cpu().machine(),
+        versions=cli.versions(),
+        options={},
+        complete=True,
+        subject="native",
+        copy_bandwidth={"warm": 2e10, "fresh": 1e10},
+        cases=list(cases),
+    )
+    return Record(**(fields | changes))
+
+
+def case_of(workload, dtype="float32", **seconds: float) -> Case:
+    return Case(
+        family=workload.family,
+        loss=workload.loss,
+        workload=workload.name,
+        dtype=dtype,
+        student=[list(shape) for shape in workload.student],
+        teacher=[list(shape) for shape in workload.teacher],
+        headline=workload.headline,
+        ideal_bytes=10**7,
+        gradient_bytes=10**6,
+        rounding_error=2e-8,
+        outcomes={
+            name: Outcome("right", "", 1e-7, 1e-7, s, s * 0.9, s * 1.1, s * 0.8, 9, 10**6)
+            for name, s in seconds.items()
+        },
+    )
+
+
+def full_record(**changes) -> Record:
+    cases = [
+        case_of(workload, str(dtype).removeprefix("torch."), eager=4e-3, compile=2e-3, native=1e-3)
+        for workload, dtype in CASES
+    ]
+    return record_of(*cases, **changes)
+
+
+def test_derived_figures():
+    record = full_record()
+    case = record.cases[0]
+    assert case.speedup("native", "compile") == pytest.approx(2)
+    assert case.outcomes["native"].spread == pytest.approx(0.2)
+    assert record.share(case, "native") == pytest.approx(0.5)
+    groups = dict(record.groups("bfloat16"))
+    assert len(groups["all"]) == sum(dtype == torch.bfloat16 for _, dtype in CASES)
+    assert {case.loss for case in groups["hint_loss"]} == {"hint_loss"}
+
+
+def test_record_survives_the_file_and_refuses_another_schema(tmp_path):
+    record, path = full_record(), tmp_path / "cpu.json"
+    record.save(path)
+    assert Record.load(path) == record
+    path.write_text(json.dumps({"schema": SCHEMA + 1}))
+    with pytest.raises(ValueError, match=f"expected {SCHEMA}"):
+        Record.load(path)
+
+
+def documents(folder: Path) -> list[Path]:
+    paths = [folder / name for name in readme.DOCUMENTS]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    return paths
+
+
+def test_readme_is_filled_and_checked(tmp_path):
+    paths, results = documents(tmp_path), tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    assert "no complete record" in readme.update(tmp_path, results, check=True)[0]
+
+    full_record().save(results / "cpu.json")
+    full_record(complete=False).save(results / "cpu-partial.json")
+    assert len(readme.update(tmp_path, results, check=True)) == 2
+    assert readme.update(tmp_path, results, check=False) == []
+    assert readme.update(tmp_path, results, check=True) == []
+    texts = [path.read_text() for path in paths]
+    assert all(text.startswith("before\n") and text.endswith("\nafter\n") for text in texts)
+    assert all(text.count("**2.00×**") >= 5 for text in texts)
+    assert "(benchmarks/results/cpu.png)" in texts[0]
+    assert "(../benchmarks/results/cpu.png)" in texts[1]
+
+    paths[0].write_text(texts[0].replace("**2.00×**", "**3.00×**", 1))
+    assert readme.update(tmp_path, results, check=True) == [
+        "README.md is out of date; run python -m benchmarks.readme"
+    ]
+    paths[0].write_text("no markers")
+    paths[1].unlink()
+    assert len(readme.update(tmp_path, results, check=False)) == 2
+    assert paths[0].read_text() == "no markers"
+
+
+def test_plot_is_drawn_also_where_a_contender_is_wrong(tmp_path):
+    record = full_record()
+    wrong = replace(record.cases[0].outcomes["native"], status="wrong", seconds=None)
+    outcomes = record.cases[0].outcomes | {"native": wrong}
+    cases = [replace(record.cases[0], outcomes=outcomes), *record.cases[1:]]
+    plot(replace(record, cases=cases), tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_a_whole_run_may_stand_in_the_documentation():
+    assert cli.is_complete(cli.parse([]))
+    for arguments in (["--quick"], ["--filter", "hint"], ["--dtype", "float32"]):
+        assert not cli.is_complete(cli.parse(arguments))
+    assert not cli.is_complete(cli.parse(["--contenders", "eager"]))
+
+
+def test_jobs_follow_the_options():
+    assert len(cli.jobs(cli.parse([]))) == len(CASES)
+    chosen = cli.jobs(cli.parse(["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]))
+    assert [(w.name, dtype) for w, dtype in chosen] == [
+        ("ResNet-18 ← ResNet-34, channels_last, batch 256", torch.bfloat16)
+    ]
+    for bad in (["--seconds", "0"], ["--seconds", "nan"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit):
+            cli.parse(bad)
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name():
+    with pytest.raises(SystemExit, match="triton cannot run here: "):
+        cli.choose_contenders(cli.parse(["--contenders", "eager", "triton"]), Cpu())
+    assert "no workload" in bench("--filter", "no such workload", status=2)
+
+
+def bench(*arguments: str, status: int = 0) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_command_line_end_to_end(tmp_path):
+    output = bench(
+        *("--quick", "--filter", "(256,1000)", "--dtype", "float32"),
+        *("--contenders", "eager", "reference", "--output", str(tmp_path)),
+    )
+    assert "reference: geometric means" in output
+    record = Record.load(tmp_path / "cpu-partial.json")
+    assert not record.complete
+    assert record.subject == "reference"
+    assert {"device", "cores", "threads", "instruction_set", "memory_bytes", "system"} <= set(
+        record.machine
+    )
+    assert {"fastkd", "torch", "python", "compiler"} == set(record.versions)
+    assert record.options["filter"] == ["(256,1000)"]
+    assert record.copy_bandwidth["fresh"] > 0
+    assert [case.loss for case in record.cases] == ["soft_target_loss", "distillation_loss"]
+    for case in record.cases:
+        assert case.student == [[8, 1000]]
+        assert set(case.outcomes) == {"eager", "reference"}
+        for outcome in case.outcomes.values():
+            assert outcome.repetitions >= 3
+            assert outcome.seconds_least <= outcome.seconds_q25 <= outcome.seconds
+            assert outcome.seconds <= outcome.seconds_q75
+    assert (tmp_path / "cpu-partial.png").exists()
+
+
+def test_torch_compile_takes_part():
+    case = measured(["eager", "compile"])
+    compiled = case.outcomes["compile"]
+    if compiled.status == "failed":
+        pytest.skip(f"torch.compile does not work here: {compiled.message}")
+    assert compiled.status == "right"
+    assert case.speedup("compile", "eager") > 0

@@ -1,0 +1,212 @@
+"""torch.compile without graph breaks, and the operators as torch wants them."""
+
+import pytest
+import torch
+from calls import LOSSES, sample, variants
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkd
+from fastkd.ops import library
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    # Inductor has its own way with uninitialised memory under deterministic algorithms.
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def value_and_gradients(function, tensors, grad_output=1.0):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    return loss, *torch.autograd.grad(loss, leaves, torch.full_like(loss, grad_output))
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# What a compiler makes of the graph is torch's business; one call of each loss goes all the way.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradients(backend, name, dtype):
+    for call in variants(name, dtype):
+        call.keywords["backend"] = backend
+        compiled = torch.compile(call.__call__, fullgraph=True, backend="aot_eager")
+        assert_same(
+            value_and_gradients(compiled, call.tensors, 3.0),
+            value_and_gradients(call, call.tensors, 3.0),
+        )
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_inductor(backend, name):
+    call = sample(name)
+    call.keywords["backend"] = backend
+    compiled = torch.compile(call.__call__, fullgraph=True)
+    assert_same(
+        value_and_gradients(compiled, call.tensors, 3.0),
+        value_and_gradients(call, call.tensors, 3.0),
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradients(backend, name):
+    call = sample(name)
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(*call.tensors, **call.keywords, backend=backend), call(backend=backend)
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_student_alone(kernel_backend, name):
+    """The path on which forward already computes the gradient."""
+    call = sample(name)
+    others = call.tensors[1:]
+
+    def loss(student):
+        return call(student, *others, backend=kernel_backend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(
+        value_and_gradients(compiled, call.tensors[:1], 0.3),
+        value_and_gradients(loss, call.tensors[:1], 0.3),
+    )
+
+
+def test_changed_arguments(backend):
+    student, teacher = sample("soft_target_loss").tensors
+    compiled = torch.compile(fastkd.soft_target_loss, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 2.0, 3.0, 4):
+        for reduction in ("mean", "none"):
+            keywords = {"temperature": temperature, "reduction": reduction, "backend": backend}
+            actual = compiled(student, teacher, **keywords)
+            torch.testing.assert_close(
+                actual, fastkd.soft_target_loss(student, teacher, **keywords)
+            )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dynamic_shapes(backend, name):
+    call = sample(name)
+    compiled = torch.compile(
+        lambda *x, **k: call.function(*x, backend=backend, **k),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    for batch in (2, 3, 4):
+        tensors = [x[:batch].repeat(3, *[1] * (x.ndim - 1)) for x in call.tensors]
+        keywords = dict(call.keywords)
+        if "labels" in keywords:
+            keywords["labels"] = keywords["labels"][:batch].repeat(3)
+        torch.testing.assert_close(
+            compiled(*tensors, **keywords), call.function(*tensors, backend=backend, **keywords)
+        )
+
+
+class Recorder(TorchDispatchMode):
+    """The operators of fastkd that run, each with its arguments as they were before."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastkd":
+            self.calls.append((function, torch.utils._pytree.tree_map(copied, args)))
+        return function(*args, **(kwargs or {}))
+
+
+def copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def operators_of(name, backend):
+    """All operator calls of a loss: with every variant, by the student alone and by all."""
+    with Recorder() as recorder:
+        for call in variants(name):
+            for count in {1, len(call.tensors)}:
+                leaves = [
+                    x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)
+                ]
+                call(*leaves, backend=backend).sum().mul(3).backward()
+    return recorder.calls
+
+
+@pytest.fixture
+def compiled_operators():
+    """Compiles a call for each run, if its guards fail; says which of our operators it holds."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    call = sample("attention_map")
+    compiled = torch.compile(
+        lambda x: call.function(x), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+
+    def operators():
+        graphs.clear()
+        compiled(*call.tensors)
+        return [
+            str(n.target)
+            for graph in graphs
+            for n in graph.graph.nodes
+            if "fastkd" in str(n.target)
+        ]
+
+    return operators
+
+
+KERNELS = ["fastkd.attention_map_forward.default"]
+
+
+def test_a_compiled_function_follows_use_backend(kernel_backend, compiled_operators):
+    assert compiled_operators() == KERNELS
+    with fastkd.use_backend("reference"):
+        assert compiled_operators() == []
+    with fastkd.use_backend(kernel_backend):
+        assert compiled_operators() == KERNELS
+
+
+def test_a_compiled_function_follows_the_environment(
+    kernel_backend, compiled_operators, monkeypatch
+):
+    assert compiled_operators() == KERNELS
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    assert compiled_operators() == []
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_operators_pass_opcheck(kernel_backend, name):
+    calls = operators_of(name, kernel_backend)
+    assert calls
+    for function, args in calls:
+        torch.library.opcheck(function, args)
+
+
+def test_every_operator_is_checked(kernel_backend):
+    seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
+    assert seen == set(library.OPERATORS.values())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_export(kernel_backend, name):
+    """A loss inside an exported program keeps its operators."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, *tensors):
+            return sample(name).function(*tensors, **call.keywords)
+
+    call = sample(name)
+    program = torch.export.export(Loss(), call.tensors)
+    torch.testing.assert_close(program.module()(*call.tensors), call())

@@ -1,0 +1,290 @@
+"""Arguments at random: a call agrees with the oracle, or says what is wrong; it never crashes."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from agreement import array
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastkd
+
+EXAMPLES = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# A coarse net: how close a kernel must come is for the tests of each loss.
+TOLERANCE = 1e-4
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+ODD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
+SIZES = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 8, 17, 33])
+ODD = st.sampled_from(
+    [math.nan, math.inf, -math.inf, -1, 0, 1e-30, 1e30, 10**400, True, None, "x", "", [], 1j, 7]
+)
+
+
+@st.composite
+def tensors(draw, shape, dtypes=DTYPES, specials=()):
+    """Random numbers of a shape: permuted, cropped, stepped or expanded memory; some specials."""
+    ndim = len(shape)
+    order = draw(st.permutations(range(ndim)))
+    steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in range(ndim)]
+    starts = [draw(st.sampled_from([0, 0, 1])) for _ in range(ndim)]
+    stretched = [draw(st.sampled_from([False] * 7 + [True])) for _ in range(ndim)]
+    stored = [1 if s else n for n, s in zip(shape, stretched, strict=True)]
+    room = [a + n * b for a, n, b in zip(starts, stored, steps, strict=True)]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    numbers = np.array(rng.normal(size=[room[axis] for axis in order]))
+    numbers *= draw(st.sampled_from([1, 5, 30]))
+    for value in draw(st.lists(st.sampled_from(specials), max_size=3)) if specials else ():
+        numbers.flat[rng.integers(0, max(numbers.size, 1), min(numbers.size, 3))] = value
+    memory = torch.from_numpy(numbers).to(draw(st.sampled_from(dtypes)))
+    inverse = sorted(range(ndim), key=list(order).__getitem__)
+    index = tuple(slice(a, None, b) for a, b in zip(starts, steps, strict=True))
+    view = memory.permute(inverse)[index][tuple(slice(0, n) for n in stored)]
+    return view.expand(shape)
+
+
+def shapes(low=0, high=5):
+    sizes = st.lists(SIZES, min_size=low, max_size=high)
+    return sizes.map(tuple).filter(lambda shape: math.prod(shape) < 10_000)
+
+
+def sometimes(draw, value, others):
+    """Usually the value; every twentieth time another."""
+    return draw(others) if draw(st.integers(0, 19)) == 0 else value
+
+
+def odd_keywords(draw, keywords):
+    return {name: sometimes(draw, value, ODD) for name, value in keywords.items()}
+
+
+def outcome(function, leaves, **keywords):
+    """`(loss, gradients)`, or the error; anything but the two promised errors is a failure."""
+    try:
+        with np.errstate(all="ignore"):
+            loss = function(*leaves, **keywords)
+    except (ValueError, TypeError) as error:
+        return error
+    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    if not wanted:
+        return loss, []
+    return loss, list(torch.autograd.grad(loss, wanted, torch.full_like(loss, 2.0)))
+
+
+def compare(function, backend, leaves, expected, **keywords):
+    """The backend against the oracle; and against the reference where the call is an error."""
+    actual = outcome(function, leaves, backend=backend, **keywords)
+    if isinstance(actual, Exception):
+        other = outcome(function, leaves, backend="reference", **keywords)
+        assert (type(other), str(other)) == (type(actual), str(actual))
+        return
+    value, gradients = expected()
+    assert_near(actual[0], value)
+    wanted = [g for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
+    for gradient, one in zip(actual[1], wanted, strict=True):
+        # Where the oracle has none, the loss says so and any gradient will do.
+        assert_near(torch.where(torch.from_numpy(one).isnan(), torch.nan, gradient), one)
+
+
+def assert_near(actual, expected):
+    rounded = array(torch.from_numpy(np.array(expected)).to(actual.dtype))
+    scale = np.max(np.abs(rounded), initial=1.0, where=np.isfinite(rounded))
+    coarse = max(TOLERANCE, torch.finfo(actual.dtype).eps)
+    np.testing.assert_allclose(array(actual), rounded, rtol=coarse, atol=TOLERANCE * scale)
+
+
+@EXAMPLES
+@given(st.data())
+def test_soft_target_loss(backend, data):
+    draw = data.draw
+    shape = draw(shapes())
+    specials = (math.nan, -math.inf, 1e4, 0.0)
+    student = draw(tensors(shape, specials=specials)).requires_grad_()
+    teacher = draw(tensors(sometimes(draw, shape, shapes()), specials=specials))
+    teacher = teacher.requires_grad_(False)
+    keywords = {
+        "temperature": draw(st.sampled_from([0.5, 1.0, 4, 20.0, np.float32(3)])),
+        "scale_t2": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
+        "dim": draw(st.integers(-len(shape), max(len(shape) - 1, 0))),
+    }
+    keywords = odd_keywords(draw, keywords)
+    compare(
+        fastkd.soft_target_loss, backend, [student, teacher],
+        lambda: oracle.soft_target(array(student), array(teacher), 2.0, **keywords), **keywords,
+    )  # fmt: skip
+
+
+@EXAMPLES
+@given(st.data())
+def test_distillation_loss(backend, data):
+    draw = data.draw
+    shape = draw(shapes(1))
+    dim = draw(st.integers(-len(shape), len(shape) - 1))
+    classes = shape[dim]
+    rows = [n for axis, n in enumerate(shape) if axis != dim % len(shape)]
+    specials = (-math.inf, 1e4, 0.0)
+    student = draw(tensors(shape, specials=specials)).requires_grad_()
+    teacher = draw(tensors(shape, specials=specials))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    high = classes + sometimes(draw, 0, st.just(1))
+    ignored = rng.random(rows) < 0.3
+    labels = torch.from_numpy(np.where(ignored, -100, rng.integers(0, max(high, 1), rows)))
+    labels = sometimes(draw, labels, st.sampled_from([labels.int(), labels[..., None], None]))
+    keywords = {
+        "temperature": draw(st.sampled_from([0.5, 1.0, 4, 20.0])),
+        "soft_weight": draw(st.sampled_from([0.9, 0.5, -1])),
+        "hard_weight": draw(st.sampled_from([0.1, 0.0, 2])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1])),
+        "ignore_index": draw(st.sampled_from([-100, -100, -100, 1])),
+        "dim": dim,
+    }
+    keywords = odd_keywords(draw, keywords)
+
+    def expected():
+        parts, gradients = oracle.distillation(
+            array(student), array(teacher), array(labels), 2.0, **keywords
+        )
+        return parts[0], gradients
+
+    compare(
+        lambda s, t, **k: fastkd.distillation_loss(s, t, labels, **k), backend,
+        [student, teacher], expected, **keywords,
+    )  # fmt: skip
+
+
+MAPS = st.sampled_from([("sum", None), ("sum", 1), ("sum_pow", 2.7), ("sum_pow", None)]) | (
+    st.sampled_from([("max_pow", 1.0), ("max_pow", 3), ("sum_pow", 1.5), ("max_pow", None)])
+)
+
+
+@EXAMPLES
+@given(st.data())
+def test_attention_map(backend, data):
+    draw = data.draw
+    shape = draw(shapes(2))
+    x = draw(tensors(shape, sometimes(draw, DTYPES, st.just(ODD_DTYPES)), (0.0, math.nan)))
+    if x.is_floating_point():
+        x.requires_grad_()
+    kind, p = draw(MAPS)
+    axis = st.integers(-len(shape), len(shape) - 1).filter(lambda axis: axis % len(shape))
+    keywords = {
+        "kind": kind,
+        "p": p,
+        "normalize": draw(st.booleans()),
+        "eps": draw(st.sampled_from([1e-12, 1.0])),
+        "channel_dim": draw(axis),
+    }
+    keywords = odd_keywords(draw, keywords)
+    compare(
+        fastkd.attention_map, backend, [x],
+        lambda: oracle.attention_map(array(x), 2.0, **keywords), **keywords,
+    )  # fmt: skip
+
+
+@EXAMPLES
+@given(st.data())
+def test_attention_transfer_loss(backend, data):
+    draw = data.draw
+    pairs = draw(st.integers(1, 3))
+    batch, channel_dim = draw(SIZES), draw(st.sampled_from([1, -1]))
+    sides = [], []
+    for _ in range(pairs):
+        spatial = draw(st.lists(SIZES, min_size=1, max_size=3))
+        for side in sides:
+            channels = [draw(SIZES)]
+            inner = [*channels, *spatial] if channel_dim == 1 else [*spatial, *channels]
+            shape = sometimes(draw, (batch, *inner), shapes())
+            side.append(draw(tensors(shape, specials=(0.0,))))
+    students, teachers = sides
+    for x in students:
+        x.requires_grad_()
+    kind, p = draw(MAPS)
+    distance, order = draw(
+        st.sampled_from([("norm", None), ("norm", 1), ("norm", 3.0), ("norm", math.inf)])
+        | st.sampled_from([("mse", None), ("norm", 1.5), ("mse", 2)])
+    )
+    keywords = {
+        "kind": kind,
+        "p": p,
+        "distance": distance,
+        "order": order,
+        "beta": draw(st.sampled_from([1.0, 10, -0.5])),
+        "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
+        "eps": 1e-3,
+        "channel_dim": channel_dim,
+    }
+    keywords = odd_keywords(draw, keywords)
+    compare(
+        lambda *x, **k: fastkd.attention_transfer_loss(x[:pairs], x[pairs:], **k), backend,
+        [*students, *teachers],
+        lambda: oracle.attention_transfer(
+            [*map(array, students)], [*map(array, teachers)], 2.0, **keywords
+        ),
+        **keywords,
+    )  # fmt: skip
+
+
+@EXAMPLES
+@given(st.data())
+def test_hint_loss(backend, data):
+    draw = data.draw
+    pairs = draw(st.integers(1, 3))
+    in_channels, out_channels, batch = draw(SIZES), draw(SIZES), draw(SIZES)
+    has_regressor = draw(st.booleans())
+    weight = bias = None
+    if has_regressor:
+        shape = (out_channels, in_channels, *draw(st.sampled_from([(), (1, 1)])))
+        weight = draw(tensors(sometimes(draw, shape, shapes())))
+        bias = draw(st.none() | tensors(sometimes(draw, (out_channels,), shapes())))
+    sides = [], []
+    for _ in range(pairs):
+        spatial = draw(st.lists(SIZES, max_size=3))
+        for side, channels in zip(sides, (in_channels, out_channels), strict=True):
+            channels = channels if has_regressor else in_channels
+            shape = sometimes(draw, (batch, channels, *spatial), shapes())
+            side.append(draw(tensors(shape, specials=(0.0, math.nan))))
+    students, teachers = sides
+    for x in students:
+        x.requires_grad_()
+    keywords = {
+        "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
+        "half": draw(st.booleans()),
+    }
+    keywords = odd_keywords(draw, keywords)
+
+    def expected():
+        extra = [None if x is None else array(x) for x in (weight, bias)]
+        value, gradients = oracle.hint(
+            [*map(array, students)], [*map(array, teachers)], *extra, 2.0, **keywords
+        )
+        return value, gradients[: 2 * pairs]
+
+    compare(
+        lambda *x, **k: fastkd.hint_loss(
+            x[:pairs], x[pairs:], regressor_weight=weight, regressor_bias=bias, **k
+        ),
+        backend, [*students, *teachers], expected, **keywords,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss"])
+@EXAMPLES
+@given(
+    st.recursive(
+        st.sampled_from([None, 3, "x", torch.ones(2, 3, 4), torch.ones(()), math.nan]),
+        lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+        max_leaves=6,
+    ),
+    st.data(),
+)
+def test_whatever_is_given_as_features(backend, name, student, data):
+    teacher = data.draw(st.just(student) | st.just([student]) | st.none())
+    result = outcome(getattr(fastkd, name), [student, teacher], backend=backend)
+    assert isinstance(result, Exception) or result[0].isfinite()

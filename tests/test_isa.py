@@ -1,0 +1,126 @@
+"""Each instruction set that runs here, at the sizes where its vectors and blocks end."""
+
+import pytest
+import torch
+from agreement import (
+    DTYPES,
+    check_distillation,
+    check_hint,
+    check_map,
+    check_soft_target,
+    check_transfer,
+    features,
+    logits,
+)
+from conftest import BACKENDS
+from layouts import channels_last, contiguous, sliced
+
+from fastkd.kernels import native
+
+pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="native is not under test")
+
+# Around the vector widths in every dtype, unrolled or not, and the block sizes.
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1023, 1024, 1025]
+
+
+def names():
+    """Of this machine's, or of the best known one so that a missing module fails the tests."""
+    module = native.load()
+    return module.isas() if not isinstance(module, str) else ["avx512"]
+
+
+@pytest.fixture(params=names())
+def isa(request):
+    module = native.load()
+    assert not isinstance(module, str), module
+    best = module.isa()
+    module.set_isa(request.param)
+    assert module.isa() == request.param
+    yield request.param
+    module.set_isa(best)
+
+
+def test_the_best_is_in_use():
+    assert native.load().isa() == native.load().isas()[0]
+
+
+def test_the_baseline_runs_everywhere():
+    assert native.load().isas()[-1] == "baseline"
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="mmx"):
+        native.load().set_isa("mmx")
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets(isa, dtype, layout):
+    for size in SIZES:
+        pair = [layout(logits(16, size, dtype=dtype)) for _ in range(2)]
+        check_soft_target(*pair, "native", temperature=2.0)
+        labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
+        check_distillation(*pair, labels, "native", teachers=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets_along_other_dims(isa, dtype):
+    for size in SIZES[:-3]:
+        pair = [logits(16, 5, size, dtype=dtype) for _ in range(2)]
+        labels = torch.randint(5, (16, size))
+        check_soft_target(*pair, "native", dim=1)
+        for temperature in (1.0, 4.0):
+            keywords = {"temperature": temperature, "label_smoothing": 0.1, "dim": 1}
+            check_distillation(*pair, labels, "native", teachers=False, **keywords)
+
+
+@pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(isa, dtype, layout, kind):
+    for positions, channels in [*((size, 3) for size in SIZES[1:]), *((6, c) for c in SIZES)]:
+        pair = [layout(features(8, channels, positions, dtype=dtype)) for _ in range(2)]
+        check_transfer(*pair, "native", kind=kind)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.7, 3.0, 4.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_powers(isa, dtype, p):
+    for layout in (contiguous, channels_last):
+        x = layout(features(3, 17, 67, dtype=dtype))
+        check_map(x, "native", p=p)
+        check_map(x, "native", p=p, kind="max_pow")
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hints(isa, dtype, layout):
+    for size in SIZES:
+        pair = [layout(features(3, size, 3, dtype=dtype)) for _ in range(2)]
+        check_hint(*pair, "native")
+        check_hint(*[x[:, :1] for x in pair], "native", reduction="none")
+
+
+def test_conversions_are_exact(isa):
+    """Every float16 and bfloat16 number, widened by the kernel: the loss is its square."""
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        x = every[every.isfinite() & (every.abs() < 1e18)][:, None]
+        zeros = torch.zeros_like(x)
+        loss = torch.ops.fastkd.hint_forward.default([x], [zeros], False, 1.0, "none", "native")[0]
+        assert torch.equal(loss[0], x[:, 0].float().square())
+
+
+def test_roundings_are_to_nearest_even(isa):
+    """The student's gradient is the difference, rounded once."""
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = torch.randn(4096).exp() * torch.randn(4096).sign()
+        halves = exact.to(dtype).float()
+        # Midway between two neighbours, and a hair to either side.
+        midway = (halves + torch.nextafter(exact.to(dtype), torch.tensor(9e4, dtype=dtype))) / 2
+        for t in (exact, midway, midway * (1 + 2e-7), midway * (1 - 2e-7)):
+            student = torch.zeros(1, 4096, dtype=dtype).requires_grad_()
+            loss = torch.ops.fastkd.hint_forward.default(
+                [student.detach()], [-t[None]], True, 0.5, "sum", "native"
+            )
+            assert torch.equal(loss[1][0][0], t.to(dtype))

@@ -1,0 +1,147 @@
+"""The oracle itself: values from 50-digit arithmetic, derivatives from its central differences."""
+
+import mpmath as mp
+import numpy as np
+import oracle
+import pytest
+
+STEP = mp.mpf(10) ** -20
+
+
+@pytest.fixture(autouse=True)
+def digits():
+    with mp.workdps(60):
+        yield
+
+
+def derivatives(function, *arrays):
+    """The gradient of a function of nested lists of mpf, by moving one number at a time."""
+
+    def moved(which, index, step):
+        copies = [np.vectorize(mp.mpf, otypes=[object])(a) for a in arrays]
+        copies[which][index] += step
+        return function(*copies)
+
+    return [
+        np.reshape(
+            [
+                float((moved(i, at, STEP) - moved(i, at, -STEP)) / (2 * STEP))
+                for at in np.ndindex(a.shape)
+            ],
+            a.shape,
+        )
+        for i, a in enumerate(arrays)
+    ]
+
+
+def check(function, arrays, loss, gradients):
+    np.testing.assert_allclose(loss, float(function(*arrays)), rtol=1e-13)
+    for actual, expected in zip(gradients, derivatives(function, *arrays), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-14)
+
+
+def softmax(row, temperature=1):
+    exponentials = [mp.exp(mp.mpf(x) / temperature) for x in row]
+    return [e / mp.fsum(exponentials) for e in exponentials]
+
+
+def kl(teacher, student, temperature):
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    return mp.fsum(a * mp.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
+def test_soft_target(numbers, temperature):
+    student, teacher = 3 * numbers(2, 3), 3 * numbers(2, 3)
+
+    def loss(s, t):
+        return temperature**2 * mp.fsum(map(kl, t, s, [temperature] * 2)) / 2
+
+    check(loss, (student, teacher), *oracle.soft_target(student, teacher, temperature=temperature))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_distillation(numbers, smoothing):
+    student, teacher, labels = 3 * numbers(3, 4), 3 * numbers(3, 4), np.array([1, -100, 3])
+
+    def loss(s, t):
+        total = mp.mpf(0)
+        for row in (0, 2):
+            log_q = [mp.log(q) for q in softmax(s[row])]
+            smooth = mp.fsum(log_q) / 4
+            hard = -(1 - smoothing) * log_q[labels[row]] - smoothing * smooth
+            total += (hard * 2 + 5 * 9 * kl(t[row], s[row], 3)) / 2
+        return total
+
+    (value, hard, soft), gradients = oracle.distillation(
+        student, teacher, labels, temperature=3.0, soft_weight=5.0, hard_weight=2.0,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    check(loss, (student, teacher), value, gradients)
+    np.testing.assert_allclose(value, 2 * hard + 5 * soft)
+
+
+def mp_map(sample, kind, p):
+    columns = [[abs(mp.mpf(x)) for x in column] for column in np.transpose(sample)]
+    raw = [max(c) ** p if kind == "max_pow" else mp.fsum(x**p for x in c) for c in columns]
+    norm = mp.sqrt(mp.fsum(x**2 for x in raw))
+    return [x / norm for x in raw]
+
+
+@pytest.mark.parametrize(("kind", "p"), [("sum", 1.0), ("sum_pow", 2.7), ("max_pow", 3.0)])
+@pytest.mark.parametrize(
+    ("distance", "order"),
+    [("norm", 1.0), ("norm", 2.0), ("norm", 3.5), ("norm", np.inf), ("mse", 2.0)],
+)
+def test_attention_transfer(numbers, kind, p, distance, order):
+    student, teacher = numbers(2, 3, 4), numbers(2, 2, 4)
+
+    def loss(s, t):
+        total = mp.mpf(0)
+        for one, other in zip(s, t, strict=True):
+            maps = mp_map(one, kind, p), mp_map(other, kind, p)
+            d = [abs(a - b) for a, b in zip(*maps, strict=True)]
+            if distance == "mse":
+                total += mp.fsum(x**2 for x in d) / 4 * 10
+            else:
+                total += 5 * (
+                    max(d)
+                    if order == np.inf
+                    else mp.fsum(x**order for x in d) ** (1 / mp.mpf(order))
+                )
+        return total / 2
+
+    value, gradients = oracle.attention_transfer(
+        [student], [teacher], kind=kind, p=p, distance=distance, order=order, beta=10.0
+    )
+    check(loss, (student, teacher), value, gradients)
+
+
+def test_attention_map(numbers):
+    features, upstream = numbers(2, 3, 2, 2), numbers(2, 4)
+
+    def loss(x):
+        maps = [mp_map(np.reshape(sample, (3, 4)), "sum_pow", 2) for sample in x]
+        return mp.fsum(mp.fsum(u * q) for u, q in zip(upstream, np.array(maps), strict=True))
+
+    q, gradients = oracle.attention_map(features, upstream)
+    check(loss, (features,), (q * upstream).sum(), gradients)
+
+
+def test_hint_with_regressor(numbers):
+    arrays = numbers(2, 3, 2), numbers(2, 4, 2), numbers(4, 3), numbers(4)
+
+    def loss(s, t, weight, bias):
+        guided = np.array([np.dot(weight, sample) + bias[:, None] for sample in s])
+        return ((guided - t) ** 2).sum() / 4
+
+    value, gradients = oracle.hint(
+        [arrays[0]], [arrays[1]], arrays[2], arrays[3], reduction="batchmean"
+    )
+    check(loss, arrays, value, gradients)
+
+
+def test_pooling_averages_the_bins_of_adaptive_pooling():
+    np.testing.assert_array_equal(
+        oracle.pooling(5, 2), np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]) / 3
+    )

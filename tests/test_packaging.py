@@ -1,0 +1,226 @@
+"""What an install promises, shown by installing: with a compiler, without one, and on demand.
+
+Everything installs from the unpacked sdist, so whatever the sdist lacks fails here too. Only torch
+is lent from the environment that runs the tests, which would otherwise download it each time.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SITE = Path(torch.__file__).parents[1]
+# Nothing of these may reach an install from outside: not fastkd, nor what its build must bring.
+NOT_LENT = ("fastkd", "__editable__", "pip", "setuptools", "pybind11", "cmake", "ninja")
+NO_COMPILER = "CPU kernels: left out: no C++ compiler was found"
+
+
+class Environment(NamedTuple):
+    """A fresh virtual environment, and what it printed when fastkd was installed."""
+
+    folder: Path
+    install: subprocess.CompletedProcess[str] | None = None
+
+    def run(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return run(str(self.folder / "bin/python"), *args, cwd=self.folder, **variables)
+
+    @property
+    def package(self) -> Path:
+        return next(self.folder.glob("lib/python*/site-packages")) / "fastkd"
+
+    @property
+    def modules(self) -> list[str]:
+        return [file.name for file in self.package.glob("_native*")]
+
+
+def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    # The caller's own choices of build and compiler are not the ones under test.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FASTKD_", "PYTHON", "CMAKE_")) and name not in ("CC", "CXX")
+    }
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=kept | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    leftovers = shutil.ignore_patterns(
+        ".*", "build", "*.egg-info", "_native*", "_build.txt", "__pycache__"
+    )
+    shutil.copytree(ROOT, folder / "checkout", ignore=leftovers)
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = run(sys.executable, "-c", build, str(folder), cwd=folder / "checkout")
+    assert done.returncode == 0, done.stdout
+    with tarfile.open(next(folder.glob("fastkd-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.glob("fastkd-*") if path.is_dir())
+
+
+def fresh_environment(folder: Path) -> Environment:
+    venv.create(folder, with_pip=True)
+    lent = folder / "lent"
+    lent.mkdir()
+    for entry in SITE.iterdir():
+        if not entry.name.startswith(NOT_LENT):
+            (lent / entry.name).symlink_to(entry)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text(f"{lent}\n")
+    return Environment(folder)
+
+
+def install(environment: Environment, sources: Path, **variables: str) -> Environment:
+    done = environment.run("-m", "pip", "install", "-v", str(sources), **variables)
+    return environment._replace(install=done)
+
+
+@pytest.fixture(scope="module")
+def compiled(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    environment = fresh_environment(tmp_path_factory.mktemp("compiled"))
+    return install(environment, sdist, FASTKD_BUILD="cpu")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return fresh_environment(tmp_path_factory.mktemp("bare"))
+
+
+# Empty but for Python itself. The compilers in /usr/bin stay where they are: nothing but PATH may
+# lead to them.
+def no_compiler(environment: Environment) -> dict[str, str]:
+    return {"PATH": str(environment.folder / "bin")}
+
+
+def test_sdist_holds_every_kernel_source(sdist: Path) -> None:
+    def sources(root: Path) -> set[Path]:
+        return {file.relative_to(root) for file in root.glob("csrc/**/*") if file.is_file()}
+
+    assert Path("csrc/CMakeLists.txt") in sources(sdist)
+    assert sources(sdist) == sources(ROOT)
+
+
+def test_install_compiles_the_kernels(compiled: Environment) -> None:
+    assert compiled.install is not None
+    assert compiled.install.returncode == 0, compiled.install.stdout
+    assert len(compiled.modules) == 1, compiled.install.stdout
+
+
+def test_installed_package_runs_its_kernels_from_anywhere(compiled: Environment) -> None:
+    done = compiled.run(
+        "-W",
+        "error",
+        "-c",
+        "import fastkd, torch\n"
+        "student, teacher = torch.randn(2, 8, 10).requires_grad_(), torch.randn(2, 8, 10)\n"
+        "losses = [fastkd.soft_target_loss(student, teacher, backend=b)\n"
+        "          for b in (None, 'native', 'reference')]\n"
+        "losses[0].backward()\n"
+        "torch.testing.assert_close(losses[1], losses[2])\n"
+        "assert losses[0] == losses[1] and student.grad.isfinite().all()\n"
+        "print(fastkd.__file__)",
+    )
+    assert done.returncode == 0, done.stdout
+    assert Path(done.stdout.strip()).parent == compiled.package
+
+
+def test_wheel_holds_the_package_and_nothing_else(compiled: Environment) -> None:
+    done = compiled.run(
+        "-c", "from importlib.metadata import files; print(*files('fastkd'), sep='\\n')"
+    )
+    lines = (Path(line) for line in done.stdout.splitlines())
+    files = {file for file in lines if "dist-info" not in file.parts[0] and file.suffix != ".pyc"}
+    sources = {file.relative_to(ROOT) for file in ROOT.glob("fastkd/**/*.py")}
+    extras = {"py.typed", "_build.txt", *compiled.modules}
+    assert files == sources | {Path("fastkd", name) for name in extras}
+
+
+def test_demanded_kernels_without_a_compiler_fail(sdist: Path, bare: Environment) -> None:
+    done = install(bare, sdist, FASTKD_BUILD="cpu", **no_compiler(bare)).install
+    assert done is not None
+    assert done.returncode != 0
+    assert "FASTKD_BUILD=cpu cannot be done: no C++ compiler was found; install one" in done.stdout
+    assert not bare.package.exists()
+
+
+def test_install_without_a_compiler_is_pure_python(
+    sdist: Path, compiled: Environment, bare: Environment
+) -> None:
+    # After `compiled` in the same folder: what that build left there must not get in.
+    done = install(bare, sdist, **no_compiler(bare)).install
+    assert done is not None
+    assert done.returncode == 0, done.stdout
+    assert NO_COMPILER in done.stdout
+    assert bare.modules == []
+
+    used = bare.run(
+        "-c",
+        "import warnings, fastkd, torch\n"
+        "student, teacher = torch.randn(2, 8, 10)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    loss = fastkd.soft_target_loss(student, teacher)\n"
+        "assert loss == fastkd.soft_target_loss(student, teacher, backend='reference')\n"
+        "assert [w.category for w in caught] == [fastkd.FallbackWarning], caught",
+    )
+    assert used.returncode == 0, used.stdout
+
+
+def build(sources: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "-q", "build_ext", cwd=sources, **variables)
+
+
+def test_failing_compiler_leaves_pure_python_and_its_error(sdist: Path) -> None:
+    done = build(sdist, CXX="/no/such/compiler")
+    assert done.returncode == 0, done.stdout
+    assert "CPU kernels: left out: compiling failed" in done.stdout
+    assert "/no/such/compiler" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FASTKD_BUILD": "cpu", "CXX": "/no/such/compiler"}, "compiling failed"),
+        ({"FASTKD_BUILD": "cuda"}, "the CUDA kernels arrive in a later version"),
+        ({"FASTKD_BUILD": "gpu"}, "must be one of auto, none, cpu, cuda; got 'gpu'"),
+    ],
+)
+def test_demand_that_cannot_be_met_fails(
+    sdist: Path, variables: dict[str, str], message: str
+) -> None:
+    done = build(sdist, **variables)
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+def test_none_compiles_nothing(sdist: Path, tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)),
+        cwd=sdist,
+        FASTKD_BUILD="none",
+    )
+    assert done.returncode == 0, done.stdout
+    assert [wheel.name.split("-", 2)[2] for wheel in tmp_path.iterdir()] == ["py3-none-any.whl"]
+
+
+def test_metadata_claims_no_torch_older_than_the_one_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (claim,) = (need for need in project["dependencies"] if need.startswith("torch"))
+    assert f"TORCH ?= torch=={claim.removeprefix('torch>=')}.0\n" in (ROOT / "Makefile").read_text()
