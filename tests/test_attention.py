@@ -106,6 +106,14 @@ def test_channel_dims(backend, dtype, kind, channel_dim, layout):
     check_map(student, backend, kind=kind, channel_dim=channel_dim)
 
 
+@pytest.mark.parametrize("kind", ["sum_pow", "max_pow"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_of_other_ranks_count_channels_from_their_own_end(backend, dtype, kind):
+    shapes = [(3, 5, 12), (3, 4, 6, 12), (3, 2, 3, 4, 7)]
+    students, teachers = ([features(*x, dtype=dtype, channel_dim=-1) for x in shapes] for _ in "st")
+    check_transfer(students, teachers, backend, kind=kind, channel_dim=-1)
+
+
 @pytest.mark.parametrize("student_dtype", DTYPES)
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 def test_mixed_dtypes(backend, student_dtype, teacher_dtype):

@@ -85,16 +85,18 @@ def compare(function, backend, leaves, expected, **keywords):
         assert (type(other), str(other)) == (type(actual), str(actual))
         return
     value, gradients = expected()
-    assert_near(actual[0], value)
+    # KL is right to a fraction of 1, and so is T² KL to one of T².
+    scale = max(1.0, float(keywords.get("temperature", 1.0)) ** 2)
+    assert_near(actual[0], value, scale)
     wanted = [g for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
     for gradient, one in zip(actual[1], wanted, strict=True):
         # Where the oracle has none, the loss says so and any gradient will do.
-        assert_near(torch.where(torch.from_numpy(one).isnan(), torch.nan, gradient), one)
+        assert_near(torch.where(torch.from_numpy(one).isnan(), torch.nan, gradient), one, scale)
 
 
-def assert_near(actual, expected):
+def assert_near(actual, expected, scale):
     rounded = array(torch.from_numpy(np.array(expected)).to(actual.dtype))
-    scale = np.max(np.abs(rounded), initial=1.0, where=np.isfinite(rounded))
+    scale = np.max(np.abs(rounded), initial=scale, where=np.isfinite(rounded))
     coarse = max(TOLERANCE, torch.finfo(actual.dtype).eps)
     np.testing.assert_allclose(array(actual), rounded, rtol=coarse, atol=TOLERANCE * scale)
 

@@ -41,7 +41,7 @@ struct MapParameters {
   MapKind kind;
   double p;
   double eps;
-  int channel_dim;  // counted from the front
+  int channel_dim;  // counted from the end where negative
   int threads;
 };
 

@@ -26,7 +26,8 @@ inline void gather(const Tensor& from, int64_t offset, int64_t stride, int n, A*
 }
 
 // A gradient this large is written past the cache, which would not keep it until it is read. On the
-// machine of docs/performance.md that is a quarter faster at 200 MB, even at 30 MB, and half slower at 8 MB.
+// machine of docs/performance.md that is a quarter faster at 200 MB, even at 30 MB, and half slower
+// at 8 MB.
 inline bool past_cache(const Tensor& gradient) {
   return gradient.numel() * size_of(gradient.dtype) >= (int64_t(64) << 20);
 }

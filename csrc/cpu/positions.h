@@ -16,11 +16,11 @@ struct Positions {
   int ndim = 0;
   int64_t sizes[kMaxDims], strides[kMaxDims];
 
-  Positions(const Tensor& t, int channel_dim)
-      : batch(t.sizes[0]),
-        channels(t.sizes[channel_dim]),
-        batch_stride(t.strides[0]),
-        channel_stride(t.strides[channel_dim]) {
+  // Each feature map counts a negative channel_dim from its own end.
+  Positions(const Tensor& t, int channel_dim) : batch(t.sizes[0]), batch_stride(t.strides[0]) {
+    if (channel_dim < 0) channel_dim += t.ndim;
+    channels = t.sizes[channel_dim];
+    channel_stride = t.strides[channel_dim];
     for (int d = 1; d < t.ndim; ++d) {
       if (d == channel_dim || t.sizes[d] == 1) continue;
       count *= t.sizes[d];

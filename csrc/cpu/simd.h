@@ -176,23 +176,17 @@ struct Exp<double> {
 // Storage to arithmetic, one element.
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
-inline float widen(bfloat x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
+inline float widen(bfloat x) { return float_of(uint32_t(x.bits) << 16); }
 inline float widen(half x) {
   // The exponent is moved to float32's by a multiplication, which subnormals survive.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  float y;
-  if (magnitude >= 0x0f800000u) {
-    const uint32_t bits = magnitude | 0x7f800000u;  // infinity or NaN
-    std::memcpy(&y, &bits, 4);
-  } else {
-    std::memcpy(&y, &magnitude, 4);
-    y *= 5.192296858534828e33f;  // 2^112
-  }
+  const bool finite = magnitude < 0x0f800000u;
+  const float y = finite ? float_of(magnitude) * 0x1p112f : float_of(magnitude | 0x7f800000u);
   return (x.bits & 0x8000) ? -y : y;
 }
 

@@ -100,8 +100,8 @@ def _soft_target(p: "soft_target_ops.Parameters", threads: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _map(p: "attention_ops.MapParameters", ndim: int, threads: int) -> Any:
-    return _module().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim % ndim, threads)
+def _map(p: "attention_ops.MapParameters", threads: int) -> Any:
+    return _module().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim, threads)
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,7 +188,7 @@ def attention_map_forward(
     features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
 ) -> None:
     """Fill the unnormalised map, and the winners of max_pow."""
-    parameters = _map(p, features.ndim, torch.get_num_threads())
+    parameters = _map(p, torch.get_num_threads())
     _module().attention_map_forward(_view(features), _view(raw), winners.data_ptr(), parameters)
 
 
@@ -217,7 +217,7 @@ def attention_transfer_forward(
             transfer.beta,
             _REDUCTIONS[transfer.reduction],
         ),
-        _map(p, students[0].ndim, torch.get_num_threads()),
+        _map(p, torch.get_num_threads()),
     )
 
 
@@ -237,7 +237,7 @@ def attention_backward(
         _views(slopes),
         [w.data_ptr() for w in winners],
         _views(gradients),
-        _map(p, features[0].ndim, torch.get_num_threads()),
+        _map(p, torch.get_num_threads()),
     )
 
 
@@ -257,7 +257,7 @@ def attention_rescale(
         _views(features),
         _views(slopes),
         [w.data_ptr() for w in winners],
-        _map(p, features[0].ndim, torch.get_num_threads()),
+        _map(p, torch.get_num_threads()),
     )
 
 
