@@ -64,7 +64,7 @@ struct Derivative {
         slope = a == value ? 1.0 / double(ties) : 0;
       else if (a != 0 || order == 1)
         slope = std::pow(a / value, order - 1);
-      out[i] = d[i] == 0 ? A(0) : A(std::copysign(slope * weight, double(d[i])));
+      out[i] = d[i] == 0 ? A(0) : A(std::copysign(slope, double(d[i])) * weight);
       if (d[i] != d[i]) out[i] = d[i];
     }
     return out;

@@ -203,9 +203,8 @@ void forward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&at)[3],
     A logit;
     gather(*t.student, at[0] + label * stride[0], 1, 1, &logit);
     const double log_sum = std::log(row.hard_sum) + row.student_max;
-    double ce = (1 - plan.smoothing) * (log_sum - double(logit));
-    if (plan.smoothing > 0) ce += plan.smoothing * (log_sum - row.shifted_sum / double(classes));
-    statistics[kCe] = A(ce);
+    statistics[kCe] =
+        A(plan.cross_entropy(log_sum - double(logit), log_sum - row.shifted_sum / double(classes)));
   }
   if (!write) return;
 

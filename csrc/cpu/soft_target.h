@@ -45,6 +45,11 @@ struct Plan {
     soft_gradient = p.soft_weight / p.temperature / divisor;
     hard_gradient = hard ? p.hard_weight / divisor : 0;
   }
+
+  // From −log q of the label and its mean over classes; a part of weight 0 may be infinite.
+  double cross_entropy(double label, double mean) const {
+    return (smoothing < 1 ? (1 - smoothing) * label : 0) + (smoothing > 0 ? smoothing * mean : 0);
+  }
 };
 
 // Rows to losses, in an order that no thread changes.

@@ -72,10 +72,9 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     a[lane] = A(plan.soft_gradient / zs);
     b[lane] = A(plan.soft_gradient / zt);
     if (plan.hard) {
-      double ce = (1 - plan.smoothing) * (std::log(zh) - (double(logits[lane]) - s_max[lane]));
-      if (plan.smoothing > 0)
-        ce += plan.smoothing * (std::log(zh) - double(shifted[lane]) / double(plan.classes));
-      row[kCe] = A(ce);
+      const double log_sum = std::log(zh);
+      row[kCe] = A(plan.cross_entropy(log_sum - (double(logits[lane]) - s_max[lane]),
+                                      log_sum - double(shifted[lane]) / double(plan.classes)));
       k[lane] = A(plan.hard_gradient / zh);
     }
   }

@@ -20,6 +20,9 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with `(1 - label_smoothing) * one_hot + label_smoothing / K`."""
     log_q = log_softmax(logits)
+    # A part of weight 0 is left out, because log_q may be infinite.
+    if label_smoothing == 1:
+        return -log_q.mean(-1)
     rows = -log_q.gather(-1, labels[:, None]).squeeze(-1)
     if label_smoothing == 0:
         return rows
