@@ -124,10 +124,10 @@ def select(
         name = os.environ.get("FASTKD_BACKEND") or None
     requested = None if name is None else known_backend(name)
     device = tensors[0].device.type
-    dtypes = tuple(t.dtype for t in tensors)
+    dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         return _resolve_compiled(loss, device, dtypes, requested)
-    transformed = any(t is not None and is_transformed(t) for t in (*tensors, *others))
+    transformed = any([is_transformed(t) for t in (*tensors, *others) if t is not None])
     facts = Facts(loss, device, dtypes, transformed)
     if _explaining:
         raise _Explained(_explain(facts, requested))

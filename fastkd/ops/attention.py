@@ -15,7 +15,7 @@ from fastkd.ops.library import (
     define,
     differentiate_once,
     eager_gradient,
-    exclusive,
+    for_grad_output,
     kernels,
     wants_gradient,
 )
@@ -209,11 +209,12 @@ class AttentionTransfer(torch.autograd.Function):
         with torch.no_grad():
             if not ctx.with_gradients:
                 to = backward(grad_output, features, slopes, winners, *p)
-            elif torch.compiler.is_compiling():
-                to = [(g * grad_output).to(g.dtype) for g in gradients]
             else:
-                to = [exclusive(g) for g in gradients]
-                rescale(to, grad_output, features, slopes, winners, *p)
+                to = for_grad_output(
+                    gradients,
+                    grad_output,
+                    lambda to: rescale(to, grad_output, features, slopes, winners, *p),
+                )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (len(needed) - len(found))
         return (None, None, *differentiate_once("attention_transfer_loss", found, features))

@@ -10,7 +10,7 @@ from fastkd.ops.library import (
     define,
     differentiate_once,
     eager_gradient,
-    exclusive,
+    for_grad_output,
     kernels,
     wants_gradient,
 )
@@ -135,11 +135,12 @@ class Hint(torch.autograd.Function):
         with torch.no_grad():
             if not ctx.with_gradients:
                 to = backward(grad_output, students, teachers, needed[:count], needed[count:], *p)
-            elif torch.compiler.is_compiling():
-                to = [(g * grad_output).to(g.dtype) for g in gradients]
             else:
-                to = [exclusive(g) for g in gradients]
-                rescale(to, grad_output, students, teachers, *p)
+                to = for_grad_output(
+                    gradients,
+                    grad_output,
+                    lambda to: rescale(to, grad_output, students, teachers, *p),
+                )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (2 * count - len(found))
         return (None, *differentiate_once("hint_loss", found, saved[: 2 * count]))

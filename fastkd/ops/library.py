@@ -81,9 +81,25 @@ def eager_gradient(dtype: torch.dtype) -> bool:
     return not torch.compiler.is_compiling() or dtype in (torch.float32, torch.float64)
 
 
-def exclusive(gradient: Tensor) -> Tensor:
-    """A gradient that backward may overwrite: a copy where the graph is retained."""
-    return gradient.clone() if _graph_is_retained() else gradient
+def for_grad_output(
+    gradients: Sequence[Tensor], grad_output: Tensor, rescale: Callable[[list[Tensor]], None]
+) -> list[Tensor]:
+    """Forward's gradients, which are for a scalar `grad_output` of 1, for this one.
+
+    They are changed in place by `rescale`; where the graph is retained, copies of them are.
+    """
+    if torch.compiler.is_compiling():
+        return [(g * grad_output).to(g.dtype) for g in gradients]
+    to = [g.clone() for g in gradients] if _graph_is_retained() else list(gradients)
+    if not _is_one(grad_output):
+        rescale(to)
+    return to
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether there is nothing to apply. On a GPU only the kernel can tell without waiting."""
+    is_readable = grad_output.device.type == "cpu" and _are_plain((grad_output,))
+    return is_readable and not _dispatch_modes() and grad_output.item() == 1
 
 
 def _graph_is_retained() -> bool:

@@ -13,7 +13,7 @@ from fastkd.ops.library import (
     define,
     differentiate_once,
     eager_gradient,
-    exclusive,
+    for_grad_output,
     kernels,
     wants_gradient,
 )
@@ -189,11 +189,15 @@ class SoftTarget(torch.autograd.Function):
                 gradients = backward(
                     grad_output, student, teacher, labels, statistics, to_student, to_teacher, *p
                 )
-            elif torch.compiler.is_compiling():
-                gradients = (gradient * grad_output).to(gradient.dtype), None
             else:
-                gradients = exclusive(gradient), None
-                rescale(gradients[0], grad_output, student, teacher, labels, statistics, *p)
+                (to,) = for_grad_output(
+                    [gradient],
+                    grad_output,
+                    lambda to: rescale(
+                        to[0], grad_output, student, teacher, labels, statistics, *p
+                    ),
+                )
+                gradients = to, None
         found = (gradients[0] if to_student else None, gradients[1] if to_teacher else None)
         return (*differentiate_once("soft targets", found, (student, teacher)), None, None)
 
