@@ -44,7 +44,7 @@ sanitize: .venv/installed  ## Run the kernels' tests under ASan and UBSan
 	    $(BIN)/pytest tests -k 'not compile' $(UNSANITIZED:%=--ignore tests/test_%.py) $(ARGS)
 
 clean:  ## Remove all that make made
-	rm -rf .venv build dist *.egg-info .*_cache .hypothesis fastkd/_build.txt
+	rm -rf .venv build dist demo-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '_native*.so' -delete
 

@@ -199,7 +199,7 @@ class SoftTarget(torch.autograd.Function):
                 )
                 gradients = to, None
         found = (gradients[0] if to_student else None, gradients[1] if to_teacher else None)
-        return (*differentiate_once("soft targets", found, (student, teacher)), None, None)
+        return (*differentiate_once("a loss on logits", found, (student, teacher)), None, None)
 
 
 def soft_target(
