@@ -248,6 +248,10 @@ inline vec_t<A> load(const A* from) {
 template <class A>
 inline vec_t<A> load(const bfloat* from) {
   if constexpr (sizeof(A) == 4) {
+#if defined(__AVX512F__)  // one instruction, where GCC makes four of the conversion below
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    return (vec_t<A>)_mm512_slli_epi32(wide, 16);
+#endif
     typename Simd<float>::halves bits;
     std::memcpy(&bits, from, sizeof bits);
     return (vec_t<float>)(__builtin_convertvector(bits, bits_t<float>) << 16);
@@ -295,6 +299,10 @@ inline void store(V v, S* to) {
       const bits_t<float> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
       const bits_t<float> quiet = (bits >> 16) | 0x40u;
       const bits_t<float> chosen = v != v ? quiet : rounded;
+#if defined(__AVX512F__)
+      _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)chosen));
+      return;
+#endif
       const auto out = __builtin_convertvector(chosen, typename Simd<float>::halves);
       std::memcpy(to, &out, sizeof out);
       return;

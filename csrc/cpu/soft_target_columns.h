@@ -6,7 +6,7 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kColumns = 128;
+constexpr int kColumns = 128;                 // rows per tile: 8 cache lines of float32 per class
 constexpr int64_t kMostColumnClasses = 4096;  // tiles of more do not stay in cache
 
 // One vector of rows; s, t and h are a tile's columns, which become their exponentials.
