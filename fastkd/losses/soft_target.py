@@ -1,6 +1,6 @@
 """Soft targets (Hinton et al. 2014), alone and together with the hard labels."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -85,6 +85,40 @@ def soft_target_loss(
     weight = temperature * temperature if scale_t2 else 1.0
     parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, dim, chosen)
     return soft_target(student_logits, teacher_logits, None, parameters)[0]
+
+
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    dim: int = ...,
+    return_parts: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    dim: int = ...,
+    return_parts: Literal[True],
+    backend: Backend | None = ...,
+) -> DistillationParts: ...
 
 
 def distillation_loss(
