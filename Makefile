@@ -19,11 +19,12 @@ demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the
 test: .venv/native  ## Run the test suite
 	$(BIN)/pytest tests $(ARGS)
 
-lint: .venv/installed  ## Check style and types
+lint: .venv/installed  ## Check style, types and the figures of the documents
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.readme --check
 
 format: .venv/installed  ## Put the sources into the style that lint checks
 	$(BIN)/ruff check --fix

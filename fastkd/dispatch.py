@@ -6,6 +6,7 @@ transform has wrapped the tensors. A backend refuses a call with a `Refusal`; th
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 import warnings
@@ -92,9 +93,11 @@ _REFUSE: dict[str, Callable[[Facts], Refusal | None]] = {
     "reference": _refuse_reference,
 }
 
-# Plain globals, because torch.compile guards on them: a compiled function follows `use_backend`.
+# A plain global, because torch.compile guards on it: a compiled function follows `use_backend`.
 _override: Backend | None = None
-_explaining = False
+
+# Not one: a loss in another thread, while this one asks for an explanation, is a call like any.
+_explaining = contextvars.ContextVar("fastkd_explaining", default=False)
 
 
 class _Explained(Exception):
@@ -129,7 +132,7 @@ def select(
         return _resolve_compiled(loss, device, dtypes, requested)
     transformed = any([is_transformed(t) for t in (*tensors, *others) if t is not None])
     facts = Facts(loss, device, dtypes, transformed)
-    if _explaining:
+    if _explaining.get():
         raise _Explained(_explain(facts, requested))
     return _resolve(facts, requested)
 
@@ -216,14 +219,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     >>> print(fastkd.explain(fastkd.soft_target_loss, student, teacher, temperature=4.0))
     """
-    global _explaining
-    _explaining = True
+    token = _explaining.set(True)
     try:
         function(*args, **kwargs)
     except _Explained as explained:
         return explained.explanation
     finally:
-        _explaining = False
+        _explaining.reset(token)
     raise TypeError(f"explain expects a loss of fastkd, got {function!r}")
 
 

@@ -1,5 +1,6 @@
 """Which backend serves a call, who is told, and what is refused."""
 
+import threading
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from calls import LOSSES, sample
 
 import fastkd
+import fastkd.losses.attention as module
 from fastkd import dispatch
 from fastkd.kernels import native
 
@@ -14,8 +16,6 @@ from fastkd.kernels import native
 @pytest.fixture
 def served(monkeypatch):
     """The backends that calls of attention_map were given, in order."""
-    import fastkd.losses.attention as module
-
     record = []
     select = module.select
 
@@ -182,13 +182,30 @@ def test_explain_neither_warns_nor_runs_nor_remembers(without_native, served, mo
         warnings.simplefilter("error")
         explained("attention_map")
     assert not served
-    assert not dispatch._explaining
+    assert not dispatch._explaining.get()
 
 
 def test_explain_checks_the_arguments():
     with pytest.raises(ValueError, match="kind"):
         explained("attention_map", kind="median")
-    assert not dispatch._explaining
+    assert not dispatch._explaining.get()
+
+
+def test_explain_leaves_other_threads_alone(monkeypatch):
+    """A loss that another thread computes meanwhile is computed, not explained."""
+    check = module.checks.floating
+    elsewhere = []
+
+    def check_slowly(name, value):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: elsewhere.append(call()))
+            thread.start()
+            thread.join()
+        return check(name, value)
+
+    monkeypatch.setattr(module.checks, "floating", check_slowly)
+    assert explained("attention_map").loss == "attention_map"
+    assert torch.is_tensor(elsewhere[0])
 
 
 def test_explain_takes_modules(kernel_backend):

@@ -55,8 +55,6 @@ inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int6
 
 // Multiplies a dense gradient by a scalar. Only for dtypes in which that rounds once too finely to
 // matter; half precision is computed anew instead.
-inline bool scales_in_place(DType dtype) { return dtype == DType::f32 || dtype == DType::f64; }
-
 template <class A>
 inline void scale_stretch(const Tensor& gradient, int64_t begin, int64_t end, A factor) {
   with_storage(gradient.dtype, [&](auto* storage) {

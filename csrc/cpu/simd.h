@@ -65,8 +65,12 @@ inline vec_t<A> splat(A value) {
   return vec_t<A>{} + value;
 }
 
+// The larger one, and b where either is NaN.
 template <class A>
 inline vec_t<A> max(vec_t<A> a, vec_t<A> b) {
+#if defined(__AVX512F__)  // one instruction, where GCC makes a comparison and a blend
+  if constexpr (__is_same(A, float)) return (vec_t<A>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -91,6 +95,10 @@ inline vec_t<A> copy_sign(vec_t<A> a, vec_t<A> b) {
 // The first n lanes of v, and 0 in the others.
 template <class A>
 inline vec_t<A> keep(vec_t<A> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(A, float))
+    return (vec_t<A>)_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), (__m512)v);
+#endif
   for (int i = n; i < Simd<A>::width; ++i) v[i] = 0;
   return v;
 }
@@ -128,7 +136,9 @@ inline vec_t<double> sqrt(vec_t<double> x) {
 }
 
 // exp(rate · x) for x <= 0, within 2 ulp where there is a fused multiply-add; 0 where float32 would
-// leave its normal range. NaN stays NaN. 2^f on [-1/2, 1/2] is a minimax polynomial of degree 6.
+// leave its normal range. NaN stays NaN. rate · x · log2(e) is n + f: 2^f is a minimax polynomial,
+// on [-1/2, 1/2] of degree 6. Where a register can be a table of 2^(k/16), n is a multiple of 1/16
+// and degree 3 does.
 template <class A>
 struct Exp;
 
@@ -141,6 +151,26 @@ struct Exp<float> {
     least = -126 / binary < -3.4e38 ? -3.4e38f : float(-126 / binary);
   }
 
+#if defined(__AVX512F__)
+  vec_t<float> operator()(vec_t<float> x) const {
+    const vec_t<float> table = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f,
+                                1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+                                1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+    const vec_t<float> shifter = splat<float>(786432.0f);  // 1.5 * 2^19: adding it rounds to 1/16
+    const vec_t<float> shifted = x * high + shifter;
+    const vec_t<float> n = shifted - shifter;
+    const vec_t<float> f = x * low + (x * high - n);
+    vec_t<float> y = splat<float>(5.5505085737e-02f);
+    y = y * f + 2.4023355544e-01f;
+    y = y * f + 6.9314718246e-01f;
+    // The low four bits of `shifted` are k.
+    const auto power = (vec_t<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)table);
+    y = y * f * power + power;
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+    return (vec_t<float>)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
+  }
+#else
   vec_t<float> operator()(vec_t<float> x) const {
     using bits = bits_t<float>;  // unsigned, because whatever a NaN or -1e30 leaves here may wrap
     const vec_t<float> shifter = splat<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds
@@ -158,6 +188,7 @@ struct Exp<float> {
     const bits power = ((bits)shifted << 23) + 0x3f800000u;
     return x < least ? vec_t<float>{} : y * (vec_t<float>)power;
   }
+#endif
 
   float high, low, least;
 };
@@ -353,8 +384,17 @@ inline int until_aligned(const S* to, int n) {
 template <class A, class S>
 inline vec_t<A> load_part(const S* from, int n, A fill) {
 #if defined(__AVX512F__)
-  if constexpr (__is_same(S, float) && __is_same(A, float))
-    return (vec_t<A>)_mm512_mask_loadu_ps((__m512)splat<A>(fill), __mmask16((1u << n) - 1), from);
+  if constexpr (__is_same(A, float) && sizeof(S) <= 4) {
+    const auto first = __mmask16((1u << n) - 1);
+    vec_t<A> v;
+    if constexpr (sizeof(S) == 4) {
+      v = (vec_t<A>)_mm512_maskz_loadu_ps(first, from);
+    } else {
+      const __m256i lanes = _mm256_maskz_loadu_epi16(first, from);
+      v = load<A>((const S*)&lanes);
+    }
+    return (vec_t<A>)_mm512_mask_mov_ps((__m512)splat<A>(fill), first, (__m512)v);
+  }
 #endif
   vec_t<A> v = splat<A>(fill);
   for (int i = 0; i < n; ++i) v[i] = A(widen(from[i]));
@@ -363,12 +403,52 @@ inline vec_t<A> load_part(const S* from, int n, A fill) {
 template <class V, class S>
 inline void store_part(V v, S* to, int n) {
 #if defined(__AVX512F__)
-  if constexpr (__is_same(S, float) && __is_same(lane_t<V>, float)) {
-    _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)v);
+  if constexpr (__is_same(lane_t<V>, float) && sizeof(S) <= 4) {
+    const auto first = __mmask16((1u << n) - 1);
+    if constexpr (sizeof(S) == 4) {
+      _mm512_mask_storeu_ps(to, first, (__m512)v);
+    } else {
+      __m256i lanes;
+      store(v, (S*)&lanes);
+      _mm256_mask_storeu_epi16(to, first, lanes);
+    }
     return;
   }
 #endif
   for (int i = 0; i < n; ++i) narrow(v[i], to + i);
+}
+
+// All lanes, or the first n: what `over_vectors` hands on.
+template <class A>
+using All = std::integral_constant<int, Simd<A>::width>;
+
+template <class A, class S>
+inline vec_t<A> load_lanes(const S* from, All<A>, A) {
+  return load_as<A>(from);
+}
+template <class A, class S>
+inline vec_t<A> load_lanes(const S* from, int n, A fill) {
+  return load_part<A>(from, n, fill);
+}
+template <class A, class S>
+inline void store_lanes(vec_t<A> v, S* to, All<A>) {
+  store(v, to);
+}
+template <class A, class S>
+inline void store_lanes(vec_t<A> v, S* to, int n) {
+  store_part(v, to, n);
+}
+template <class A>
+inline vec_t<A> keep(vec_t<A> v, All<A>) {
+  return v;
+}
+
+// f(i, lanes) for the vectors of n elements, the last one perhaps in part.
+template <class A, class F>
+inline void over_vectors(int n, const F& f) {
+  int i = 0;
+  for (; i + All<A>::value <= n; i += All<A>::value) f(i, All<A>{});
+  if (i < n) f(i, n - i);
 }
 
 // Calls `f` with a null pointer of the storage type that `dtype` names.
