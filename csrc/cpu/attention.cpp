@@ -6,6 +6,8 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
+constexpr int64_t kPiece = 65536;  // elements of one unit of work of a gradient
+
 // Samples over threads; where samples are fewer, the chunks of each sample over threads.
 struct Shares {
   int outer, inner;
@@ -50,21 +52,39 @@ void map_sample(const Tensor& features, const Positions& where, int64_t sample, 
   });
 }
 
+// Whether a sample is one stretch of planes, on both sides.
+bool is_dense(const Positions& from, const Positions& to) {
+  return from.layout() == Layout::planar && to.layout() == Layout::planar &&
+         from.channel_stride == from.count && to.channel_stride == to.count;
+}
+
 template <class A>
 void gradient_sample(const Tensor& features, const Positions& from, const Tensor& gradient,
                      const Positions& to, int64_t sample, const A* slopes, A factor,
                      const int32_t* winners, const MapParameters& p, int threads) {
+  constexpr int W = Simd<A>::width;
+  const int64_t count = from.count, elements = from.channels * count;
+  A* scaled = scratch<A>(count + W);
+  for (int64_t i = 0; i < count; ++i) scaled[i] = slopes[i] * factor;
+  for (int64_t i = 0; i < W; ++i) scaled[count + i] = scaled[i % count];
   with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
     using S = std::remove_pointer_t<decltype(storage)>;
     const S* x = at<S>(features, sample * from.batch_stride);
     S* g = at<S>(gradient, sample * to.batch_stride);
-    const bool streams = past_cache(gradient);
-    over_chunks(from.count, threads, [&](int64_t first, int n) {
-      alignas(64) A scaled[kChunk];
-      for (int i = 0; i < n; ++i) scaled[i] = slopes[first + i] * factor;
-      gradient_chunk(x, from, g, to, p.kind, power, first, n, scaled,
-                     winners ? winners + first : nullptr, streams);
-    });
+    if (p.kind == MapKind::max_pow)
+      over_chunks(count, threads, [&](int64_t first, int n) {
+        gradient_of_winners(x, from, g, to, power, first, n, scaled + first, winners + first);
+      });
+    else if (is_dense(from, to))
+      parallel_for((elements + kPiece - 1) / kPiece, threads, [&](int64_t piece) {
+        const int64_t begin = piece * kPiece;
+        const int64_t end = begin + kPiece < elements ? begin + kPiece : elements;
+        gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.streams);
+      });
+    else
+      over_chunks(count, threads, [&](int64_t first, int n) {
+        gradient_chunk(x, from, g, to, power, first, n, scaled + first, gradient.streams);
+      });
   });
 }
 

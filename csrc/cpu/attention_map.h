@@ -40,7 +40,7 @@ void sum_planar(const S* x, int64_t channels, int64_t stride, int n, const P& po
 }
 
 template <class A, class S, class P>
-A sum_interleaved(const S* x, int64_t channels, const P& power) {
+vec_t<A> sum_interleaved(const S* x, int64_t channels, const P& power) {
   constexpr int W = Simd<A>::width;
   vec_t<A> even = {}, odd = {};
   int64_t c = 0;
@@ -51,7 +51,7 @@ A sum_interleaved(const S* x, int64_t channels, const P& power) {
   for (; c < channels; c += W)
     even += c + W <= channels ? power(load_as<A>(x + c))
                               : power(load_part<A>(x + c, int(channels - c), A(0)));
-  return sum<A>(even + odd);
+  return even + odd;
 }
 
 template <class A, class S, class P>
@@ -129,8 +129,17 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
   } else if (layout == Layout::planar) {
     sum_planar(x + first, where.channels, where.channel_stride, n, power, to);
   } else if (layout == Layout::interleaved) {
-    for (int i = 0; i < n; ++i)
-      to[i] = sum_interleaved<A>(x + (first + i) * step, where.channels, power);
+    const auto one = [&](int i) {
+      return sum_interleaved<A>(x + (first + i) * step, where.channels, power);
+    };
+    constexpr int W = Simd<A>::width;
+    int i = 0;
+    for (; i + W <= n; i += W) {
+      vec_t<A> parts[W];
+      for (int k = 0; k < W; ++k) parts[k] = one(i + k);
+      store(sums<A>(parts), to + i);
+    }
+    for (; i < n; ++i) to[i] = sum<A>(one(i));
   } else {
     for (int i = 0; i < n; ++i)
       to[i] = sum_scattered<A>(x + where.offset(first + i), where.channels, where.channel_stride,
@@ -138,51 +147,70 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
   }
 }
 
-// The gradient slope · dF/dA, where `slopes` hold the chunk's.
+// ---- The gradient slope · dF/dA ----------------------------------------------------------------
+
+// Elements begin to end of planes that follow one another: they are one stretch of memory, along
+// which the slopes repeat. `slopes` goes on by a vector past its last position, so that a vector
+// may begin at any and no plane has an edge.
 template <class A, class S, int halves>
-void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to, MapKind kind,
-                    const Power<A, halves>& power, int64_t first, int n, const A* slopes,
-                    const int32_t* winners, bool streams) {
+void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
+                        const Power<A, halves>& power, int64_t begin, int64_t end, bool streams) {
   constexpr int W = Simd<A>::width;
+  int64_t i = begin, position = begin % positions;
+  const auto at = [&](auto lanes) {
+    return load_lanes<A>(slopes + position, lanes, A(0)) *
+           power.derivative(load_lanes<A>(x + i, lanes, A(0)));
+  };
+  const auto advance = [&](int elements) {
+    i += elements;
+    position += elements % positions;
+    if (position >= positions) position -= positions;
+  };
+  if (streams) {
+    const int head = until_aligned<A>(g + i, int(end - i < W ? end - i : W));
+    store_part(at(head), g + i, head);
+    advance(head);
+  }
+  for (; i + W <= end; advance(W)) {
+    const auto gradient = at(All<A>{});
+    if (streams)
+      stream(gradient, g + i);
+    else
+      store(gradient, g + i);
+  }
+  if (i < end) store_part(at(int(end - i)), g + i, int(end - i));
+}
+
+// One chunk of positions in any layout.
+template <class A, class S, int halves>
+void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to,
+                    const Power<A, halves>& power, int64_t first, int n, const A* slopes,
+                    bool streams) {
   const Layout layout = from.layout() == to.layout() ? from.layout() : Layout::scattered;
   const int64_t channels = from.channels;
-  const bool scatter_winners = kind == MapKind::max_pow;
   if (layout == Layout::planar) {
     for (int64_t c = 0; c < channels; ++c) {
       const S* source = x + c * from.channel_stride + first;
       S* target = g + c * to.channel_stride + first;
-      for (int i = 0; i < n; i += W) {
-        const int lanes = n - i < W ? n - i : W;
-        if (scatter_winners) {
-          store_part(vec_t<A>{}, target + i, lanes);
-        } else if (lanes == W && streams && until_aligned<A>(target + i, 1) == 0) {
-          stream(load(slopes + i) * power.derivative(load_as<A>(source + i)), target + i);
-        } else if (lanes == W) {
-          store(load(slopes + i) * power.derivative(load_as<A>(source + i)), target + i);
-        } else {
-          store_part(load_part<A>(slopes + i, lanes, A(0)) *
-                         power.derivative(load_part<A>(source + i, lanes, A(0))),
-                     target + i, lanes);
-        }
-      }
+      over_vectors<A>(n, [&](int i, auto lanes) {
+        const auto gradient = load_lanes<A>(slopes + i, lanes, A(0)) *
+                              power.derivative(load_lanes<A>(source + i, lanes, A(0)));
+        store_lanes<A>(gradient, target + i, lanes);
+      });
     }
   } else if (layout == Layout::interleaved) {
+    // Every position begins where a vector may be streamed to, or none is.
+    streams = streams && channels % All<A>::value == 0 && until_aligned<A>(g, 1) == 0;
     for (int i = 0; i < n; ++i) {
       const S* source = x + (first + i) * from.position_stride;
       S* target = g + (first + i) * to.position_stride;
-      const auto slope = splat<A>(scatter_winners ? A(0) : slopes[i]);
-      for (int64_t c = 0; c < channels; c += W) {
-        const int lanes = channels - c < W ? int(channels - c) : W;
-        if (scatter_winners)
-          store_part(vec_t<A>{}, target + c, lanes);
-        else if (lanes == W && streams && until_aligned<A>(target + c, 1) == 0)
-          stream(slope * power.derivative(load_as<A>(source + c)), target + c);
-        else if (lanes == W)
-          store(slope * power.derivative(load_as<A>(source + c)), target + c);
+      over_vectors<A>(channels, [&](int64_t c, auto lanes) {
+        const auto gradient = slopes[i] * power.derivative(load_lanes<A>(source + c, lanes, A(0)));
+        if (streams && lanes == All<A>::value)
+          stream(gradient, target + c);
         else
-          store_part(slope * power.derivative(load_part<A>(source + c, lanes, A(0))), target + c,
-                     lanes);
-      }
+          store_lanes<A>(gradient, target + c, lanes);
+      });
     }
   } else {
     for (int i = 0; i < n; ++i) {
@@ -190,16 +218,30 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
       S* target = g + to.offset(first + i);
       for (int64_t c = 0; c < channels; ++c) {
         const A value = A(widen(source[c * from.channel_stride]));
-        const A slope = scatter_winners ? A(0) : slopes[i] * power.derivative(splat<A>(value))[0];
-        narrow(slope, target + c * to.channel_stride);
+        narrow(slopes[i] * power.derivative(splat<A>(value))[0], target + c * to.channel_stride);
       }
     }
   }
-  for (int i = 0; scatter_winners && i < n; ++i) {
+}
+
+// One chunk of positions of max_pow: all goes to the winners.
+template <class A, class S, int halves>
+void gradient_of_winners(const S* x, const Positions& from, S* g, const Positions& to,
+                         const Power<A, halves>& power, int64_t first, int n, const A* slopes,
+                         const int32_t* winners) {
+  const bool planar = to.layout() == Layout::planar;
+  // Zeros first, along whichever of channels and positions lies side by side.
+  for (int64_t c = 0; planar && c < to.channels; ++c)
+    std::memset(g + c * to.channel_stride + first, 0, n * sizeof(S));
+  for (int i = 0; i < n; ++i) {
+    S* target = g + to.offset(first + i);
+    if (!planar && to.channel_stride == 1)
+      std::memset(target, 0, to.channels * sizeof(S));
+    else if (!planar)
+      for (int64_t c = 0; c < to.channels; ++c) narrow(A(0), target + c * to.channel_stride);
     const int64_t c = winners[i];
     const A value = A(widen(x[from.offset(first + i) + c * from.channel_stride]));
-    narrow(slopes[i] * power.derivative(splat<A>(value))[0],
-           g + to.offset(first + i) + c * to.channel_stride);
+    narrow(slopes[i] * power.derivative(splat<A>(value))[0], target + c * to.channel_stride);
   }
 }
 

@@ -9,19 +9,32 @@
 namespace fastkd::calls {
 namespace {
 
-// A large gradient lies in pages that nobody has touched. As huge pages they come 512 at a time,
-// which halves the time of writing it.
-void expect_writing(const Tensor& gradient) {
+// From this size on the gradients of a call are written past the cache: it would not keep them
+// until they are read, and lines that are written in full need not be read first.
+// docs/performance.md has the measurement.
+constexpr int64_t kPastCache = int64_t(8) << 20;
+
+int64_t bytes_of(const Tensor& t) { return t ? t.numel() * size_of(t.dtype) : 0; }
+
+// `total` bytes of gradients are about to be written, these among them. A large gradient lies in
+// pages that nobody has touched. As huge pages they come 512 at a time, which halves the time of
+// writing it.
+void expect_writing(Tensor& gradient, int64_t total) {
+  gradient.streams = total >= kPastCache;
 #if defined(__linux__)
   constexpr uintptr_t huge = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data);
-  const uintptr_t end = begin + uintptr_t(gradient.numel() * size_of(gradient.dtype));
+  const uintptr_t end = begin + uintptr_t(bytes_of(gradient));
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
   if (begin != 0 && first < last)
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)gradient;
 #endif
+}
+
+void expect_writing(Tensors& gradients) {
+  int64_t total = 0;
+  for (const Tensor& gradient : gradients) total += bytes_of(gradient);
+  for (Tensor& gradient : gradients) expect_writing(gradient, total);
 }
 
 // Memory is only touched after this: a label out of range must not become an address.
@@ -79,18 +92,19 @@ double divisor_of(const Tensor& features, Reduction reduction) {
 
 void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
                          const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                         const Tensor& gradient, const SoftTargetParameters& p) {
+                         Tensor gradient, const SoftTargetParameters& p) {
   check_labels(labels, student, p);
-  expect_writing(gradient);
+  expect_writing(gradient, bytes_of(gradient));
   kernels().soft_target.forward(student, teacher, labels, loss, parts, statistics, gradient, p);
 }
 
 void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                          Labels labels, const Tensor& statistics, const Tensor& to_student,
-                          const Tensor& to_teacher, const SoftTargetParameters& p) {
+                          Labels labels, const Tensor& statistics, Tensor to_student,
+                          Tensor to_teacher, const SoftTargetParameters& p) {
   check_labels(labels, student, p);
-  expect_writing(to_student);
-  expect_writing(to_teacher);
+  const int64_t total = bytes_of(to_student) + bytes_of(to_teacher);
+  expect_writing(to_student, total);
+  expect_writing(to_teacher, total);
   kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, to_student,
                                  to_teacher, p);
 }
@@ -111,8 +125,9 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
 
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
-                                const Tensors& gradients, TransferParameters transfer,
-                                Reduction reduction, const MapParameters& p) {
+                                Tensors gradients, TransferParameters transfer, Reduction reduction,
+                                const MapParameters& p) {
+  expect_writing(gradients);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];
   transfer.sample_scale = reduction == Reduction::mean && batch > 0 ? 1 / double(batch) : 1;
@@ -121,7 +136,6 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
   for (size_t j = 0; j < pairs; ++j) {
     const bool both = slopes.size() > pairs;
     const Tensor gradient = gradients.empty() ? Tensor{} : gradients[j];
-    expect_writing(gradient);
     kernels().attention.transfer(students[j], teachers[j], losses.data(), slopes[j], winners[j],
                                  both ? slopes[pairs + j] : Tensor{},
                                  both ? winners[pairs + j] : nullptr, gradient, transfer, p);
@@ -134,14 +148,13 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
 }
 
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-                        const Winners& winners, const Tensors& gradients, const MapParameters& p) {
+                        const Winners& winners, Tensors gradients, const MapParameters& p) {
+  expect_writing(gradients);
   // Features are those of the students, and of the teachers after them where they were asked for.
   const size_t pairs = grad_output.ndim == 2 ? size_t(grad_output.sizes[0]) : features.size();
-  for (size_t j = 0; j < features.size(); ++j) {
-    expect_writing(gradients[j]);
+  for (size_t j = 0; j < features.size(); ++j)
     kernels().attention.backward(of_pair(grad_output, j, pairs), features[j], slopes[j], winners[j],
                                  gradients[j], p);
-  }
 }
 
 void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
@@ -153,13 +166,13 @@ void attention_rescale(const Tensors& gradients, const Tensor& grad_output, cons
 }
 
 void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
-                  const Tensors& gradients, const HintParameters& p) {
+                  Tensors gradients, const HintParameters& p) {
+  expect_writing(gradients);
   double total = 0;
   for (size_t j = 0; j < students.size(); ++j) {
     const int64_t batch = students[j].sizes[0];
     const double divisor = divisor_of(students[j], p.reduction);
     const Tensor gradient = gradients.empty() ? Tensor{} : gradients[j];
-    expect_writing(gradient);
     std::vector<double> losses(size_t(batch), 0);
     kernels().hint.forward(students[j], teachers[j], loss.dtype == DType::f64, losses.data(),
                            p.scale, 2 * p.scale / divisor, gradient, p.threads);
@@ -174,13 +187,12 @@ void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor
 }
 
 void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
-                   const Tensors& gradients, const HintParameters& p) {
+                   Tensors gradients, const HintParameters& p) {
+  expect_writing(gradients);
   const size_t pairs = students.size();
   for (size_t j = 0; j < pairs; ++j) {
     const double coefficient = 2 * p.scale / divisor_of(students[j], p.reduction);
     const Tensor to_teacher = gradients.size() > pairs ? gradients[pairs + j] : Tensor{};
-    expect_writing(gradients[j]);
-    expect_writing(to_teacher);
     kernels().hint.backward(of_pair(grad_output, j, pairs), students[j], teachers[j], coefficient,
                             gradients[j], to_teacher, p.threads);
   }

@@ -15,10 +15,10 @@ using Winners = std::vector<int32_t*>;
 
 void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
                          const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                         const Tensor& gradient, const SoftTargetParameters& p);
+                         Tensor gradient, const SoftTargetParameters& p);
 void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                          Labels labels, const Tensor& statistics, const Tensor& to_student,
-                          const Tensor& to_teacher, const SoftTargetParameters& p);
+                          Labels labels, const Tensor& statistics, Tensor to_student,
+                          Tensor to_teacher, const SoftTargetParameters& p);
 void soft_target_rescale(const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
                          const Tensor& teacher, Labels labels, const Tensor& statistics,
                          const SoftTargetParameters& p);
@@ -27,10 +27,10 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
                            const MapParameters& p);
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
-                                const Tensors& gradients, TransferParameters transfer,
-                                Reduction reduction, const MapParameters& p);
+                                Tensors gradients, TransferParameters transfer, Reduction reduction,
+                                const MapParameters& p);
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-                        const Winners& winners, const Tensors& gradients, const MapParameters& p);
+                        const Winners& winners, Tensors gradients, const MapParameters& p);
 void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
                        const Tensors& slopes, const Winners& winners, const MapParameters& p);
 
@@ -41,10 +41,10 @@ struct HintParameters {
 };
 
 void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
-                  const Tensors& gradients, const HintParameters& p);
+                  Tensors gradients, const HintParameters& p);
 // `gradients` are of students, then teachers; any may be absent.
 void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
-                   const Tensors& gradients, const HintParameters& p);
+                   Tensors gradients, const HintParameters& p);
 void hint_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
                   const Tensors& teachers, const HintParameters& p);
 

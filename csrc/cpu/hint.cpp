@@ -89,8 +89,7 @@ inline vec_t<A> squares(const S* s, const T* t, G* g, int n, A coefficient, bool
 
 template <class A>
 double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradient,
-               const int64_t (&at_)[3], const int64_t (&stride)[3], int n, A coefficient,
-               bool streams) {
+               const int64_t (&at_)[3], const int64_t (&stride)[3], int n, A coefficient) {
   const bool contiguous = stride[0] == 1 && stride[1] == 1 && stride[2] == 1;
   const bool same = student.dtype == teacher.dtype;
   double total = 0;
@@ -99,7 +98,7 @@ double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradi
       using S = std::remove_pointer_t<decltype(storage)>;
       S* g = gradient ? at<S>(*gradient, at_[2]) : nullptr;
       total = sum<A>(squares(at<S>(student, at_[0]), at<S>(teacher, at_[1]), g, n, coefficient,
-                             gradient != nullptr, streams));
+                             gradient != nullptr, gradient && gradient->streams));
     });
     return total;
   }
@@ -107,7 +106,7 @@ double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradi
   gather(student, at_[0], stride[0], n, s);
   gather(teacher, at_[1], stride[1], n, t);
   total = sum<A>(squares(s, t, g, n, coefficient, gradient != nullptr, false));
-  if (gradient) scatter(g, n, *gradient, at_[2], stride[2], streams);
+  if (gradient) scatter(g, n, *gradient, at_[2], stride[2]);
   return total;
 }
 
@@ -128,7 +127,6 @@ void visit(const Tensor& student, const Tensor& teacher, const Tensor* gradient,
   const int64_t groups = (runs.outer + together - 1) / together;
   const int64_t pieces = groups * cuts;
   Array<double> partial(runs.batch * pieces);
-  const bool streams = gradient && past_cache(*gradient);
   const int wanted = threads_for(runs.batch * per_sample, threads);
   parallel_for(runs.batch * pieces, wanted, [&](int64_t work) {
     const int64_t sample = work / pieces, piece = work % pieces;
@@ -145,7 +143,7 @@ void visit(const Tensor& student, const Tensor& teacher, const Tensor* gradient,
         const int n = int(end - i < kStretch ? end - i : kStretch);
         const int64_t from[3] = {base[0] + i * runs.run_stride[0], base[1] + i * runs.run_stride[1],
                                  base[2] + i * runs.run_stride[2]};
-        total += stretch<A>(student, teacher, gradient, from, runs.run_stride, n, factor, streams);
+        total += stretch<A>(student, teacher, gradient, from, runs.run_stride, n, factor);
       }
     }
     partial[work] = total;

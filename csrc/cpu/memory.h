@@ -25,16 +25,8 @@ inline void gather(const Tensor& from, int64_t offset, int64_t stride, int n, A*
   });
 }
 
-// A gradient this large is written past the cache, which would not keep it until it is read. On the
-// machine of docs/performance.md that is a quarter faster at 200 MB, even at 30 MB, and half slower
-// at 8 MB.
-inline bool past_cache(const Tensor& gradient) {
-  return gradient.numel() * size_of(gradient.dtype) >= (int64_t(64) << 20);
-}
-
 template <class A>
-inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int64_t stride,
-                    bool streams = false) {
+inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int64_t stride) {
   with_storage(to.dtype, [&](auto* storage) {
     auto* p = at<std::remove_pointer_t<decltype(storage)>>(to, offset);
     constexpr int W = Simd<A>::width;
@@ -43,7 +35,7 @@ inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int6
       return;
     }
     int i = 0;
-    if (streams) {
+    if (to.streams) {
       i = until_aligned<A>(p, n);
       store_part(load_part<A>(from, i, A(0)), p, i);
       for (; i + W <= n; i += W) stream(load(from + i), p + i);

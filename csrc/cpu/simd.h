@@ -126,6 +126,23 @@ inline A max_of(vec_t<A> v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Neighbouring lanes of two vectors, added.
+template <class V, size_t... Lane>
+inline V add_neighbours(V a, V b, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(a, b, (2 * Lane)...) +
+         __builtin_shufflevector(a, b, (2 * Lane + 1)...);
+}
+
+// The sum of each of as many vectors as they have lanes: fewer steps than one sum after another.
+template <class A>
+inline vec_t<A> sums(vec_t<A>* v) {
+  constexpr int W = Simd<A>::width;
+  for (int count = W / 2; count > 0; count /= 2)
+    for (int i = 0; i < count; ++i)
+      v[i] = add_neighbours(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>{});
+  return v[0];
+}
+
 inline vec_t<float> sqrt(vec_t<float> x) {
   for (int i = 0; i < Simd<float>::width; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
@@ -444,11 +461,11 @@ inline vec_t<A> keep(vec_t<A> v, All<A>) {
 }
 
 // f(i, lanes) for the vectors of n elements, the last one perhaps in part.
-template <class A, class F>
-inline void over_vectors(int n, const F& f) {
-  int i = 0;
+template <class A, class I, class F>
+inline void over_vectors(I n, const F& f) {
+  I i = 0;
   for (; i + All<A>::value <= n; i += All<A>::value) f(i, All<A>{});
-  if (i < n) f(i, n - i);
+  if (i < n) f(i, int(n - i));
 }
 
 // Calls `f` with a null pointer of the storage type that `dtype` names.

@@ -47,7 +47,7 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
     combine(Exponentials<A>{es, et, eh}, k, plan.third_exponential, n, student, false);
     if (plan.hard && label >= first && label < first + n)
       student[label - first] -= A(hard * (1 - plan.smoothing));
-    scatter(student, n, *t.gradient, offset[2] + first * stride[2], stride[2], plan.streams);
+    scatter(student, n, *t.gradient, offset[2] + first * stride[2], stride[2]);
   }
 }
 
@@ -76,7 +76,7 @@ void forward(const Tensors& t, const int64_t* labels, const Tensor& loss, const 
              const Tensor& statistics, const SoftTargetParameters& p) {
   const Tensor& gradient = t.gradient ? *t.gradient : *t.student;
   const Rows<3> rows({t.student, t.teacher, &gradient}, p.dim);
-  const Plan<A> plan(rows.count, rows.classes, labels, p, t.gradient);
+  const Plan<A> plan(rows.count, rows.classes, labels, p);
   A* table = at<A>(statistics, 0);
   const int threads = threads_for(rows.count * rows.classes, p.threads);
   if (rows.columns() && rows.classes <= kMostColumnClasses) {
@@ -105,7 +105,7 @@ void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels
   const Tensor& to_student = t.gradient ? *t.gradient : *t.student;
   const Tensor& to_teacher = t.to_teacher ? *t.to_teacher : *t.teacher;
   const Rows<4> rows({t.student, t.teacher, &to_student, &to_teacher}, p.dim);
-  const Plan<A> plan(rows.count, rows.classes, labels, p, t.gradient);
+  const Plan<A> plan(rows.count, rows.classes, labels, p);
   const A* table = at<A>(statistics, 0);
   const A* factors = at<A>(grad_output, 0);
   const bool by_row = p.reduction == Reduction::none;

@@ -23,18 +23,14 @@ struct Plan {
   double divisor;                       // of the reduction
   double soft_gradient, hard_gradient;  // of q − p, and of q₁ − target
 
-  bool streams;  // the gradient goes past the cache
-
-  Plan(int64_t rows, int64_t classes, const int64_t* labels, const SoftTargetParameters& p,
-       const Tensor* gradient)
+  Plan(int64_t rows, int64_t classes, const int64_t* labels, const SoftTargetParameters& p)
       : classes(classes),
         hard(labels != nullptr),
         third_exponential(hard && p.temperature != 1),
         softened(1 / p.temperature),
         sharp(1),
         inverse_temperature(1 / p.temperature),
-        smoothing(p.label_smoothing),
-        streams(gradient && past_cache(*gradient)) {
+        smoothing(p.label_smoothing) {
     int64_t kept = rows;
     if (labels)
       for (int64_t row = 0; row < rows; ++row) kept -= labels[row] == p.ignore_index;

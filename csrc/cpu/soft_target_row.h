@@ -237,9 +237,9 @@ void forward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)[
     const int64_t to = offset[2] + first * stride[2];
     if constexpr (gathered) {
       combine(from, k, plan.third_exponential, n, own, false);
-      scatter(own, n, *t.gradient, to, stride[2], plan.streams);
+      scatter(own, n, *t.gradient, to, stride[2]);
     } else {
-      combine(from, k, plan.third_exponential, n, at<S>(*t.gradient, to), plan.streams);
+      combine(from, k, plan.third_exponential, n, at<S>(*t.gradient, to), t.gradient->streams);
     }
     if (plan.hard && label >= first && label < first + n) {
       const auto one = [&](const A* e) { return e[label - first]; };
