@@ -1,6 +1,8 @@
 // The map of one sample, and the features' gradient from its slopes, in each memory layout.
 #pragma once
 
+#include <limits>
+
 #include "kernels.h"
 #include "positions.h"
 #include "power.h"
@@ -68,42 +70,78 @@ A sum_scattered(const S* x, int64_t channels, int64_t stride, const P& power) {
 
 // ---- Maxima over channels, and the lowest channel that attains each ----------------------------
 
-// NaN wins, as it does in torch, and then stays.
+// In each lane the largest magnitude so far and the channel that it was first seen in. NaN wins, as
+// it does in torch, and then stays.
 template <class A>
-inline bool beats(A a, A best) {
-  return a > best || (a != a && best == best);
-}
+struct Best {
+  vec_t<A> value = splat<A>(-1);
+  mask_t<A> channel = {};
+
+  void see(vec_t<A> x, mask_t<A> at) {
+    const auto a = abs<A>(x);
+    const mask_t<A> wins = (a > value) | ((a != a) & (value == value));
+    value = wins ? a : value;
+    channel = wins ? at : channel;
+  }
+};
 
 template <class A, class S>
-void max_strided(const S* x, int64_t channels, int64_t channel_stride, int64_t position_stride,
-                 int n, A* to, int32_t* winners) {
+void max_planar(const S* x, int64_t channels, int64_t stride, int n, A* to, int32_t* winners) {
+  constexpr int W = Simd<A>::width;
+  typedef int32_t indices __attribute__((vector_size(W * sizeof(int32_t))));
   for (int i = 0; i < n; ++i) {
     to[i] = -1;
     winners[i] = 0;
   }
-  // Channels outside, so that planar maps are read in order.
-  for (int64_t c = 0; c < channels; ++c)
-    for (int i = 0; i < n; ++i) {
-      const A a = std::fabs(A(widen(x[c * channel_stride + i * position_stride])));
-      const bool wins = beats(a, to[i]);
-      to[i] = wins ? a : to[i];
-      winners[i] = wins ? int32_t(c) : winners[i];
-    }
+  for (int64_t c = 0; c < channels; c += kAtOnce) {
+    const int some = channels - c < kAtOnce ? int(channels - c) : kAtOnce;
+    over_vectors<A>(n, [&](int i, auto lanes) {
+      Best<A> best;
+      indices found = {};
+      std::memcpy(&found, winners + i, lanes * sizeof(int32_t));
+      best.value = load_lanes<A>(to + i, lanes, A(0));
+      best.channel = __builtin_convertvector(found, mask_t<A>);
+      for (int k = 0; k < some; ++k)
+        best.see(load_lanes<A>(x + (c + k) * stride + i, lanes, A(0)), mask_t<A>{} + int(c + k));
+      store_lanes<A>(best.value, to + i, lanes);
+      found = __builtin_convertvector(best.channel, indices);
+      std::memcpy(winners + i, &found, lanes * sizeof(int32_t));
+    });
+  }
+}
+
+// At a tie between lanes, the lowest channel: never one past the last, whose 0 beats nothing.
+template <class A, class S>
+void max_interleaved(const S* x, int64_t channels, A* to, int32_t* winner) {
+  constexpr int W = Simd<A>::width;
+  mask_t<A> at;
+  for (int k = 0; k < W; ++k) at[k] = k;
+  Best<A> best;
+  over_vectors<A>(channels, [&](int64_t c, auto lanes) {
+    best.see(load_lanes<A>(x + c, lanes, A(0)), at);
+    at += W;
+  });
+  const A largest = max_of<A>(best.value);
+  const mask_t<A> is_nan = best.value != best.value;
+  const bool any_nan = fold(is_nan, [](auto a, auto b) { return a | b; });
+  const mask_t<A> attains = any_nan ? is_nan : best.value == largest;
+  const mask_t<A> never = mask_t<A>{} + std::numeric_limits<int32_t>::max();
+  *winner =
+      int32_t(fold(attains ? best.channel : never, [](auto a, auto b) { return a < b ? a : b; }));
+  *to = any_nan ? A(NAN) : largest;
 }
 
 template <class A, class S>
-void max_interleaved(const S* x, int64_t channels, int64_t stride, A* to, int32_t* winner) {
+void max_scattered(const S* x, int64_t channels, int64_t stride, A* to, int32_t* winner) {
   A best = -1;
-  int32_t channel = 0;
   for (int64_t c = 0; c < channels; ++c) {
     const A a = std::fabs(A(widen(x[c * stride])));
-    if (beats(a, best)) {
+    if (a > best || (a != a && best == best)) {
       best = a;
-      channel = int32_t(c);
+      *winner = int32_t(c);
     }
   }
   *to = best;
-  *winner = channel;
 }
 
 // ---- One chunk of positions of one sample ------------------------------------------------------
@@ -116,11 +154,14 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
   const int64_t step = where.position_stride;
   if (kind == MapKind::max_pow) {
     if (layout == Layout::planar)
-      max_strided(x + first, where.channels, where.channel_stride, 1, n, to, winners);
+      max_planar(x + first, where.channels, where.channel_stride, n, to, winners);
+    else if (layout == Layout::interleaved)
+      for (int i = 0; i < n; ++i)
+        max_interleaved(x + (first + i) * step, where.channels, to + i, winners + i);
     else
       for (int i = 0; i < n; ++i)
-        max_interleaved(x + where.offset(first + i), where.channels, where.channel_stride, to + i,
-                        winners + i);
+        max_scattered(x + where.offset(first + i), where.channels, where.channel_stride, to + i,
+                      winners + i);
     constexpr int W = Simd<A>::width;
     for (int i = 0; i < n; i += W) {
       const int lanes = n - i < W ? n - i : W;

@@ -23,6 +23,19 @@ inline double sum_over(int64_t count, const F& f) {
   return total;
 }
 
+// In double: the squares of squares leave float32's range.
+template <class A>
+inline double sum_of_squares(const A* x, int64_t count) {
+  constexpr int W = Simd<A>::width;
+  double parts[W] = {}, total = 0;  // as many as there are lanes, so that it is a vector's work
+  int64_t i = 0;
+  for (; i + W <= count; i += W)
+    for (int k = 0; k < W; ++k) parts[k] += double(x[i + k]) * double(x[i + k]);
+  for (; i < count; ++i) total += double(x[i]) * double(x[i]);
+  for (double part : parts) total += part;
+  return total;
+}
+
 // Divides a map by its norm in place; what is left of the division is its scale.
 template <class A>
 struct Normalised {
@@ -31,9 +44,7 @@ struct Normalised {
   bool clamped;  // the norm is below eps, and constant
 
   Normalised(A* raw, int64_t count, double eps) : map(raw) {
-    double squares = 0;  // in double: the squares of squares leave float32's range
-    for (int64_t i = 0; i < count; ++i) squares += double(raw[i]) * double(raw[i]);
-    const double norm = std::sqrt(squares);
+    const double norm = std::sqrt(sum_of_squares(raw, count));
     clamped = norm < eps;
     // A map of zeros stays zeros, however small eps is.
     inverse = norm == 0 ? A(0) : A(1 / (clamped ? eps : norm));
