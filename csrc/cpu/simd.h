@@ -221,6 +221,22 @@ struct Exp<double> {
   double rate;
 };
 
+// log(x) of a positive number, as far as double goes, and NaN of NaN: without the branches of the C
+// library's, so that the compiler can take several at once.
+inline double log_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  // x = 2^n · m with m between √½ and √2, whose logarithm is a series in (m − 1) / (m + 1).
+  const int64_t n = int64_t(bits - 0x3fe6a09e667f3bcdu) >> 52;
+  bits -= uint64_t(n) << 52;
+  double m;
+  std::memcpy(&m, &bits, 8);
+  const double s = (m - 1) / (m + 1), z = s * s;
+  double series = 2.0 / 19;
+  for (int power = 17; power > 0; power -= 2) series = series * z + 2.0 / power;
+  return double(n) * 0.6931471805599453 + s * series + (x - x);
+}
+
 // Storage to arithmetic, one element.
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }

@@ -17,6 +17,7 @@ from fastkd.ops.library import (
     eager_gradient,
     for_grad_output,
     kernels,
+    no_grad,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
@@ -167,7 +168,7 @@ class AttentionMap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         features, winners = ctx.saved_tensors
-        with torch.no_grad():
+        with no_grad():
             one = grad_output.new_ones(())
             gradients = backward(
                 one, [features], [grad_output.contiguous()], [winners], *ctx.parameters
@@ -206,7 +207,7 @@ class AttentionTransfer(torch.autograd.Function):
         features, slopes, winners = (saved[i * kept : (i + 1) * kept] for i in range(3))
         gradients = saved[3 * kept :]
         needed = ctx.needs_input_grad[2:]
-        with torch.no_grad():
+        with no_grad():
             if not ctx.with_gradients:
                 to = backward(grad_output, features, slopes, winners, *p)
             else:

@@ -12,6 +12,7 @@ from fastkd.ops.library import (
     eager_gradient,
     for_grad_output,
     kernels,
+    no_grad,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
@@ -132,7 +133,7 @@ class Hint(torch.autograd.Function):
         students, teachers = saved[:count], saved[count : 2 * count]
         gradients = saved[2 * count :]
         needed = ctx.needs_input_grad[1:]
-        with torch.no_grad():
+        with no_grad():
             if not ctx.with_gradients:
                 to = backward(grad_output, students, teachers, needed[:count], needed[count:], *p)
             else:

@@ -15,6 +15,7 @@ from fastkd.ops.library import (
     eager_gradient,
     for_grad_output,
     kernels,
+    no_grad,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
@@ -184,7 +185,7 @@ class SoftTarget(torch.autograd.Function):
         student, teacher, labels, statistics, gradient = ctx.saved_tensors
         p = ctx.parameters
         to_student, to_teacher = ctx.needs_input_grad[:2]
-        with torch.no_grad():
+        with no_grad():
             if not ctx.with_gradient:
                 gradients = backward(
                     grad_output, student, teacher, labels, statistics, to_student, to_teacher, *p
