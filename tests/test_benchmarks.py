@@ -276,7 +276,8 @@ def test_jobs_follow_the_options():
     assert len(cli.jobs(cli.parse([]))) == len(CASES)
     chosen = cli.jobs(cli.parse(["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]))
     assert [(w.name, dtype) for w, dtype in chosen] == [
-        ("ResNet-18 ← ResNet-34, channels_last, batch 256", torch.bfloat16)
+        ("ResNet-18 ← ResNet-34, channels_last, batch 256", torch.bfloat16),
+        ("1×1 regressor to 128 channels, (64,64,16,16)", torch.bfloat16),
     ]
     for bad in (["--seconds", "0"], ["--seconds", "nan"], ["--dtype", "int8"]):
         with pytest.raises(SystemExit):

@@ -35,6 +35,18 @@ def released_loss(student: Argument, teacher: Argument, *, distance: str) -> Ten
     return sum((F.mse_loss(released_map(s), released_map(t)) for s, t in pairs), torch.zeros(()))
 
 
+def max_loss(student: Argument, teacher: Argument, *, kind: str) -> Tensor:
+    """Equation 2 on maxima over the channels, squared."""
+    assert kind == "max_pow"
+
+    def max_map(features: Tensor) -> Tensor:
+        return F.normalize(features.float().abs().max(1).values.square().flatten(1))
+
+    pairs = zip(tensors(student), tensors(teacher), strict=True)
+    differences = (max_map(s) - max_map(t) for s, t in pairs)
+    return sum((d.norm(dim=1).mean() for d in differences), torch.zeros(())) / 2
+
+
 def eager_map_loss(features: Tensor, weights: Tensor) -> Tensor:
     """A map has no loss of its own: these weights give it one, to every contender alike."""
     return (attention_map(features) * weights).sum(1).mean()
@@ -86,6 +98,15 @@ WORKLOADS = (
         released_loss,
         title="WRN-16-2 ← WRN-40-2, mse",
         keywords={"distance": "mse"},
+    ),
+    _transfer(
+        "attention, CIFAR",
+        _WRN_16_2,
+        _WRN_16_2,
+        max_loss,
+        title="WRN-16-2 ← WRN-40-2, max_pow",
+        keywords={"kind": "max_pow"},
+        student_reads=1,
     ),
     _transfer("attention, CIFAR", _WRN_40_1, _WRN_16_2, paper_loss, title="WRN-40-1 ← WRN-40-2"),
     _transfer(

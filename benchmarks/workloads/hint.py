@@ -17,11 +17,13 @@ def hint_loss(
     half: bool,
 ) -> Tensor:
     assert reduction == "mean" and not half
-    students = tensors(student)
+    students = [s.float() for s in tensors(student)]
     if regressor_weight is not None:
-        students = [F.conv2d(s, regressor_weight, regressor_bias) for s in students]
+        weight = regressor_weight.float()
+        bias = None if regressor_bias is None else regressor_bias.float()
+        students = [F.conv2d(s, weight, bias) for s in students]
     pairs = zip(students, tensors(teacher), strict=True)
-    return sum((F.mse_loss(s.float(), t.float()) for s, t in pairs), torch.zeros(()))
+    return sum((F.mse_loss(s, t.float()) for s, t in pairs), torch.zeros(()))
 
 
 def _hint(
@@ -35,7 +37,6 @@ def _hint(
         hint_loss,
         title=title,
         keywords={"reduction": "mean", "half": False},
-        dtypes=(torch.float32,) if regressed else (torch.float32, torch.bfloat16),
         headline=headline,
         regressor=regressed is not None,
     )

@@ -87,26 +87,41 @@ inline vec_t<A> squares(const S* s, const T* t, G* g, int n, A coefficient, bool
   return first + second;
 }
 
+// f(null pointers of the two storage types), unless a loop for just these two is not worth having.
+template <class A, class F>
+bool with_storages(DType student, DType teacher, const F& f) {
+  bool called = false;
+  with_storage(student, [&](auto* one) {
+    with_storage(teacher, [&](auto* other) {
+      using S = std::remove_pointer_t<decltype(one)>;
+      using T = std::remove_pointer_t<decltype(other)>;
+      if constexpr (__is_same(S, T) || sizeof(S) + sizeof(T) + sizeof(A) <= 12) {
+        f(one, other);
+        called = true;
+      }
+    });
+  });
+  return called;
+}
+
 template <class A>
 double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradient,
-               const int64_t (&at_)[3], const int64_t (&stride)[3], int n, A coefficient) {
+               const int64_t (&offset)[3], const int64_t (&stride)[3], int n, A coefficient) {
   const bool contiguous = stride[0] == 1 && stride[1] == 1 && stride[2] == 1;
-  const bool same = student.dtype == teacher.dtype;
   double total = 0;
-  if (contiguous && same) {
-    with_storage(student.dtype, [&](auto* storage) {
-      using S = std::remove_pointer_t<decltype(storage)>;
-      S* g = gradient ? at<S>(*gradient, at_[2]) : nullptr;
-      total = sum<A>(squares(at<S>(student, at_[0]), at<S>(teacher, at_[1]), g, n, coefficient,
-                             gradient != nullptr, gradient && gradient->streams));
-    });
-    return total;
-  }
+  const auto in_place = [&](auto* one, auto* other) {
+    using S = std::remove_pointer_t<decltype(one)>;
+    using T = std::remove_pointer_t<decltype(other)>;
+    S* g = gradient ? at<S>(*gradient, offset[2]) : nullptr;
+    total = sum<A>(squares(at<S>(student, offset[0]), at<T>(teacher, offset[1]), g, n, coefficient,
+                           gradient != nullptr, gradient && gradient->streams));
+  };
+  if (contiguous && with_storages<A>(student.dtype, teacher.dtype, in_place)) return total;
   alignas(64) A s[kStretch], t[kStretch], g[kStretch];
-  gather(student, at_[0], stride[0], n, s);
-  gather(teacher, at_[1], stride[1], n, t);
+  gather(student, offset[0], stride[0], n, s);
+  gather(teacher, offset[1], stride[1], n, t);
   total = sum<A>(squares(s, t, g, n, coefficient, gradient != nullptr, false));
-  if (gradient) scatter(g, n, *gradient, at_[2], stride[2]);
+  if (gradient) scatter(g, n, *gradient, offset[2], stride[2]);
   return total;
 }
 
