@@ -41,7 +41,9 @@ def is_default(record: Record) -> bool:
 
 def details(record: Record, plot: str) -> str:
     """For the documentation: everything."""
-    title = "As PyTorch is installed" if is_default(record) else "With an allocator that keeps pages"
+    title = "With an allocator that keeps its pages"
+    if is_default(record):
+        title = "As PyTorch is installed"
     parts = [f"### {title}", f"![Ratios to torch.compile]({plot})", _means(record)]
     for dtype in record.dtypes():
         head = [f"{dtype}, ms", "eager", "torch.compile", "fastkd", "ratio", "of copy bandwidth"]

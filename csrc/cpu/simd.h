@@ -68,8 +68,11 @@ inline vec_t<A> splat(A value) {
 // The larger one, and b where either is NaN.
 template <class A>
 inline vec_t<A> max(vec_t<A> a, vec_t<A> b) {
-#if defined(__AVX512F__)  // one instruction, where GCC makes a comparison and a blend
+// One instruction, where GCC makes a comparison and a blend.
+#if defined(__AVX512F__)
   if constexpr (__is_same(A, float)) return (vec_t<A>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (__is_same(A, float)) return (vec_t<A>)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
 }
