@@ -56,9 +56,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--allocator",
-        choices=("system", "keep"),
-        default="system",
-        help="system: as PyTorch is installed (default); keep: large blocks stay with the process",
+        choices=("keep", "system"),
+        default="keep",
+        help="keep: large blocks stay with the process (default); system: each is mapped anew",
     )
     parser.add_argument("--output", type=Path, default=_RESULTS, metavar="DIR")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
 def is_complete(options: argparse.Namespace) -> bool:
     """Whether the figures may stand in the documentation."""
     return not (options.filter or options.quick or options.contenders) and (
-        set(options.dtype) == set(_DTYPES)
+        set(options.dtype) == set(_DTYPES) and options.allocator == "keep"
     )
 
 
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     report.show(record, console)
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / (record.name if record.complete else f"{device.name}-partial")
+    stem = options.output / (device.name if record.complete else f"{device.name}-partial")
     record.save(stem.with_suffix(".json"))
     plot(record, stem.with_suffix(".png"))
     console.print(f"\nwritten to {stem}.json and {stem}.png", highlight=False)

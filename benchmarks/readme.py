@@ -34,17 +34,9 @@ def summary(record: Record, plot: str) -> str:
     return f"{table(head, rows)}\n\n{_means(record)}\n\n![Ratios to torch.compile]({plot})"
 
 
-def is_default(record: Record) -> bool:
-    """Whether this is how PyTorch runs where nobody has changed anything."""
-    return record.name == record.device
-
-
 def details(record: Record, plot: str) -> str:
     """For the documentation: everything."""
-    title = "With an allocator that keeps its pages"
-    if is_default(record):
-        title = "As PyTorch is installed"
-    parts = [f"### {title}", f"![Ratios to torch.compile]({plot})", _means(record)]
+    parts = [f"![Ratios to torch.compile]({plot})", _means(record)]
     for dtype in record.dtypes():
         head = [f"{dtype}, ms", "eager", "torch.compile", "fastkd", "ratio", "of copy bandwidth"]
         head += ["gradient error (rounding)", "MB: eager", "torch.compile", "fastkd"]
@@ -87,9 +79,9 @@ def _means(record: Record) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-DOCUMENTS: dict[str, tuple[Callable[[Record, str], str], Callable[[Record], bool]]] = {
-    "README.md": (summary, is_default),
-    "docs/performance.md": (details, lambda _: True),
+DOCUMENTS: dict[str, Callable[[Record, str], str]] = {
+    "README.md": summary,
+    "docs/performance.md": details,
 }
 
 
@@ -107,22 +99,20 @@ def complete_records(folder: Path) -> list[tuple[Path, Record]]:
     return [(path, record) for path, record in found if record.complete]
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
-
-
 def update(root: Path, results: Path, check: bool) -> list[str]:
     """Write the documents, or with `check` only name those that are out of date."""
     records = complete_records(results)
     if not records:
         return [f"{results} holds no complete record; run python -m benchmarks"]
     problems = []
-    for name, (write, belongs) in DOCUMENTS.items():
+    for name, write in DOCUMENTS.items():
         path = root / name
+        plots = [
+            Path(os.path.relpath(source.with_suffix(".png"), path.parent)).as_posix()
+            for source, _ in records
+        ]
         content = "\n\n".join(
-            write(record, _relative(source.with_suffix(".png"), path.parent))
-            for source, record in records
-            if belongs(record)
+            write(record, plot) for (_, record), plot in zip(records, plots, strict=True)
         )
         try:
             old = path.read_text()

@@ -83,12 +83,6 @@ class Record:
     copy_bandwidth: dict[str, float]
     cases: list[Case]
 
-    @property
-    def name(self) -> str:
-        """Of its file, without the suffix."""
-        allocator = self.machine.get("allocator", "system")
-        return self.device if allocator == "system" else f"{self.device}-{allocator}"
-
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 

@@ -101,6 +101,40 @@ def test_hints(isa, dtype, layout):
         check_hint(*[x[:, :1] for x in pair], "native", reduction="none")
 
 
+# Calls that write more than 8 MiB of gradients: rows, planes and positions that begin at any
+# alignment, and those that begin where a vector does.
+LARGE = [(73, 31013), (71, 32768)]
+LARGE_MAPS = [(357, 127, 7, 7), (133, 64, 16, 16)]
+LARGE_DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", LARGE_DTYPES)
+def test_soft_targets_past_the_cache(isa, dtype, shape):
+    rows = 2 * shape[0] if dtype.itemsize == 2 else shape[0]
+    pair = [logits(rows, shape[1], dtype=dtype) for _ in range(2)]
+    check_soft_target(*pair, "native", temperature=2.0, teachers=False)
+    labels = torch.randint(shape[1], (rows,))
+    labels[::7] = -100
+    check_distillation(*pair, labels, "native", teachers=False)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", LARGE_MAPS)
+@pytest.mark.parametrize("dtype", LARGE_DTYPES)
+def test_attention_past_the_cache(isa, dtype, shape, layout):
+    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
+    check_transfer(*pairs, "native", with_teachers=False)
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced])
+@pytest.mark.parametrize("shape", LARGE_MAPS)
+@pytest.mark.parametrize("dtype", LARGE_DTYPES)
+def test_hints_past_the_cache(isa, dtype, shape, layout):
+    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
+    check_hint(*pairs, "native")
+
+
 def test_conversions_are_exact(isa):
     """Every float16 and bfloat16 number, widened by the kernel: the loss is its square."""
     for dtype in (torch.float16, torch.bfloat16):

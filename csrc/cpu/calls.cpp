@@ -16,9 +16,8 @@ constexpr int64_t kPastCache = int64_t(8) << 20;
 
 int64_t bytes_of(const Tensor& t) { return t ? t.numel() * size_of(t.dtype) : 0; }
 
-// `total` bytes of gradients are about to be written, these among them. A large gradient lies in
-// pages that nobody has touched. As huge pages they come 512 at a time, which halves the time of
-// writing it.
+// `total` bytes of gradients are about to be written, these among them. A large gradient may lie in
+// pages that nobody has touched. As huge pages they come 512 at a time, and in a third of the time.
 void expect_writing(Tensor& gradient, int64_t total) {
   gradient.streams = total >= kPastCache;
 #if defined(__linux__)

@@ -56,7 +56,8 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
 
   // All lanes at once first: a row has few classes here, and its logarithms would take most of the
   // time one by one.
-  alignas(64) A zs[W], zt[W], zh[W], kl[W], log_hard[W] = {}, a[W], b[W], k[W] = {};
+  alignas(64) A zs[W], zt[W], zh[W], kl[W], a[W], b[W], k[W] = {};
+  double log_hard[W] = {};
   store(s_sum, zs);
   store(t_sum, zt);
   store(h_sum, zh);
@@ -68,7 +69,7 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     b[lane] = A(plan.soft_gradient / teacher);
   }
   for (int lane = 0; plan.hard && lane < W; ++lane) {
-    log_hard[lane] = A(log_of(zh[lane]));
+    log_hard[lane] = log_of(zh[lane]);
     k[lane] = A(plan.hard_gradient / double(zh[lane]));
   }
   for (int lane = 0; lane < lanes; ++lane) {
