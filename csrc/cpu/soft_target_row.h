@@ -136,8 +136,8 @@ struct Combination {
   template <class Load>
   auto operator()(const Load& load, const Exponentials<A>& from, bool third) const {
     auto g = load(from.student) * student;
-    if (teacher != 0)
-      g -= load(from.teacher) * teacher;  // at 0 not even the teacher's NaN may show
+    // At a weight of 0 nothing that the teacher holds may show, NaN neither.
+    if (teacher != 0) g -= load(from.teacher) * teacher;
     if (third) g += load(from.hard) * hard;
     return g - smoothing;
   }
