@@ -1,21 +1,25 @@
-"""Write the figures of README.md and docs/performance.md from the committed records.
+"""Write the figures of README.md and docs/performance.md from the committed result files.
 
 python -m benchmarks.readme            write them, and draw the plots anew
 python -m benchmarks.readme --check    only say whether they are up to date
 """
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import Case, Record, geometric_mean
 from benchmarks.report import error, heading, megabytes, milliseconds, percent, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+# What `make demo` wrote to demo-output/results.json.
+DEMO = "docs/demo-results.json"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -79,24 +83,71 @@ def _means(record: Record) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def demo(results: dict[str, Any]) -> str:
+    """For the README: what the demo compares, and how it came out."""
+    teacher, students = results["teacher"], results["students"]
+    seeds = len(students[0]["accuracies"])
+    sentence = (
+        f"A teacher of {teacher['parameters']:,} parameters learns from "
+        f"{results['training_images']:,} images, then students of {students[0]['parameters']:,} "
+        f"parameters do in {len(students)} ways, {seeds} seeds each; all are tested on the other "
+        f"{results['test_images']:,} images."
+    )
+    head = ["method", "test accuracy, %", "gain", "seconds in the loss", "seconds in all"]
+    rows = [
+        [
+            row["name"],
+            _spread(row["accuracy"], ""),
+            _spread(row["gain"], "+"),
+            f"{row['loss_seconds']:.2f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in (teacher, *students)
+    ]
+    return f"{textwrap.fill(sentence, 100)}\n\n{table(head, rows)}"
+
+
+def _spread(value: dict[str, float | None] | None, sign: str) -> str:
+    if value is None:
+        return ""
+    mean = f"{value['mean']:{sign}.2f}".replace("-", "−")
+    return mean if value["std"] is None else f"{mean} ± {value['std']:.2f}"
+
+
 DOCUMENTS: dict[str, Callable[[Record, str], str]] = {
     "README.md": summary,
     "docs/performance.md": details,
 }
 
 
-def filled(text: str, content: str) -> str:
-    """`text` with everything between the two markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def markers(section: str) -> tuple[str, str]:
+    return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+
+
+def filled(text: str, section: str, content: str) -> str:
+    """`text` with everything between the two markers of the section replaced."""
+    opening, closing = markers(section)
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not (begin and end):
-        raise ValueError(f"no {BEGIN} ... {END} to fill")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+        raise ValueError(f"no {opening} ... {closing} to fill")
+    return f"{before}{opening}\n\n{content}\n\n{closing}{after}"
 
 
 def complete_records(folder: Path) -> list[tuple[Path, Record]]:
     found = [(path, Record.load(path)) for path in sorted(folder.glob("*.json"))]
     return [(path, record) for path, record in found if record.complete]
+
+
+def sections(root: Path, records: list[tuple[Path, Record]]) -> Iterator[tuple[str, str, str]]:
+    """The document, the section and the content of everything that is written."""
+    for name, write in DOCUMENTS.items():
+        parts = [
+            write(record, Path(os.path.relpath(path, (root / name).parent)).as_posix())
+            for path, record in ((source.with_suffix(".png"), record) for source, record in records)
+        ]
+        yield name, "benchmarks", "\n\n".join(parts)
+    yield "README.md", "demo", demo(json.loads((root / DEMO).read_text()))
 
 
 def update(root: Path, results: Path, check: bool) -> list[str]:
@@ -105,23 +156,16 @@ def update(root: Path, results: Path, check: bool) -> list[str]:
     if not records:
         return [f"{results} holds no complete record; run python -m benchmarks"]
     problems = []
-    for name, write in DOCUMENTS.items():
+    for name, section, content in sections(root, records):
         path = root / name
-        plots = [
-            Path(os.path.relpath(source.with_suffix(".png"), path.parent)).as_posix()
-            for source, _ in records
-        ]
-        content = "\n\n".join(
-            write(record, plot) for (_, record), plot in zip(records, plots, strict=True)
-        )
         try:
             old = path.read_text()
-            new = filled(old, content)
+            new = filled(old, section, content)
         except (OSError, ValueError) as problem:
             problems.append(f"{name}: {problem}")
             continue
         if check and new != old:
-            problems.append(f"{name} is out of date; run python -m benchmarks.readme")
+            problems.append(f"{name}, {section}: out of date; run python -m benchmarks.readme")
         elif new != old:
             path.write_text(new)
     return problems

@@ -226,7 +226,10 @@ def documents(folder: Path) -> list[Path]:
     paths = [folder / name for name in readme.DOCUMENTS]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+        sections = ("benchmarks", "demo") if path.name == "README.md" else ("benchmarks",)
+        marks = [mark for section in sections for mark in readme.markers(section)]
+        path.write_text("\n".join(["before", *marks, "after", ""]))
+    (folder / readme.DEMO).write_text((ROOT / readme.DEMO).read_text())
     return paths
 
 
@@ -237,22 +240,23 @@ def test_readme_is_filled_and_checked(tmp_path):
 
     full_record().save(results / "cpu.json")
     full_record(complete=False).save(results / "cpu-partial.json")
-    assert len(readme.update(tmp_path, results, check=True)) == 2
+    assert len(readme.update(tmp_path, results, check=True)) == 3
     assert readme.update(tmp_path, results, check=False) == []
     assert readme.update(tmp_path, results, check=True) == []
     texts = [path.read_text() for path in paths]
     assert all(text.startswith("before\n") and text.endswith("\nafter\n") for text in texts)
     assert all(text.count("**2.00×**") >= 5 for text in texts)
     assert "(benchmarks/results/cpu.png)" in texts[0]
+    assert "| student alone | 9" in texts[0]
     assert "(../benchmarks/results/cpu.png)" in texts[1]
 
     paths[0].write_text(texts[0].replace("**2.00×**", "**3.00×**", 1))
     assert readme.update(tmp_path, results, check=True) == [
-        "README.md is out of date; run python -m benchmarks.readme"
+        "README.md, benchmarks: out of date; run python -m benchmarks.readme"
     ]
     paths[0].write_text("no markers")
     paths[1].unlink()
-    assert len(readme.update(tmp_path, results, check=False)) == 2
+    assert len(readme.update(tmp_path, results, check=False)) == 3
     assert paths[0].read_text() == "no markers"
 
 
