@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace fastkd::FASTKD_ISA {
 

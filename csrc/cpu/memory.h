@@ -1,7 +1,7 @@
 // Stretches of a tensor to and from arithmetic precision, whatever their dtype and stride.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace fastkd::FASTKD_ISA {
 

@@ -1,6 +1,7 @@
 // What the row and column forms of soft targets share.
 #pragma once
 
+#include "exponential.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
