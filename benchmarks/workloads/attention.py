@@ -1,5 +1,6 @@
 """Attention transfer between feature maps, and one attention map alone."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,10 +18,12 @@ def attention_map(features: Tensor, channel_dim: int = 1) -> Tensor:
 
 def paper_loss(student: Argument, teacher: Argument, *, channel_dim: int = 1) -> Tensor:
     """Equation 2 of the paper, with beta 1."""
-    differences = (
-        attention_map(s, channel_dim) - attention_map(t, channel_dim)
-        for s, t in zip(tensors(student), tensors(teacher), strict=True)
-    )
+    return _norms(partial(attention_map, channel_dim=channel_dim), student, teacher)
+
+
+def _norms(to_map: Callable[[Tensor], Tensor], student: Argument, teacher: Argument) -> Tensor:
+    pairs = zip(tensors(student), tensors(teacher), strict=True)
+    differences = (to_map(s) - to_map(t) for s, t in pairs)
     return sum((d.norm(dim=1).mean() for d in differences), torch.zeros(())) / 2
 
 
@@ -42,9 +45,7 @@ def max_loss(student: Argument, teacher: Argument, *, kind: str) -> Tensor:
     def max_map(features: Tensor) -> Tensor:
         return F.normalize(features.float().abs().max(1).values.square().flatten(1))
 
-    pairs = zip(tensors(student), tensors(teacher), strict=True)
-    differences = (max_map(s) - max_map(t) for s, t in pairs)
-    return sum((d.norm(dim=1).mean() for d in differences), torch.zeros(())) / 2
+    return _norms(max_map, student, teacher)
 
 
 def eager_map_loss(features: Tensor, weights: Tensor) -> Tensor:

@@ -196,30 +196,14 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
 template <class A, class S, int halves>
 void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
                         const Power<A, halves>& power, int64_t begin, int64_t end, bool streams) {
-  constexpr int W = Simd<A>::width;
-  int64_t i = begin, position = begin % positions;
-  const auto at = [&](auto lanes) {
-    return load_lanes<A>(slopes + position, lanes, A(0)) *
-           power.derivative(load_lanes<A>(x + i, lanes, A(0)));
-  };
-  const auto advance = [&](int elements) {
-    i += elements;
-    position += elements % positions;
+  int64_t position = begin % positions;
+  write_vectors<A>(g + begin, end - begin, streams, [&](int64_t i, auto lanes) {
+    const auto gradient = load_lanes<A>(slopes + position, lanes, A(0)) *
+                          power.derivative(load_lanes<A>(x + begin + i, lanes, A(0)));
+    position += lanes % positions;
     if (position >= positions) position -= positions;
-  };
-  if (streams) {
-    const int head = until_aligned<A>(g + i, int(end - i < W ? end - i : W));
-    store_part(at(head), g + i, head);
-    advance(head);
-  }
-  for (; i + W <= end; advance(W)) {
-    const auto gradient = at(All<A>{});
-    if (streams)
-      stream(gradient, g + i);
-    else
-      store(gradient, g + i);
-  }
-  if (i < end) store_part(at(int(end - i)), g + i, int(end - i));
+    return gradient;
+  });
 }
 
 // One chunk of positions in any layout.

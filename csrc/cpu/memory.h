@@ -14,14 +14,13 @@ template <class A>
 inline void gather(const Tensor& from, int64_t offset, int64_t stride, int n, A* to) {
   with_storage(from.dtype, [&](auto* storage) {
     auto* p = at<std::remove_pointer_t<decltype(storage)>>(from, offset);
-    constexpr int W = Simd<A>::width;
     if (stride != 1) {
       for (int i = 0; i < n; ++i) to[i] = A(widen(p[i * stride]));
       return;
     }
-    int i = 0;
-    for (; i + W <= n; i += W) store(load_as<A>(p + i), to + i);
-    if (i < n) store_part(load_part<A>(p + i, n - i, A(0)), to + i, n - i);
+    over_vectors<A>(n, [&](int i, auto lanes) {
+      store_lanes<A>(load_lanes<A>(p + i, lanes, A(0)), to + i, lanes);
+    });
   });
 }
 
@@ -29,19 +28,12 @@ template <class A>
 inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int64_t stride) {
   with_storage(to.dtype, [&](auto* storage) {
     auto* p = at<std::remove_pointer_t<decltype(storage)>>(to, offset);
-    constexpr int W = Simd<A>::width;
     if (stride != 1) {
       for (int i = 0; i < n; ++i) narrow(from[i], p + i * stride);
       return;
     }
-    int i = 0;
-    if (to.streams) {
-      i = until_aligned<A>(p, n);
-      store_part(load_part<A>(from, i, A(0)), p, i);
-      for (; i + W <= n; i += W) stream(load(from + i), p + i);
-    }
-    for (; i + W <= n; i += W) store(load(from + i), p + i);
-    if (i < n) store_part(load_part<A>(from + i, n - i, A(0)), p + i, n - i);
+    write_vectors<A>(p, n, to.streams,
+                     [&](int i, auto lanes) { return load_lanes<A>(from + i, lanes, A(0)); });
   });
 }
 

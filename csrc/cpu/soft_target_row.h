@@ -146,20 +146,8 @@ struct Combination {
 template <class A, class S>
 void combine(const Exponentials<A>& from, const Combination<A>& k, bool third, int n, S* to,
              bool streams) {
-  const auto at = [&](int i, auto lanes) {
+  write_vectors<A>(to, n, streams, [&](int i, auto lanes) {
     return k([&](const A* e) { return load_lanes<A>(e + i, lanes, A(0)); }, from, third);
-  };
-  int first = 0;
-  if (streams) {
-    first = until_aligned<A>(to, n);
-    store_part(at(0, first), to, first);
-  }
-  over_vectors<A>(n - first, [&](int i, auto lanes) {
-    const auto g = at(first + i, lanes);
-    if (streams && lanes == All<A>::value)
-      stream(g, to + first + i);
-    else
-      store_lanes<A>(g, to + first + i, lanes);
   });
 }
 
