@@ -44,11 +44,14 @@ using namespace fastkd;
 using calls::Tensors;
 using Address = uintptr_t;
 
-calls::Labels labels_at(Address address) { return reinterpret_cast<calls::Labels>(address); }
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 calls::Winners winners_at(const std::vector<Address>& addresses) {
   calls::Winners winners;
-  for (Address address : addresses) winners.push_back(reinterpret_cast<int32_t*>(address));
+  for (Address address : addresses) winners.push_back(at<int32_t>(address));
   return winners;
 }
 
@@ -89,34 +92,25 @@ PYBIND11_MODULE(_native, m) {
   using unlocked = py::call_guard<py::gil_scoped_release>;
   m.def(
       "soft_target_forward",
-      [](const Tensor& student, const Tensor& teacher, Address labels, const Tensor& loss,
-         const Tensor& parts, const Tensor& statistics, const Tensor& gradient,
-         const SoftTarget& p) {
-        calls::soft_target_forward(student, teacher, labels_at(labels), loss, parts, statistics,
-                                   gradient, p);
+      [](const Tensor& student, const Tensor& teacher, Address labels, Address loss,
+         Address statistics, const Tensor& gradient, const SoftTarget& p) {
+        calls::soft_target_forward(student, teacher, at<const int64_t>(labels), at<void>(loss),
+                                   at<void>(statistics), gradient, p);
       },
       unlocked());
   m.def(
       "soft_target_backward",
       [](const Tensor& grad_output, const Tensor& student, const Tensor& teacher, Address labels,
-         const Tensor& statistics, const Tensor& to_student, const Tensor& to_teacher,
+         Address statistics, const Tensor& to_student, const Tensor& to_teacher,
          const SoftTarget& p) {
-        calls::soft_target_backward(grad_output, student, teacher, labels_at(labels), statistics,
-                                    to_student, to_teacher, p);
-      },
-      unlocked());
-  m.def(
-      "soft_target_rescale",
-      [](const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
-         const Tensor& teacher, Address labels, const Tensor& statistics, const SoftTarget& p) {
-        calls::soft_target_rescale(gradient, grad_output, student, teacher, labels_at(labels),
-                                   statistics, p);
+        calls::soft_target_backward(grad_output, student, teacher, at<const int64_t>(labels),
+                                    at<const void>(statistics), to_student, to_teacher, p);
       },
       unlocked());
   m.def(
       "attention_map_forward",
       [](const Tensor& features, const Tensor& raw, Address winners, const Map& p) {
-        calls::attention_map_forward(features, raw, reinterpret_cast<int32_t*>(winners), p);
+        calls::attention_map_forward(features, raw, at<int32_t>(winners), p);
       },
       unlocked());
   m.def(
@@ -136,13 +130,6 @@ PYBIND11_MODULE(_native, m) {
       },
       unlocked());
   m.def(
-      "attention_rescale",
-      [](const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
-         const Tensors& slopes, const std::vector<Address>& winners, const Map& p) {
-        calls::attention_rescale(gradients, grad_output, features, slopes, winners_at(winners), p);
-      },
-      unlocked());
-  m.def(
       "hint_forward",
       [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
          const Tensors& gradients,
@@ -153,12 +140,6 @@ PYBIND11_MODULE(_native, m) {
       [](const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
          const Tensors& gradients,
          const Hint& p) { calls::hint_backward(grad_output, students, teachers, gradients, p); },
-      unlocked());
-  m.def(
-      "hint_rescale",
-      [](const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
-         const Tensors& teachers,
-         const Hint& p) { calls::hint_rescale(gradients, grad_output, students, teachers, p); },
       unlocked());
 
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");

@@ -96,6 +96,11 @@ _REFUSE: dict[str, Callable[[Facts], Refusal | None]] = {
 # A plain global, because torch.compile guards on it: a compiled function follows `use_backend`.
 _override: Backend | None = None
 
+# The dictionary under os.environ, private to Python, and the name as it is written there. That a
+# variable is absent os.environ itself finds out by an exception, which takes 3 to 12 µs.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = getattr(os.environ, "encodekey", str)("FASTKD_BACKEND")
+
 # Not one: a loss in another thread, while this one asks for an explanation, is a call like any.
 _explaining = contextvars.ContextVar("fastkd_explaining", default=False)
 
@@ -123,10 +128,11 @@ def select(
         BackendUnavailableError: the backend asked for cannot serve this call.
     """
     name: object = _override if backend is None else backend
-    if name is None:
-        name = os.environ.get("FASTKD_BACKEND") or None
+    if name is None and _VARIABLE in _environment:
+        name = os.environ["FASTKD_BACKEND"] or None
     requested = None if name is None else known_backend(name)
-    device = tensors[0].device.type
+    first = tensors[0]
+    device = "cpu" if first.is_cpu else first.device.type
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         return _resolve_compiled(loss, device, dtypes, requested)

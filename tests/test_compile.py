@@ -131,7 +131,8 @@ def copied(value):
 def operators_of(name, backend):
     """All operator calls of a loss: with every variant, by the student alone and by all."""
     with Recorder() as recorder:
-        for call in variants(name):
+        # In half precision a gradient is computed again for another grad_output.
+        for call in (*variants(name), *variants(name, torch.bfloat16)):
             for count in {1, len(call.tensors)}:
                 leaves = [
                     x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)

@@ -21,8 +21,8 @@ def some_labels(*shape, classes, ignored=0.3, ignore_index=-100):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_temperatures_and_smoothing(backend, dtype, smoothing, temperature):
-    student, teacher = logits(16, 100, dtype=dtype), logits(16, 100, dtype=dtype)
-    labels = some_labels(16, classes=100)
+    student, teacher = logits(128, 100, dtype=dtype), logits(128, 100, dtype=dtype)
+    labels = some_labels(128, classes=100)
     check_distillation(
         student, teacher, labels, backend, temperature=temperature, label_smoothing=smoothing
     )

@@ -104,13 +104,14 @@ def test_row_without_any_class_is_nan(backend, form, side):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_row_has_a_nan_gradient_and_spares_the_others(backend, form, dtype):
-    student, teacher = tensors = pair(4, form, dtype)
+    student, teacher = tensors = pair(32, form, dtype)
     student[1, 3], teacher[2, 4] = math.nan, math.nan
     check(tensors, form, backend, reduction="none")
 
 
 # Where p is nearly 1 the teacher's gradient p (log p/q - KL) cancels to nothing, and no relative
-# tolerance is meaningful: from here on the student's is asked for.
+# tolerance is meaningful: from here on the student's is asked for. (Elsewhere so many rows, or so
+# small logits, are drawn that most rows are not peaked.)
 
 
 @pytest.mark.parametrize("peak", [50.0, 200.0, 5000.0])
@@ -136,4 +137,4 @@ def test_large_logits(backend, form, dtype, temperature):
 def test_large_offset(backend, form, temperature, offset):
     """Classes that compete far from 0: dividing by T first would round away their difference."""
     tensors = [x + offset for x in pair(9, form)]
-    check(tensors, form, backend, temperature=temperature)
+    check(tensors, form, backend, temperature=temperature, teachers=False)

@@ -53,15 +53,16 @@ void map_sample(const Tensor& features, const Positions& where, int64_t sample, 
 }
 
 // Whether a sample is one stretch of planes, on both sides.
-bool is_dense(const Positions& from, const Positions& to) {
-  return from.layout() == Layout::planar && to.layout() == Layout::planar &&
-         from.channel_stride == from.count && to.channel_stride == to.count;
+bool are_planes(const Positions& from, const Positions& to) {
+  return from.layout() == Layout::planar && to.layout() == Layout::planar && from.is_dense() &&
+         to.is_dense();
 }
 
 template <class A>
 void gradient_sample(const Tensor& features, const Positions& from, const Tensor& gradient,
                      const Positions& to, int64_t sample, const A* slopes, A factor,
-                     const int32_t* winners, const MapParameters& p, int threads) {
+                     const int32_t* winners, const MapParameters& p, int threads,
+                     const Ahead& ahead) {
   constexpr int W = Simd<A>::width;
   const int64_t count = from.count, elements = from.channels * count;
   A* scaled = scratch<A>(count + W);
@@ -75,17 +76,30 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
       over_chunks(count, threads, [&](int64_t first, int n) {
         gradient_of_winners(x, from, g, to, power, first, n, scaled + first, winners + first);
       });
-    else if (is_dense(from, to))
+    else if (are_planes(from, to))
       parallel_for((elements + kPiece - 1) / kPiece, threads, [&](int64_t piece) {
         const int64_t begin = piece * kPiece;
         const int64_t end = begin + kPiece < elements ? begin + kPiece : elements;
-        gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.streams);
+        gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.streams, ahead);
       });
     else
       over_chunks(count, threads, [&](int64_t first, int n) {
-        gradient_chunk(x, from, g, to, power, first, n, scaled + first, gradient.streams);
+        gradient_chunk(x, from, g, to, power, first, n, scaled + first, gradient.streams, ahead);
       });
   });
+}
+
+// What `transfer` reads after the gradient of the sample before.
+Ahead next_sample(const Tensor& student, const Positions& s, const Tensor& teacher,
+                  const Positions& t, int64_t sample, const Shares& shares) {
+  // A thread knows its own next sample only, and the last one of its share has none.
+  const bool worth = shares.inner == 1 && s.batch >= 4 * shares.outer && sample < s.batch;
+  if (!worth || !s.is_dense() || !t.is_dense() || s.count == 0 || s.channels == 0) return Ahead();
+  const int64_t s_bytes = s.channels * s.count * size_of(student.dtype);
+  const int64_t t_bytes = t.channels * t.count * size_of(teacher.dtype);
+  return {teacher.data + sample * t.batch_stride * size_of(teacher.dtype),
+          student.data + sample * s.batch_stride * size_of(student.dtype),
+          int((t_bytes + s_bytes - 1) / s_bytes)};
 }
 
 template <class A>
@@ -118,7 +132,8 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
     map_sample(student, s, b, slopes, s_winners, p, shares.inner);
     losses[b] = distance_slopes(slopes, other, count, bool(teacher_slopes), transfer, p.eps);
     if (gradient)
-      gradient_sample(student, s, gradient, g, b, slopes, A(1), s_winners, p, shares.inner);
+      gradient_sample(student, s, gradient, g, b, slopes, A(1), s_winners, p, shares.inner,
+                      next_sample(student, s, teacher, t, b + 1, shares));
   });
 }
 
@@ -131,7 +146,7 @@ void backward(const Tensor& grad_output, const Tensor& features, const Tensor& s
   parallel_for(from.batch, shares.outer, [&](int64_t b) {
     gradient_sample(features, from, gradient, to, b, at<A>(slopes, b * from.count),
                     factors[grad_output.ndim ? b : 0], winners ? winners + b * from.count : nullptr,
-                    p, shares.inner);
+                    p, shares.inner, Ahead());
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "ahead.h"
 #include "kernels.h"
 #include "positions.h"
 #include "power.h"
@@ -96,6 +97,7 @@ void max_planar(const S* x, int64_t channels, int64_t stride, int n, A* to, int3
   for (int64_t c = 0; c < channels; c += kAtOnce) {
     const int some = channels - c < kAtOnce ? int(channels - c) : kAtOnce;
     over_vectors<A>(n, [&](int i, auto lanes) {
+      for (int k = 0; k < some; ++k) fetch(x + (c + kAtOnce + k) * stride + i, W);
       Best<A> best;
       indices found = {};
       std::memcpy(&found, winners + i, lanes * sizeof(int32_t));
@@ -195,9 +197,11 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
 // may begin at any and no plane has an edge.
 template <class A, class S, int halves>
 void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
-                        const Power<A, halves>& power, int64_t begin, int64_t end, bool streams) {
+                        const Power<A, halves>& power, int64_t begin, int64_t end, bool streams,
+                        const Ahead& ahead) {
   int64_t position = begin % positions;
   write_vectors<A>(g + begin, end - begin, streams, [&](int64_t i, auto lanes) {
+    ahead.step((begin + i) * int64_t(sizeof(S)));
     const auto gradient = load_lanes<A>(slopes + position, lanes, A(0)) *
                           power.derivative(load_lanes<A>(x + begin + i, lanes, A(0)));
     position += lanes % positions;
@@ -210,7 +214,7 @@ void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
 template <class A, class S, int halves>
 void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to,
                     const Power<A, halves>& power, int64_t first, int n, const A* slopes,
-                    bool streams) {
+                    bool streams, const Ahead& ahead) {
   const Layout layout = from.layout() == to.layout() ? from.layout() : Layout::scattered;
   const int64_t channels = from.channels;
   if (layout == Layout::planar) {
@@ -230,6 +234,7 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
       const S* source = x + (first + i) * from.position_stride;
       S* target = g + (first + i) * to.position_stride;
       over_vectors<A>(channels, [&](int64_t c, auto lanes) {
+        ahead.step(((first + i) * channels + c) * int64_t(sizeof(S)));
         const auto gradient = slopes[i] * power.derivative(load_lanes<A>(source + c, lanes, A(0)));
         if (streams && lanes == All<A>::value)
           stream(gradient, target + c);

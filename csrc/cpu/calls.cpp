@@ -54,11 +54,6 @@ void put(const Tensor& loss, int64_t i, double value) {
     reinterpret_cast<float*>(loss.data)[i] = float(value);
 }
 
-double scalar(const Tensor& t) {
-  return t.dtype == DType::f64 ? *reinterpret_cast<const double*>(t.data)
-                               : *reinterpret_cast<const float*>(t.data);
-}
-
 // grad_output of one pair: the scalar, or the pair's row of (pairs, batch).
 Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
   Tensor row = grad_output;
@@ -68,15 +63,6 @@ Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
     row.data += int64_t(pair % pairs) * row.sizes[0] * size_of(row.dtype);
   }
   return row;
-}
-
-// Whether every gradient takes a scalar factor in place. Half precision does not: it would round
-// twice, and what underflowed in forward would stay 0 under any loss scale.
-bool scaled(const Tensor& gradient, double factor, int threads) {
-  if (factor == 1 || gradient.data == nullptr) return true;
-  if (gradient.dtype != DType::f32 && gradient.dtype != DType::f64) return false;
-  kernels().scale(gradient, factor, threads);
-  return true;
 }
 
 double divisor_of(const Tensor& features, Reduction reduction) {
@@ -89,16 +75,15 @@ double divisor_of(const Tensor& features, Reduction reduction) {
 
 }  // namespace
 
-void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
-                         const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                         Tensor gradient, const SoftTargetParameters& p) {
+void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels, void* loss,
+                         void* statistics, Tensor gradient, const SoftTargetParameters& p) {
   check_labels(labels, student, p);
   expect_writing(gradient, bytes_of(gradient));
-  kernels().soft_target.forward(student, teacher, labels, loss, parts, statistics, gradient, p);
+  kernels().soft_target.forward(student, teacher, labels, loss, statistics, gradient, p);
 }
 
 void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                          Labels labels, const Tensor& statistics, Tensor to_student,
+                          Labels labels, const void* statistics, Tensor to_student,
                           Tensor to_teacher, const SoftTargetParameters& p) {
   check_labels(labels, student, p);
   const int64_t total = bytes_of(to_student) + bytes_of(to_teacher);
@@ -106,15 +91,6 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
   expect_writing(to_teacher, total);
   kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, to_student,
                                  to_teacher, p);
-}
-
-void soft_target_rescale(const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
-                         const Tensor& teacher, Labels labels, const Tensor& statistics,
-                         const SoftTargetParameters& p) {
-  check_labels(labels, student, p);
-  if (!scaled(gradient, scalar(grad_output), p.threads))
-    kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, gradient,
-                                   Tensor{}, p);
 }
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
@@ -156,14 +132,6 @@ void attention_backward(const Tensor& grad_output, const Tensors& features, cons
                                  gradients[j], p);
 }
 
-void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
-                       const Tensors& slopes, const Winners& winners, const MapParameters& p) {
-  for (size_t j = 0; j < features.size(); ++j)
-    if (!scaled(gradients[j], scalar(grad_output), p.threads))
-      kernels().attention.backward(grad_output, features[j], slopes[j], winners[j], gradients[j],
-                                   p);
-}
-
 void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
                   Tensors gradients, const HintParameters& p) {
   expect_writing(gradients);
@@ -194,16 +162,6 @@ void hint_backward(const Tensor& grad_output, const Tensors& students, const Ten
     const Tensor to_teacher = gradients.size() > pairs ? gradients[pairs + j] : Tensor{};
     kernels().hint.backward(of_pair(grad_output, j, pairs), students[j], teachers[j], coefficient,
                             gradients[j], to_teacher, p.threads);
-  }
-}
-
-void hint_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
-                  const Tensors& teachers, const HintParameters& p) {
-  for (size_t j = 0; j < students.size(); ++j) {
-    const double coefficient = 2 * p.scale / divisor_of(students[j], p.reduction);
-    if (!scaled(gradients[j], scalar(grad_output), p.threads))
-      kernels().hint.backward(grad_output, students[j], teachers[j], coefficient, gradients[j],
-                              Tensor{}, p.threads);
   }
 }
 

@@ -13,15 +13,11 @@ using Tensors = std::vector<Tensor>;
 using Labels = const int64_t*;
 using Winners = std::vector<int32_t*>;
 
-void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels,
-                         const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                         Tensor gradient, const SoftTargetParameters& p);
+void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels, void* loss,
+                         void* statistics, Tensor gradient, const SoftTargetParameters& p);
 void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                          Labels labels, const Tensor& statistics, Tensor to_student,
+                          Labels labels, const void* statistics, Tensor to_student,
                           Tensor to_teacher, const SoftTargetParameters& p);
-void soft_target_rescale(const Tensor& gradient, const Tensor& grad_output, const Tensor& student,
-                         const Tensor& teacher, Labels labels, const Tensor& statistics,
-                         const SoftTargetParameters& p);
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
                            const MapParameters& p);
@@ -31,8 +27,6 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
                                 const MapParameters& p);
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
                         const Winners& winners, Tensors gradients, const MapParameters& p);
-void attention_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& features,
-                       const Tensors& slopes, const Winners& winners, const MapParameters& p);
 
 struct HintParameters {
   double scale;
@@ -45,7 +39,5 @@ void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor
 // `gradients` are of students, then teachers; any may be absent.
 void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
                    Tensors gradients, const HintParameters& p);
-void hint_rescale(const Tensors& gradients, const Tensor& grad_output, const Tensors& students,
-                  const Tensors& teachers, const HintParameters& p);
 
 }  // namespace fastkd::calls

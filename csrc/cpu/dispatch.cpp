@@ -8,7 +8,7 @@ namespace fastkd {
 namespace {
 
 #define FASTKD_SET(isa) \
-  Kernels { #isa, isa::soft_target_kernels, isa::attention_kernels, isa::hint_kernels, isa::scale }
+  Kernels { #isa, isa::soft_target_kernels, isa::attention_kernels, isa::hint_kernels }
 
 bool runs_here(const char* isa) {
 #if defined(FASTKD_HAS_avx512)

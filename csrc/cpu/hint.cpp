@@ -206,15 +206,4 @@ void backward_any(const Tensor& grad_output, const Tensor& student, const Tensor
 
 extern const HintKernels hint_kernels{forward_any, backward_any};
 
-void scale(const Tensor& gradient, double factor, int threads) {
-  const int64_t count = gradient.numel(), pieces = (count + kPiece - 1) / kPiece;
-  parallel_for(pieces, threads_for(count, threads), [&](int64_t piece) {
-    const int64_t end = (piece + 1) * kPiece < count ? (piece + 1) * kPiece : count;
-    if (gradient.dtype == DType::f64)
-      scale_stretch<double>(gradient, piece * kPiece, end, factor);
-    else
-      scale_stretch<float>(gradient, piece * kPiece, end, float(factor));
-  });
-}
-
 }  // namespace fastkd::FASTKD_ISA

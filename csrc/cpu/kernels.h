@@ -20,17 +20,17 @@ struct SoftTargetParameters {
   int threads;
 };
 
-// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py).
+// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py). After
+// those of the last row come the parts of the loss, (hard, KL).
 enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
 
 struct SoftTargetKernels {
-  // loss is a scalar, or one per row; parts are (hard, KL). gradient may be absent.
-  void (*forward)(const Tensor& student, const Tensor& teacher, const int64_t* labels,
-                  const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                  const Tensor& gradient, const SoftTargetParameters& p);
+  // loss is a scalar, or one per row; gradient may be absent.
+  void (*forward)(const Tensor& student, const Tensor& teacher, const int64_t* labels, void* loss,
+                  void* statistics, const Tensor& gradient, const SoftTargetParameters& p);
   // Either gradient may be absent. grad_output is a scalar, or one per row.
   void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                   const int64_t* labels, const Tensor& statistics, const Tensor& to_student,
+                   const int64_t* labels, const void* statistics, const Tensor& to_student,
                    const Tensor& to_teacher, const SoftTargetParameters& p);
 };
 
@@ -82,17 +82,14 @@ struct Kernels {
   SoftTargetKernels soft_target;
   AttentionKernels attention;
   HintKernels hint;
-  // gradient *= factor, for a dense gradient.
-  void (*scale)(const Tensor& gradient, double factor, int threads);
 };
 
 // The kernels of each instruction set, defined by its object files.
-#define FASTKD_DECLARE(isa)                              \
-  namespace isa {                                        \
-  extern const SoftTargetKernels soft_target_kernels;    \
-  extern const AttentionKernels attention_kernels;       \
-  extern const HintKernels hint_kernels;                 \
-  void scale(const Tensor&, double factor, int threads); \
+#define FASTKD_DECLARE(isa)                           \
+  namespace isa {                                     \
+  extern const SoftTargetKernels soft_target_kernels; \
+  extern const AttentionKernels attention_kernels;    \
+  extern const HintKernels hint_kernels;              \
   }
 FASTKD_DECLARE(baseline)
 FASTKD_DECLARE(avx2)

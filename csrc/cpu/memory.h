@@ -1,4 +1,5 @@
-// Stretches of a tensor to and from arithmetic precision, whatever their dtype and stride.
+// Stretches of a tensor to and from arithmetic precision, whatever their dtype and stride; and
+// memory asked for before it is needed.
 #pragma once
 
 #include "storage.h"
@@ -8,6 +9,16 @@ namespace fastkd::FASTKD_ISA {
 template <class S>
 inline S* at(const Tensor& t, int64_t offset) {
   return reinterpret_cast<S*>(t.data) + offset;
+}
+
+constexpr int kLine = 64;  // bytes that the cache moves together
+
+// Fetches as much as n elements at `p` take, `distance` bytes further on, into the second-level
+// cache. The processor's own prefetching ends with each page of 4 KiB.
+template <class S>
+inline void fetch(const S* p, int n, int64_t distance = 0) {
+  const char* from = reinterpret_cast<const char*>(p) + distance;
+  for (int64_t i = 0; i < n * int64_t(sizeof(S)); i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <class A>
@@ -34,19 +45,6 @@ inline void scatter(const A* from, int n, const Tensor& to, int64_t offset, int6
     }
     write_vectors<A>(p, n, to.streams,
                      [&](int i, auto lanes) { return load_lanes<A>(from + i, lanes, A(0)); });
-  });
-}
-
-// Multiplies a dense gradient by a scalar. Only for dtypes in which that rounds once too finely to
-// matter; half precision is computed anew instead.
-template <class A>
-inline void scale_stretch(const Tensor& gradient, int64_t begin, int64_t end, A factor) {
-  with_storage(gradient.dtype, [&](auto* storage) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    if constexpr (sizeof(S) >= 4) {
-      S* p = at<S>(gradient, 0);
-      for (int64_t i = begin; i < end; ++i) p[i] = S(p[i] * factor);
-    }
   });
 }
 

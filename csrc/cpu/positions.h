@@ -41,6 +41,13 @@ struct Positions {
     return position_stride == 1 ? Layout::planar : Layout::scattered;
   }
 
+  // Whether a sample is one stretch of memory.
+  bool is_dense() const {
+    const Layout found = layout();
+    return (found == Layout::planar && channel_stride == count) ||
+           (found == Layout::interleaved && position_stride == channels);
+  }
+
   int64_t offset(int64_t position) const {
     int64_t out = 0;
     for (int d = ndim - 1; d >= 0; --d) {

@@ -72,12 +72,11 @@ void with_row_form(const Tensors& t, const Rows<3>& rows, const F& f) {
 }
 
 template <class A>
-void forward(const Tensors& t, const int64_t* labels, const Tensor& loss, const Tensor& parts,
-             const Tensor& statistics, const SoftTargetParameters& p) {
+void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
+             const SoftTargetParameters& p) {
   const Tensor& gradient = t.gradient ? *t.gradient : *t.student;
   const Rows<3> rows({t.student, t.teacher, &gradient}, p.dim);
   const Plan<A> plan(rows.count, rows.classes, labels, p);
-  A* table = at<A>(statistics, 0);
   const int threads = threads_for(rows.count * rows.classes, p.threads);
   if (rows.columns() && rows.classes <= kMostColumnClasses) {
     forward_columns(t, rows, plan, labels, p.ignore_index, table, threads);
@@ -96,17 +95,16 @@ void forward(const Tensors& t, const int64_t* labels, const Tensor& loss, const 
       });
     });
   }
-  reduce(table, rows.count, plan, p, at<A>(loss, 0), at<A>(parts, 0));
+  reduce(table, rows.count, plan, p, loss);
 }
 
 template <class A>
-void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels,
-              const Tensor& statistics, const SoftTargetParameters& p) {
+void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels, const A* table,
+              const SoftTargetParameters& p) {
   const Tensor& to_student = t.gradient ? *t.gradient : *t.student;
   const Tensor& to_teacher = t.to_teacher ? *t.to_teacher : *t.teacher;
   const Rows<4> rows({t.student, t.teacher, &to_student, &to_teacher}, p.dim);
   const Plan<A> plan(rows.count, rows.classes, labels, p);
-  const A* table = at<A>(statistics, 0);
   const A* factors = at<A>(grad_output, 0);
   const bool by_row = p.reduction == Reduction::none;
   const int threads = threads_for(rows.count * rows.classes, p.threads);
@@ -127,25 +125,24 @@ bool in_double(const Tensor& a, const Tensor& b) {
   return a.dtype == DType::f64 || b.dtype == DType::f64;
 }
 
-void forward_any(const Tensor& student, const Tensor& teacher, const int64_t* labels,
-                 const Tensor& loss, const Tensor& parts, const Tensor& statistics,
-                 const Tensor& gradient, const SoftTargetParameters& p) {
+void forward_any(const Tensor& student, const Tensor& teacher, const int64_t* labels, void* loss,
+                 void* statistics, const Tensor& gradient, const SoftTargetParameters& p) {
   const Tensors t{&student, &teacher, gradient ? &gradient : nullptr, nullptr};
   if (in_double(student, teacher))
-    forward<double>(t, labels, loss, parts, statistics, p);
+    forward<double>(t, labels, static_cast<double*>(loss), static_cast<double*>(statistics), p);
   else
-    forward<float>(t, labels, loss, parts, statistics, p);
+    forward<float>(t, labels, static_cast<float*>(loss), static_cast<float*>(statistics), p);
 }
 
 void backward_any(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                  const int64_t* labels, const Tensor& statistics, const Tensor& to_student,
+                  const int64_t* labels, const void* statistics, const Tensor& to_student,
                   const Tensor& to_teacher, const SoftTargetParameters& p) {
   const Tensors t{&student, &teacher, to_student ? &to_student : nullptr,
                   to_teacher ? &to_teacher : nullptr};
   if (in_double(student, teacher))
-    backward<double>(grad_output, t, labels, statistics, p);
+    backward<double>(grad_output, t, labels, static_cast<const double*>(statistics), p);
   else
-    backward<float>(grad_output, t, labels, statistics, p);
+    backward<float>(grad_output, t, labels, static_cast<const float*>(statistics), p);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kBlock = 1024;  // both sides and their exponentials fit in the first-level cache
+constexpr int kBlock = 1024;      // both sides and their exponentials fit in the first-level cache
+constexpr int64_t kAhead = 8192;  // bytes between the logits computed and those fetched
+
 struct Tensors {
   const Tensor *student, *teacher, *gradient, *to_teacher;
 };
@@ -51,8 +53,7 @@ struct Plan {
 
 // Rows to losses, in an order that no thread changes.
 template <class A>
-void reduce(const A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p,
-            A* loss, A* parts) {
+void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
   // A weight of 0 switches its term off, also where the term is infinite.
   const auto weigh = [](double weight, double value) { return weight == 0 ? 0 : weight * value; };
   double soft = 0, hard = 0;
@@ -67,6 +68,7 @@ void reduce(const A* table, int64_t rows, const Plan<A>& plan, const SoftTargetP
   hard /= plan.divisor;
   if (p.reduction != Reduction::none)
     loss[0] = A(weigh(p.soft_weight, soft) + weigh(p.hard_weight, hard));
+  A* parts = table + rows * kCount;
   parts[0] = A(hard);
   parts[1] = A(soft);
 }

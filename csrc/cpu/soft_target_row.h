@@ -67,9 +67,8 @@ Sums exponentiate(const Block<S>& block, const Plan<A>& plan, Exponentials<A> to
   const A lowest = -INFINITY;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, logits = {};
   over_vectors<A>(block.size, [&](int i, auto lanes) {
-    // The logits after this block, fetched while it is computed.
-    __builtin_prefetch(block.student + block.size + i);
-    __builtin_prefetch(block.teacher + block.size + i);
+    fetch(block.student + i, All<A>::value, kAhead);
+    fetch(block.teacher + i, All<A>::value, kAhead);
     const vec s = load_lanes<A>(block.student + i, lanes, lowest) - s_shift;
     const vec t = load_lanes<A>(block.teacher + i, lanes, lowest) - t_shift;
     const vec es = plan.softened(s), et = plan.softened(t);

@@ -84,6 +84,11 @@ def _views(tensors: Sequence[Tensor]) -> list[Any]:
     return [_view(t) for t in tensors]
 
 
+def _addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
+    """Of the winners that go with the slopes; 0 where the kind of map has none."""
+    return [w.data_ptr() for w in winners] or [0] * len(slopes)
+
+
 def _optional(t: Tensor | None) -> Any:
     return None if t is None else _view(t)
 
@@ -114,21 +119,19 @@ def soft_target_forward(
     teacher: Tensor,
     labels: Tensor | None,
     loss: Tensor,
-    parts: Tensor,
     statistics: Tensor,
     gradient: Tensor | None,
     p: "soft_target_ops.Parameters",
 ) -> None:
-    """Fill the loss, its parts, the rows' statistics and the gradient if there is one."""
+    """Fill the loss, the rows' statistics with its parts, and the gradient if there is one."""
     if labels is not None:
         labels = labels.contiguous()
     _module().soft_target_forward(
         _view(student),
         _view(teacher),
         0 if labels is None else labels.data_ptr(),
-        _view(loss),
-        _view(parts),
-        _view(statistics),
+        loss.data_ptr(),
+        statistics.data_ptr(),
         _optional(gradient),
         _soft_target(p, torch.get_num_threads()),
     )
@@ -153,33 +156,9 @@ def soft_target_backward(
         _view(student),
         _view(teacher),
         0 if labels is None else labels.data_ptr(),
-        _view(statistics),
+        statistics.data_ptr(),
         _optional(to_student),
         _optional(to_teacher),
-        _soft_target(p, torch.get_num_threads()),
-    )
-
-
-def soft_target_rescale(
-    gradient: Tensor,
-    grad_output: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    statistics: Tensor,
-    p: "soft_target_ops.Parameters",
-) -> None:
-    """Apply a scalar grad_output to a gradient in place."""
-    grad_output = _grad_output(grad_output, statistics.dtype)
-    if labels is not None:
-        labels = labels.contiguous()
-    _module().soft_target_rescale(
-        _view(gradient),
-        _view(grad_output),
-        _view(student),
-        _view(teacher),
-        0 if labels is None else labels.data_ptr(),
-        _view(statistics),
         _soft_target(p, torch.get_num_threads()),
     )
 
@@ -209,7 +188,7 @@ def attention_transfer_forward(
         _views(teachers),
         _view(loss),
         _views(slopes),
-        [w.data_ptr() for w in winners],
+        _addresses(winners, slopes),
         _views(gradients),
         module.Transfer(
             _DISTANCES[transfer.distance],
@@ -235,28 +214,8 @@ def attention_backward(
         _view(grad_output),
         _views(features),
         _views(slopes),
-        [w.data_ptr() for w in winners],
+        _addresses(winners, slopes),
         _views(gradients),
-        _map(p, torch.get_num_threads()),
-    )
-
-
-def attention_rescale(
-    gradients: Sequence[Tensor],
-    grad_output: Tensor,
-    features: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
-    p: "attention_ops.MapParameters",
-) -> None:
-    """Apply a scalar grad_output to gradients in place."""
-    grad_output = _grad_output(grad_output, slopes[0].dtype)
-    _module().attention_rescale(
-        _views(gradients),
-        _view(grad_output),
-        _views(features),
-        _views(slopes),
-        [w.data_ptr() for w in winners],
         _map(p, torch.get_num_threads()),
     )
 
@@ -292,23 +251,5 @@ def hint_backward(
         _views(students),
         _views(teachers),
         [_optional(g) for g in gradients],
-        _hint(p, torch.get_num_threads()),
-    )
-
-
-def hint_rescale(
-    gradients: Sequence[Tensor],
-    grad_output: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    p: "hint_ops.Parameters",
-) -> None:
-    """Apply a scalar grad_output to gradients in place."""
-    grad_output = _grad_output(grad_output, compute_dtype(*students, *teachers))
-    _module().hint_rescale(
-        _views(gradients),
-        _view(grad_output),
-        _views(students),
-        _views(teachers),
         _hint(p, torch.get_num_threads()),
     )

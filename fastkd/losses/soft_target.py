@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import Backend, is_transformed, select
 from fastkd.losses import checks
-from fastkd.ops.soft_target import Parameters, soft_target
+from fastkd.ops.soft_target import Parameters, soft_target, soft_target_parts
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -84,7 +84,7 @@ def soft_target_loss(
         )
     weight = temperature * temperature if scale_t2 else 1.0
     parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, dim, chosen)
-    return soft_target(student_logits, teacher_logits, None, parameters)[0]
+    return soft_target(student_logits, teacher_logits, None, parameters)
 
 
 @overload
@@ -204,8 +204,10 @@ def distillation_loss(
         dim,
         chosen,
     )
-    loss, parts = soft_target(student_logits, teacher_logits, labels, parameters)
-    return DistillationParts(loss, parts[0], parts[1] * t2) if return_parts else loss
+    if not return_parts:
+        return soft_target(student_logits, teacher_logits, labels, parameters)
+    loss, hard, kl = soft_target_parts(student_logits, teacher_logits, labels, parameters)
+    return DistillationParts(loss, hard, kl * t2)
 
 
 def _check_logits(student: Tensor, teacher: Tensor, dim: int) -> int:

@@ -5,6 +5,7 @@ each position of the unnormalised map, `(B, positions)`. Backward turns slopes i
 gradient with one more read. `max_pow` keeps the winning channel of each position as well.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fastkd.ops.library import (
     for_grad_output,
     kernels,
     no_grad,
+    scales,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
@@ -46,21 +48,26 @@ _MAP = "str kind, float p, float eps, int channel_dim, str backend"
 _TRANSFER = "str distance, float order, float beta, str reduction"
 
 
-def _map_outputs(features: Tensor, p: MapParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    size = 1
-    for axis, length in enumerate(features.shape):
-        if axis not in (0, p.channel_dim % features.ndim):
-            size *= length
-    shape = (features.shape[0], size)
-    winners = shape if p.kind == "max_pow" else (0,)
+def _new_maps(
+    features: Sequence[Tensor], p: MapParameters, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Room for a number per position of each, and for the winners of `max_pow`."""
+    shapes = []
+    for x in features:
+        batch, *inner = x.shape
+        del inner[p.channel_dim % x.ndim - 1]
+        shapes.append((batch, math.prod(inner)))
+    winning = shapes if p.kind == "max_pow" else ()
+    first = features[0]
     return (
-        features.new_empty(shape, dtype=dtype),
-        features.new_empty(winners, dtype=torch.int32),
+        [first.new_empty(shape, dtype=dtype) for shape in shapes],
+        [first.new_empty(shape, dtype=torch.int32) for shape in winning],
     )
 
 
 def _map_fake(features: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
-    return _map_outputs(features, MapParameters(*parameters), compute_dtype(features))
+    maps, winners = _new_maps([features], MapParameters(*parameters), compute_dtype(features))
+    return maps[0], winners[0] if winners else features.new_empty(0, dtype=torch.int32)
 
 
 @define(
@@ -86,9 +93,8 @@ def _transfer_fake(
     first = students[0]
     shape = (len(students), first.shape[0]) if transfer.reduction == "none" else ()
     sides = (*students, *teachers) if with_teachers else students
-    slopes, winners = zip(*(_map_outputs(x, p, dtype) for x in sides), strict=True)
     gradients = [torch.empty_like(s) for s in students] if with_gradients else []
-    return first.new_empty(shape, dtype=dtype), list(slopes), list(winners), gradients
+    return first.new_empty(shape, dtype=dtype), *_new_maps(sides, p, dtype), gradients
 
 
 @define(
@@ -148,10 +154,10 @@ def rescale(
     winners: Sequence[Tensor],
     *parameters: Any,
 ) -> None:
-    """Apply a scalar `grad_output` to forward's gradients in place; nothing to do where it is 1."""
+    """Forward's gradients for another scalar `grad_output`, computed again in their place."""
     p = MapParameters(*parameters)
-    kernels(p.backend, "attention").attention_rescale(
-        gradients, grad_output, features, slopes, winners, p
+    kernels(p.backend, "attention").attention_backward(
+        grad_output, features, slopes, winners, gradients, p
     )
 
 
@@ -191,21 +197,24 @@ class AttentionTransfer(torch.autograd.Function):
             all(needed[:count])
             and not with_teachers
             and transfer.reduction != "none"
-            and all(eager_gradient(s.dtype) for s in students)
+            and eager_gradient(students)
         )
         loss, slopes, winners, gradients = transfer_forward(
             students, teachers, with_gradients, with_teachers, *transfer, *p
         )
         kept = features if with_teachers else students
-        ctx.save_for_backward(*kept, *slopes, *winners, *gradients)
+        scaled = with_gradients and scales(students)
+        ctx.save_for_backward(*kept, *gradients, *(() if scaled else (*slopes, *winners)))
         ctx.parameters, ctx.kept, ctx.with_gradients = p, len(kept), with_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved, kept, p = ctx.saved_tensors, ctx.kept, ctx.parameters
-        features, slopes, winners = (saved[i * kept : (i + 1) * kept] for i in range(3))
-        gradients = saved[3 * kept :]
+        features = saved[:kept]
+        gradients = saved[kept : 2 * kept] if ctx.with_gradients else ()
+        others = saved[kept + len(gradients) :]
+        slopes, winners = others[:kept], others[kept:]
         needed = ctx.needs_input_grad[2:]
         with no_grad():
             if not ctx.with_gradients:

@@ -13,6 +13,7 @@ from fastkd.ops.library import (
     for_grad_output,
     kernels,
     no_grad,
+    scales,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
@@ -103,9 +104,9 @@ def rescale(
     teachers: Sequence[Tensor],
     *parameters: Any,
 ) -> None:
-    """Apply a scalar `grad_output` to forward's gradients in place; nothing to do where it is 1."""
+    """Forward's gradients for another scalar `grad_output`, computed again in their place."""
     p = Parameters(*parameters)
-    kernels(p.backend, "hint").hint_rescale(gradients, grad_output, students, teachers, p)
+    kernels(p.backend, "hint").hint_backward(grad_output, students, teachers, gradients, p)
 
 
 class Hint(torch.autograd.Function):
@@ -120,18 +121,20 @@ class Hint(torch.autograd.Function):
             all(needed[:count])
             and not any(needed[count:])
             and p.reduction != "none"
-            and all(eager_gradient(s.dtype) for s in students)
+            and eager_gradient(students)
         )
         loss, gradients = forward(students, teachers, with_gradients, *p)
-        ctx.save_for_backward(*features, *gradients)
+        scaled = with_gradients and scales(students)
+        ctx.save_for_backward(*students, *gradients, *(() if scaled else teachers))
         ctx.parameters, ctx.count, ctx.with_gradients = p, count, with_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved, count, p = ctx.saved_tensors, ctx.count, ctx.parameters
-        students, teachers = saved[:count], saved[count : 2 * count]
-        gradients = saved[2 * count :]
+        students = saved[:count]
+        gradients = saved[count : 2 * count] if ctx.with_gradients else ()
+        teachers = saved[count + len(gradients) :]
         needed = ctx.needs_input_grad[1:]
         with no_grad():
             if not ctx.with_gradients:
@@ -144,7 +147,7 @@ class Hint(torch.autograd.Function):
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (2 * count - len(found))
-        return (None, *differentiate_once("hint_loss", found, saved[: 2 * count]))
+        return (None, *differentiate_once("hint_loss", found, (*students, *teachers)))
 
 
 def hint(students: Sequence[Tensor], teachers: Sequence[Tensor], p: Parameters) -> Tensor:

@@ -80,16 +80,24 @@ def no_grad() -> contextlib.AbstractContextManager[None]:
 
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether a call must be recorded; otherwise the operator alone does, and costs less."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
 
 
-def eager_gradient(dtype: torch.dtype) -> bool:
+def scales(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients like these, for a `grad_output` of 1, take another by multiplication.
+
+    In half precision they would be rounded twice, and what is too small would have become 0 before
+    a loss scale could save it: such gradients are computed again.
+    """
+    return all([t.dtype in (torch.float32, torch.float64) for t in tensors])
+
+
+def eager_gradient(students: Sequence[Tensor]) -> bool:
     """Whether forward may already compute the gradient for a `grad_output` of 1.
 
-    In compiled code `grad_output` is applied by a multiplication. A half-precision gradient would
-    then be rounded twice, and a small one would underflow before a loss scale could save it.
+    Compiled code can only multiply: what `grad_output` will be is not known there.
     """
-    return not torch.compiler.is_compiling() or dtype in (torch.float32, torch.float64)
+    return not torch.compiler.is_compiling() or scales(students)
 
 
 def for_grad_output(
@@ -97,19 +105,25 @@ def for_grad_output(
 ) -> list[Tensor]:
     """Forward's gradients, which are for a scalar `grad_output` of 1, for this one.
 
-    They are changed in place by `rescale`; where the graph is retained, copies of them are.
+    They are changed in place, by `rescale` where multiplication will not do (see `scales`); where
+    the graph is retained, copies of them are.
     """
     if torch.compiler.is_compiling():
         return [(g * grad_output).to(g.dtype) for g in gradients]
     to = [g.clone() for g in gradients] if _graph_is_retained() else list(gradients)
-    if not _is_one(grad_output):
+    if _is_one(grad_output):
+        return to
+    if scales(to):
+        for gradient in to:
+            gradient.mul_(grad_output)
+    else:
         rescale(to)
     return to
 
 
 def _is_one(grad_output: Tensor) -> bool:
     """Whether there is nothing to apply. On a GPU only the kernel can tell without waiting."""
-    is_readable = grad_output.device.type == "cpu" and _are_plain((grad_output,))
+    is_readable = grad_output.is_cpu and _are_plain((grad_output,))
     return is_readable and not _dispatch_modes() and grad_output.item() == 1
 
 

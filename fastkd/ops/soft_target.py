@@ -16,12 +16,14 @@ from fastkd.ops.library import (
     for_grad_output,
     kernels,
     no_grad,
+    scales,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
 
 # Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
-# temperature 1, the KL divergence and the cross-entropy. All that backward needs of a row.
+# temperature 1, the KL divergence and the cross-entropy. All that backward needs of a row. After
+# the last row come the parts of the loss, `(hard, KL)`.
 STATISTICS = 7
 
 _PARAMETERS = (
@@ -45,14 +47,14 @@ class Parameters(NamedTuple):
 
 def _outputs(
     student: Tensor, teacher: Tensor, reduction: str, dim: int, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(student, teacher)
-    rows = [size for axis, size in enumerate(student.shape) if axis != dim]
-    count = student.numel() // student.shape[dim]
+    shape = student.shape
+    rows = shape[:dim] + shape[dim + 1 :] if reduction == "none" else ()
+    count = student.numel() // shape[dim]
     return (
-        student.new_empty(rows if reduction == "none" else (), dtype=dtype),
-        student.new_empty(2, dtype=dtype),
-        student.new_empty((count, STATISTICS), dtype=dtype),
+        student.new_empty(rows, dtype=dtype),
+        student.new_empty(count * STATISTICS + 2, dtype=dtype),
         torch.empty_like(student) if with_gradient else student.new_empty(0),
     )
 
@@ -63,14 +65,14 @@ def _forward_fake(
     labels: Tensor | None,
     with_gradient: bool,
     *parameters: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     p = Parameters(*parameters)
     return _outputs(student, teacher, p.reduction, p.dim, with_gradient)
 
 
 @define(
     "soft_target_forward(Tensor student, Tensor teacher, Tensor? labels, bool with_gradient, "
-    f"{_PARAMETERS}) -> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
+    f"{_PARAMETERS}) -> (Tensor loss, Tensor statistics, Tensor gradient)",
     _forward_fake,
 )
 def forward(
@@ -79,12 +81,12 @@ def forward(
     labels: Tensor | None,
     with_gradient: bool,
     *parameters: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, its parts `(hard, KL)`, what backward needs of each row, and the gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, what backward needs of each row and the parts after it, and the gradient."""
     p = Parameters(*parameters)
     outputs = _outputs(student, teacher, p.reduction, p.dim, with_gradient)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teacher, labels, *outputs[:3], outputs[3] if with_gradient else None, p
+        student, teacher, labels, *outputs[:2], outputs[2] if with_gradient else None, p
     )
     return outputs
 
@@ -150,64 +152,74 @@ def rescale(
     statistics: Tensor,
     *parameters: Any,
 ) -> None:
-    """Apply a scalar `grad_output` to forward's gradient in place; nothing to do where it is 1."""
+    """Forward's gradient for another scalar `grad_output`, computed again in its place."""
     p = Parameters(*parameters)
-    kernels(p.backend, "soft_target").soft_target_rescale(
-        gradient, grad_output, student, teacher, labels, statistics, p
+    kernels(p.backend, "soft_target").soft_target_backward(
+        grad_output, student, teacher, labels, statistics, gradient, None, p
     )
 
 
 class SoftTarget(torch.autograd.Function):
-    """`(loss, parts)`; only the loss is differentiable."""
+    """The loss, or `(loss, statistics)`; only the loss is differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        with_statistics: bool,
+        p: Parameters,
+    ) -> Any:
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with_gradient = (
-            to_student
-            and not to_teacher
-            and p.reduction != "none"
-            and eager_gradient(student.dtype)
+            to_student and not to_teacher and p.reduction != "none" and eager_gradient([student])
         )
-        loss, parts, statistics, gradient = forward(student, teacher, labels, with_gradient, *p)
-        ctx.save_for_backward(student, teacher, labels, statistics, gradient)
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
+        loss, statistics, gradient = forward(student, teacher, labels, with_gradient, *p)
+        if with_gradient and scales([student]):
+            ctx.save_for_backward(gradient, student)
+        else:
+            ctx.save_for_backward(gradient, student, teacher, labels, statistics)
         ctx.parameters, ctx.with_gradient = p, with_gradient
-        return loss, parts
+        if not with_statistics:
+            return loss
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> Any:
-        if grad_output is None:
-            return None, None, None, None
-        student, teacher, labels, statistics, gradient = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
+        gradient, student, *others = ctx.saved_tensors
         p = ctx.parameters
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with no_grad():
-            if not ctx.with_gradient:
-                gradients = backward(
-                    grad_output, student, teacher, labels, statistics, to_student, to_teacher, *p
-                )
-            else:
+            if ctx.with_gradient:
                 (to,) = for_grad_output(
                     [gradient],
                     grad_output,
-                    lambda to: rescale(
-                        to[0], grad_output, student, teacher, labels, statistics, *p
-                    ),
+                    lambda to: rescale(to[0], grad_output, student, *others, *p),
                 )
                 gradients = to, None
+            else:
+                gradients = backward(grad_output, student, *others, to_student, to_teacher, *p)
         found = (gradients[0] if to_student else None, gradients[1] if to_teacher else None)
-        return (*differentiate_once("a loss on logits", found, (student, teacher)), None, None)
+        inputs = (student, *others[:1])
+        return (*differentiate_once("a loss on logits", found, inputs), None, None, None)
 
 
-def soft_target(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
-) -> tuple[Tensor, Tensor]:
-    """`(loss, parts)`, the loss differentiable where that is wanted."""
+def soft_target(student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters) -> Tensor:
+    """The loss, differentiable where that is wanted."""
     if wants_gradient(student, teacher):
-        loss, parts = SoftTarget.apply(student, teacher, labels, p)
-        return loss, parts
-    return forward(student, teacher, labels, False, *p)[:2]
+        loss: Tensor = SoftTarget.apply(student, teacher, labels, False, p)
+        return loss
+    return forward(student, teacher, labels, False, *p)[0]
+
+
+def soft_target_parts(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, hard, KL)`, the loss differentiable where that is wanted."""
+    if wants_gradient(student, teacher):
+        loss, statistics = SoftTarget.apply(student, teacher, labels, True, p)
+    else:
+        loss, statistics, _ = forward(student, teacher, labels, False, *p)
+    return loss, statistics[-2], statistics[-1]
