@@ -96,8 +96,8 @@ _REFUSE: dict[str, Callable[[Facts], Refusal | None]] = {
 # A plain global, because torch.compile guards on it: a compiled function follows `use_backend`.
 _override: Backend | None = None
 
-# The dictionary under os.environ, private to Python, and the name as it is written there. That a
-# variable is absent os.environ itself finds out by an exception, which takes 3 to 12 µs.
+# The dictionary under os.environ, private to Python, and the name as it is written there.
+# os.environ itself finds out by an exception that a variable is absent, which takes 3 to 12 µs.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = getattr(os.environ, "encodekey", str)("FASTKD_BACKEND")
 

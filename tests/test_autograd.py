@@ -1,6 +1,7 @@
 """What every loss promises of its gradients, on every backend."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -218,3 +219,14 @@ def test_an_unused_loss_leaves_no_gradient(backend, name):
     call(*leaves, backend=backend)
     leaves[0].sum().backward()
     assert torch.equal(leaves[0].grad, torch.ones_like(leaves[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_backward_does_not_need_is_let_go(kernel_backend, name, dtype):
+    student, *teachers = (x.clone() for x in sample(name, dtype).tensors)
+    loss = sample(name, dtype)(student.requires_grad_(), *teachers, backend=kernel_backend)
+    alive = [weakref.ref(x) for x in teachers]
+    teachers.clear()
+    assert [x() for x in alive] == [None] * len(alive)
+    loss.sum().backward()
+    assert student.grad.isfinite().all()
