@@ -65,24 +65,28 @@ Sums exponentiate(const Block<S>& block, const Plan<A>& plan, Exponentials<A> to
   find_maxima<A>(block, sums);
   const A s_shift = A(shift(sums.student_max)), t_shift = A(shift(sums.teacher_max));
   const A lowest = -INFINITY;
+  // Copies, which the stores below cannot change: they stay in registers.
+  const Exp<A> softened = plan.softened, sharp = plan.sharp;
+  const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
+  const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, logits = {};
   over_vectors<A>(block.size, [&](int i, auto lanes) {
-    fetch(block.student + i, All<A>::value, kAhead);
-    fetch(block.teacher + i, All<A>::value, kAhead);
-    const vec s = load_lanes<A>(block.student + i, lanes, lowest) - s_shift;
-    const vec t = load_lanes<A>(block.teacher + i, lanes, lowest) - t_shift;
-    const vec es = plan.softened(s), et = plan.softened(t);
+    fetch(student + i, All<A>::value, kAhead);
+    fetch(teacher + i, All<A>::value, kAhead);
+    const vec s = load_lanes<A>(student + i, lanes, lowest) - s_shift;
+    const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_shift;
+    const vec es = softened(s), et = softened(t);
     s_sum += es;
     t_sum += et;
     difference += keep<A>(et * (t - s), lanes);
     store(es, to.student + i);
     store(et, to.teacher + i);
-    if (plan.third_exponential) {
-      const vec eh = plan.sharp(s);
+    if (third) {
+      const vec eh = sharp(s);
       hard_sum += eh;
       store(eh, to.hard + i);
     }
-    if (plan.smoothing > 0) logits += keep<A>(s, lanes);
+    if (smooths) logits += keep<A>(s, lanes);
   });
   sums.student_sum = sum<A>(s_sum);
   sums.teacher_sum = sum<A>(t_sum);
