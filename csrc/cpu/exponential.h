@@ -21,16 +21,16 @@ struct Exp<float> {
     least = -126 / binary < -3.4e38 ? -3.4e38f : float(-126 / binary);
   }
 
-#if defined(__AVX512F__)
   vec_t<float> operator()(vec_t<float> x) const {
+    const vec_t<float> shifter = splat<float>(kShifter);
+    const vec_t<float> shifted = x * high + shifter;
+    const vec_t<float> n = shifted - shifter;
+    const vec_t<float> f = x * low + (x * high - n);
+#if defined(__AVX512F__)
     const vec_t<float> table = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f,
                                 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
                                 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
                                 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-    const vec_t<float> shifter = splat<float>(786432.0f);  // 1.5 * 2^19: adding it rounds to 1/16
-    const vec_t<float> shifted = x * high + shifter;
-    const vec_t<float> n = shifted - shifter;
-    const vec_t<float> f = x * low + (x * high - n);
     vec_t<float> y = splat<float>(5.5505085737e-02f);
     y = y * f + 2.4023355544e-01f;
     y = y * f + 6.9314718246e-01f;
@@ -39,14 +39,8 @@ struct Exp<float> {
     y = y * f * power + power;
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
     return (vec_t<float>)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
-  }
 #else
-  vec_t<float> operator()(vec_t<float> x) const {
     using bits = bits_t<float>;  // unsigned, because whatever a NaN or -1e30 leaves here may wrap
-    const vec_t<float> shifter = splat<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds
-    const vec_t<float> shifted = x * high + shifter;
-    const vec_t<float> n = shifted - shifter;
-    const vec_t<float> f = x * low + (x * high - n);
     vec_t<float> y = splat<float>(1.5353361960e-04f);
     y = y * f + 1.3398875017e-03f;
     y = y * f + 9.6184369177e-03f;
@@ -57,9 +51,14 @@ struct Exp<float> {
     // The low bits of `shifted` are n; at the exponent's place they are 2^n.
     const bits power = ((bits)shifted << 23) + 0x3f800000u;
     return x < least ? vec_t<float>{} : y * (vec_t<float>)power;
-  }
 #endif
+  }
 
+#if defined(__AVX512F__)
+  static constexpr float kShifter = 786432.0f;  // 1.5 * 2^19: adding it rounds to 1/16
+#else
+  static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+#endif
   float high, low, least;
 };
 

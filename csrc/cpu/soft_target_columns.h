@@ -118,7 +118,7 @@ void gather_class(const Tensor& from, int64_t offset, int64_t class_stride, int 
     auto* p = at<std::remove_pointer_t<decltype(storage)>>(from, offset);
     // Lanes beyond the last row compute on zeros, and are not written.
     over_vectors<A>(n, [&](int i, auto lanes) {
-      __builtin_prefetch(p + kClassesAhead * class_stride + i);
+      fetch(p + kClassesAhead * class_stride + i, All<A>::value);
       store(load_lanes<A>(p + i, lanes, A(0)), to + i / All<A>::value * step);
     });
   });
