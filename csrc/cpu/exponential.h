@@ -9,23 +9,24 @@ namespace fastkd::FASTKD_ISA {
 // leave its normal range. NaN stays NaN. rate · x · log2(e) is n + f: 2^f is a minimax polynomial,
 // on [-1/2, 1/2] of degree 6. Where a register can be a table of 2^(k/16), n is a multiple of 1/16
 // and degree 3 does.
+//
+// `rate` is the nearest that one multiplication can apply, within 2^-24 of what was asked for. A
+// softmax at a temperature that near is as good, if all that goes with it takes the same rate.
 template <class A>
 struct Exp;
 
 template <>
 struct Exp<float> {
-  explicit Exp(double rate) {
-    const double binary = rate * 1.4426950408889634;
-    high = float(binary);
-    low = float(binary - double(high));
-    least = -126 / binary < -3.4e38 ? -3.4e38f : float(-126 / binary);
-  }
+  explicit Exp(double wanted)
+      : binary(float(wanted * kBinary)),
+        least(-126 / (wanted * kBinary) < -3.4e38 ? -3.4e38f : float(-126 / (wanted * kBinary))),
+        rate(double(binary) / kBinary) {}
 
   vec_t<float> operator()(vec_t<float> x) const {
     const vec_t<float> shifter = splat<float>(kShifter);
-    const vec_t<float> shifted = x * high + shifter;
+    const vec_t<float> shifted = x * binary + shifter;
     const vec_t<float> n = shifted - shifter;
-    const vec_t<float> f = x * low + (x * high - n);
+    const vec_t<float> f = x * binary - n;
 #if defined(__AVX512F__)
     const vec_t<float> table = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f,
                                 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
@@ -59,7 +60,9 @@ struct Exp<float> {
 #else
   static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds
 #endif
-  float high, low, least;
+  static constexpr double kBinary = 1.4426950408889634;  // log2(e)
+  float binary, least;
+  double rate;
 };
 
 // float64 inputs are for checking other dtypes: exact before fast.
@@ -73,8 +76,8 @@ struct Exp<double> {
   double rate;
 };
 
-// log(x) of a positive number, as far as double goes, and NaN of NaN: without the branches of the C
-// library's, so that the compiler can take several at once.
+// log(x) of 0 and of positive numbers, as far as double goes, and NaN of NaN: without the branches
+// of the C library's, so that the compiler can take several at once.
 inline double log_of(double x) {
   uint64_t bits;
   std::memcpy(&bits, &x, 8);
@@ -86,7 +89,7 @@ inline double log_of(double x) {
   const double s = (m - 1) / (m + 1), z = s * s;
   double series = 2.0 / 19;
   for (int power = 17; power > 0; power -= 2) series = series * z + 2.0 / power;
-  return double(n) * 0.6931471805599453 + s * series + (x - x);
+  return double(n) * 0.6931471805599453 + s * series + (x == 0 ? -INFINITY : x - x);
 }
 
 }  // namespace fastkd::FASTKD_ISA

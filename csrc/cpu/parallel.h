@@ -22,24 +22,32 @@ inline void finish_streaming() {
 #endif
 }
 
-// f(i) for every i < count, by at most `threads` threads, each taking one stretch of i.
+// f(begin, end) for stretches that together are all i < count, by at most `threads` threads.
 template <class F>
-inline void parallel_for(int64_t count, int threads, const F& f) {
+inline void parallel_stretches(int64_t count, int threads, const F& f) {
 #ifdef _OPENMP
   if (threads > count) threads = int(count);
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < count; ++i) f(i);
+      const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+      f(count * me / team, count * (me + 1) / team);
       finish_streaming();
     }
     return;
   }
 #endif
   (void)threads;
-  for (int64_t i = 0; i < count; ++i) f(i);
+  f(int64_t(0), count);
   finish_streaming();
+}
+
+// f(i) for every i < count, by at most `threads` threads.
+template <class F>
+inline void parallel_for(int64_t count, int threads, const F& f) {
+  parallel_stretches(count, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
 }
 
 // How many threads are worth waking for so many elements: a wake-up costs a few microseconds.

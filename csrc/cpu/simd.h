@@ -120,21 +120,31 @@ inline A max_of(vec_t<A> v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Neighbouring lanes of two vectors, added.
-template <class V, size_t... Lane>
-inline V add_neighbours(V a, V b, std::index_sequence<Lane...>) {
-  return __builtin_shufflevector(a, b, (2 * Lane)...) +
-         __builtin_shufflevector(a, b, (2 * Lane + 1)...);
+// f of the neighbouring lanes of two vectors.
+template <class V, class F, size_t... Lane>
+inline V fold_neighbours(V a, V b, const F& f, std::index_sequence<Lane...>) {
+  return f(V(__builtin_shufflevector(a, b, (2 * Lane)...)),
+           V(__builtin_shufflevector(a, b, (2 * Lane + 1)...)));
 }
 
-// The sum of each of as many vectors as they have lanes: fewer steps than one sum after another.
-template <class A>
-inline vec_t<A> sums(vec_t<A>* v) {
+// Across each of as many vectors as they have lanes: fewer steps than one after another.
+template <class A, class F>
+inline vec_t<A> fold_each(vec_t<A>* v, const F& f) {
   constexpr int W = Simd<A>::width;
   for (int count = W / 2; count > 0; count /= 2)
     for (int i = 0; i < count; ++i)
-      v[i] = add_neighbours(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>{});
+      v[i] = fold_neighbours(v[2 * i], v[2 * i + 1], f, std::make_index_sequence<W>{});
   return v[0];
+}
+
+template <class A>
+inline vec_t<A> sums(vec_t<A>* v) {
+  return fold_each<A>(v, [](auto a, auto b) { return a + b; });
+}
+
+template <class A>
+inline vec_t<A> maxima(vec_t<A>* v) {
+  return fold_each<A>(v, [](auto a, auto b) { return max<A>(a, b); });
 }
 
 inline vec_t<float> sqrt(vec_t<float> x) {

@@ -1,6 +1,7 @@
 // Soft targets and hard labels: which form a call takes, and backward from the rows' statistics.
 #include "soft_target_columns.h"
 #include "soft_target_row.h"
+#include "soft_target_rows.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -18,10 +19,12 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
   const A inverse_t = A(plan.inverse_temperature);
   const A log_ratio = A(std::log(double(statistics[kStudentSum]) / statistics[kTeacherSum]) -
                         double(statistics[kKl]));
-  Combination<A> k{A(soft / statistics[kStudentSum]),
-                   A(soft == 0 ? 0 : soft / statistics[kTeacherSum]),
-                   A(plan.hard ? hard / statistics[kHardSum] : 0),
-                   A(hard * plan.smoothing / double(plan.classes))};
+  Combination<A, A> k{soft != 0,
+                      plan.third_exponential,
+                      A(soft / statistics[kStudentSum]),
+                      A(soft / statistics[kTeacherSum]),
+                      A(plan.hard ? hard / statistics[kHardSum] : 0),
+                      A(hard * plan.smoothing / double(plan.classes))};
   if (plan.hard && !plan.third_exponential) k.student += k.hard;
   alignas(64) A student[kBlock], teacher[kBlock], es[kBlock], et[kBlock], eh[kBlock];
   for (int64_t first = 0; first < plan.classes; first += kBlock) {
@@ -44,30 +47,25 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
     }
     if (t.to_teacher) scatter(teacher, n, *t.to_teacher, offset[3] + first * stride[3], stride[3]);
     if (!t.gradient) continue;
-    combine(Exponentials<A>{es, et, eh}, k, plan.third_exponential, n, student, false);
+    combine(Exponentials<A>{es, et, eh}, k, n, student, false);
     if (plan.hard && label >= first && label < first + n)
       student[label - first] -= A(hard * (1 - plan.smoothing));
     scatter(student, n, *t.gradient, offset[2] + first * stride[2], stride[2]);
   }
 }
 
-template <class A>
-void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classes) {
-  alignas(64) A zeros[kBlock] = {};
-  for (int64_t first = 0; first < classes; first += kBlock)
-    scatter(zeros, int(classes - first < kBlock ? classes - first : kBlock), gradient,
-            at + first * stride, stride);
-}
-
-// f(the form of forward_row for such logits)
-template <class A, class F>
-void with_row_form(const Tensors& t, const Rows<3>& rows, const F& f) {
-  bool gathers = t.student->dtype != t.teacher->dtype;
-  for (int64_t stride : rows.class_stride) gathers |= stride != 1;
-  if (gathers) return f(forward_row<A, A, true>);
-  with_storage(t.student->dtype, [&](auto* storage) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8)) f(forward_row<A, S, false>);
+template <class A, class S>
+void forward_side_by_side(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
+                          const int64_t* labels, A* table, int threads) {
+  if (rows.classes > kFewClasses)
+    return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+      forward_stretch<A, S, false>(t, rows, plan, labels, begin, end, table);
+    });
+  constexpr int64_t W = Simd<A>::width;
+  parallel_for((rows.count + W - 1) / W, threads, [&](int64_t group) {
+    const int64_t first = group * W, left = rows.count - first;
+    forward_rows<A, S>(t, rows, plan, labels ? labels + first : nullptr, first,
+                       int(left < W ? left : W), table + first * kCount);
   });
 }
 
@@ -78,21 +76,19 @@ void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
   const Rows<3> rows({t.student, t.teacher, &gradient}, p.dim);
   const Plan<A> plan(rows.count, rows.classes, labels, p);
   const int threads = threads_for(rows.count * rows.classes, p.threads);
+  bool gathers = t.student->dtype != t.teacher->dtype;
+  for (int64_t stride : rows.class_stride) gathers |= stride != 1;
   if (rows.columns() && rows.classes <= kMostColumnClasses) {
-    forward_columns(t, rows, plan, labels, p.ignore_index, table, threads);
+    forward_columns(t, rows, plan, labels, table, threads);
+  } else if (gathers) {
+    parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+      forward_stretch<A, A, true>(t, rows, plan, labels, begin, end, table);
+    });
   } else {
-    with_row_form<A>(t, rows, [&](const auto& forward_one) {
-      parallel_for(rows.count, threads, [&](int64_t row) {
-        int64_t offsets[3];
-        rows.offsets(row, offsets);
-        A* to = table + row * kCount;
-        if (labels && labels[row] == p.ignore_index) {
-          for (int i = 0; i < kCount; ++i) to[i] = 0;
-          if (t.gradient) zero_row<A>(*t.gradient, offsets[2], rows.class_stride[2], rows.classes);
-          return;
-        }
-        forward_one(t, plan, offsets, rows.class_stride, labels ? labels[row] : 0, to);
-      });
+    with_storage(t.student->dtype, [&](auto* storage) {
+      using S = std::remove_pointer_t<decltype(storage)>;
+      if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8))
+        forward_side_by_side<A, S>(t, rows, plan, labels, table, threads);
     });
   }
   reduce(table, rows.count, plan, p, loss);
@@ -111,7 +107,7 @@ void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels
   parallel_for(rows.count, threads, [&](int64_t row) {
     int64_t offsets[4];
     rows.offsets(row, offsets);
-    if (labels && labels[row] == p.ignore_index) {
+    if (plan.ignores(labels, row)) {
       if (t.gradient) zero_row<A>(*t.gradient, offsets[2], rows.class_stride[2], rows.classes);
       if (t.to_teacher) zero_row<A>(*t.to_teacher, offsets[3], rows.class_stride[3], rows.classes);
       return;

@@ -8,8 +8,7 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kBlock = 1024;      // both sides and their exponentials fit in the first-level cache
-constexpr int64_t kAhead = 8192;  // bytes between the logits computed and those fetched
+constexpr int kBlock = 1024;  // both sides and their exponentials fit in the first-level cache
 
 struct Tensors {
   const Tensor *student, *teacher, *gradient, *to_teacher;
@@ -21,8 +20,10 @@ struct Plan {
   int64_t classes;
   bool hard;               // labels are given
   bool third_exponential;  // the cross-entropy's, at temperature 1
-  Exp<A> softened, sharp;  // exp(x / T), exp(x)
-  double inverse_temperature, smoothing;
+  int64_t ignore_index;
+  Exp<A> softened, sharp;      // exp(x / T), exp(x)
+  double inverse_temperature;  // as `softened` has it
+  double smoothing;
   double divisor;                       // of the reduction
   double soft_gradient, hard_gradient;  // of q − p, and of q₁ − target
 
@@ -30,13 +31,13 @@ struct Plan {
       : classes(classes),
         hard(labels != nullptr),
         third_exponential(hard && p.temperature != 1),
+        ignore_index(p.ignore_index),
         softened(1 / p.temperature),
         sharp(1),
-        inverse_temperature(1 / p.temperature),
+        inverse_temperature(softened.rate),
         smoothing(p.label_smoothing) {
     int64_t kept = rows;
-    if (labels)
-      for (int64_t row = 0; row < rows; ++row) kept -= labels[row] == p.ignore_index;
+    for (int64_t row = 0; hard && row < rows; ++row) kept -= labels[row] == ignore_index;
     divisor = p.reduction == Reduction::batchmean ? double(kept)
               : p.reduction == Reduction::mean    ? double(kept) * double(classes)
                                                   : 1;
@@ -45,11 +46,50 @@ struct Plan {
     hard_gradient = hard ? p.hard_weight / divisor : 0;
   }
 
+  bool ignores(const int64_t* labels, int64_t row) const {
+    return hard && labels[row] == ignore_index;
+  }
+
+  // What every class, and what the label's takes off the gradient.
+  A to_every_class() const { return A(hard_gradient * smoothing / double(classes)); }
+  A to_label() const { return A(hard_gradient * (1 - smoothing)); }
+
   // From −log q of the label and its mean over classes; a part of weight 0 may be infinite.
   double cross_entropy(double label, double mean) const {
     return (smoothing < 1 ? (1 - smoothing) * label : 0) + (smoothing > 0 ? smoothing * mean : 0);
   }
 };
+
+template <class A>
+struct Exponentials {
+  A *student, *teacher, *hard;
+};
+
+// What a gradient is made of: a·es − b·et + c·eh − d. A factor is a number for one row, and a
+// vector for as many rows as it has lanes.
+template <class A, class Factor>
+struct Combination {
+  bool soft, third;  // whether the second and third term count: at a weight of 0 nothing that the
+                     // teacher holds may show, NaN neither
+  Factor student, teacher, hard;
+  A smoothing;
+
+  template <class Load>
+  auto operator()(const Load& load, const Exponentials<A>& from) const {
+    auto g = load(from.student) * student;
+    if (soft) g -= load(from.teacher) * teacher;
+    if (third) g += load(from.hard) * hard;
+    return g - smoothing;
+  }
+};
+
+template <class A>
+void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classes) {
+  alignas(64) A zeros[kBlock] = {};
+  for (int64_t first = 0; first < classes; first += kBlock)
+    scatter(zeros, int(classes - first < kBlock ? classes - first : kBlock), gradient,
+            at + first * stride, stride);
+}
 
 // Rows to losses, in an order that no thread changes.
 template <class A>

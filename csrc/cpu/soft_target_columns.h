@@ -2,7 +2,7 @@
 // one class of as many rows as it has lanes, so nothing is transposed or summed across lanes.
 #pragma once
 
-#include "soft_target.h"
+#include "soft_target_lanes.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -13,7 +13,7 @@ constexpr int64_t kMostColumnClasses = 4096;  // tiles of more do not stay in ca
 // One vector of rows, class after class; s, t and h become the exponentials, s then the gradient.
 template <class A>
 void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels, int lanes,
-                   int64_t ignore_index, A* table, bool write) {
+                   A* table, bool write) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
   const vec infinity = splat<A>(INFINITY), zero = splat<A>(0);
@@ -22,10 +22,9 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     s_max = max<A>(load(s + c * W), s_max);
     t_max = max<A>(load(t + c * W), t_max);
   }
-  vec s_sum = zero, t_sum = zero, h_sum = zero, difference = zero, shifted = zero;
-  A logits[W] = {};
+  Lanes<A> rows{s_max, t_max, zero, zero, zero, zero, zero, {}};
   for (int lane = 0; labels && lane < lanes; ++lane)
-    if (labels[lane] != ignore_index) logits[lane] = s[labels[lane] * W + lane];
+    if (!plan.ignores(labels, lane)) rows.label[lane] = s[labels[lane] * W + lane];
   // Sums of sums, so that many classes do not add up many roundings.
   for (int64_t first = 0; first < plan.classes; first += 32) {
     const int64_t last = first + 32 < plan.classes ? first + 32 : plan.classes;
@@ -47,65 +46,23 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
         store(eh, h + c * W);
       }
     }
-    s_sum += s_part;
-    t_sum += t_part;
-    h_sum += plan.third_exponential ? h_part : s_part;
-    difference += difference_part;
-    shifted += shifted_part;
+    rows.student_sum += s_part;
+    rows.teacher_sum += t_part;
+    rows.hard_sum += plan.third_exponential ? h_part : s_part;
+    rows.difference += difference_part;
+    rows.shifted += shifted_part;
   }
-
-  // All lanes at once first: a row has few classes here, and its logarithms would take most of the
-  // time one by one.
-  alignas(64) A zs[W], zt[W], zh[W], kl[W], a[W], b[W], k[W] = {};
-  double log_hard[W] = {};
-  store(s_sum, zs);
-  store(t_sum, zt);
-  store(h_sum, zh);
-  store(difference, kl);
-  for (int lane = 0; lane < W; ++lane) {
-    const double student = zs[lane], teacher = zt[lane];
-    kl[lane] = A(double(kl[lane]) / teacher * plan.inverse_temperature + log_of(student / teacher));
-    a[lane] = A(plan.soft_gradient / student);
-    b[lane] = A(plan.soft_gradient / teacher);
-  }
-  for (int lane = 0; plan.hard && lane < W; ++lane) {
-    log_hard[lane] = log_of(zh[lane]);
-    k[lane] = A(plan.hard_gradient / double(zh[lane]));
-  }
-  for (int lane = 0; lane < lanes; ++lane) {
-    A* row = table + lane * kCount;
-    if (labels && labels[lane] == ignore_index) {
-      for (int i = 0; i < kCount; ++i) row[i] = 0;
-      continue;
-    }
-    row[kStudentMax] = s_max[lane];
-    row[kStudentSum] = zs[lane];
-    row[kTeacherMax] = t_max[lane];
-    row[kTeacherSum] = zt[lane];
-    row[kHardSum] = plan.hard ? zh[lane] : 0;
-    row[kKl] = kl[lane] < 0 ? 0 : kl[lane];
-    row[kCe] = 0;
-    if (plan.hard) {
-      const double log_sum = log_hard[lane];
-      row[kCe] = A(plan.cross_entropy(log_sum - (double(logits[lane]) - s_max[lane]),
-                                      log_sum - double(shifted[lane]) / double(plan.classes)));
-    }
-  }
+  const auto k = finish(rows, plan, labels, lanes, table);
   if (!write) return;
-  vec to_student = load(a);
-  if (plan.hard && !plan.third_exponential) to_student += load(k);
-  const A smoothing = A(plan.hard_gradient * plan.smoothing / double(plan.classes));
   for (int64_t c = 0; c < plan.classes; ++c) {
-    vec g = load(s + c * W) * to_student;
-    if (plan.soft_gradient != 0) g -= load(t + c * W) * load(b);
-    if (plan.third_exponential) g += load(h + c * W) * load(k);
-    store(g - smoothing, s + c * W);
+    const auto of_class = [&](const A* e) { return load(e + c * W); };
+    store(k(of_class, Exponentials<A>{s, t, h}), s + c * W);
   }
   for (int lane = 0; labels && lane < lanes; ++lane) {
-    if (labels[lane] == ignore_index)
+    if (plan.ignores(labels, lane))
       for (int64_t c = 0; c < plan.classes; ++c) s[c * W + lane] = 0;
     else
-      s[labels[lane] * W + lane] -= A(plan.hard_gradient * (1 - plan.smoothing));
+      s[labels[lane] * W + lane] -= plan.to_label();
   }
 }
 
@@ -136,7 +93,7 @@ void scatter_class(const A* from, int64_t step, int n, const Tensor& to, int64_t
 
 template <class A>
 void forward_columns(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
-                     const int64_t* labels, int64_t ignore_index, A* table, int threads) {
+                     const int64_t* labels, A* table, int threads) {
   constexpr int W = Simd<A>::width;
   const int64_t side = rows.columns(), tiles = (side + kColumns - 1) / kColumns;
   const int64_t outer = rows.count / side, room = plan.classes * kColumns;
@@ -155,8 +112,7 @@ void forward_columns(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
     for (int i = 0; i < n; i += W) {
       const int64_t of = i / W * step;
       forward_lanes(s + of, y + of, h + of, plan, labels ? labels + row + i : nullptr,
-                    n - i < W ? n - i : W, ignore_index, table + (row + i) * kCount,
-                    bool(t.gradient));
+                    n - i < W ? n - i : W, table + (row + i) * kCount, bool(t.gradient));
     }
     if (t.gradient)
       for (int64_t c = 0; c < plan.classes; ++c)

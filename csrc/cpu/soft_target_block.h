@@ -1,0 +1,123 @@
+// A block of one row's classes, small enough that both sides and their exponentials stay in the
+// first-level cache.
+#pragma once
+
+#include "soft_target.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// Bytes between the logits computed and those fetched: 8 KiB beyond those whose maxima are taken.
+constexpr int64_t kAhead = 12288;
+
+// Both sides, each side by side in memory; `size` is 0 where there is nothing.
+template <class S>
+struct Block {
+  const S *student = nullptr, *teacher = nullptr;
+  int size = 0;
+};
+
+// The maxima of a block, lane by lane.
+template <class A, class S>
+struct Maxima {
+  Block<S> of{};
+  vec_t<A> student = splat<A>(-INFINITY), teacher = splat<A>(-INFINITY);
+
+  template <class Lanes>
+  void take(int i, Lanes lanes) {
+    student = max<A>(load_lanes<A>(of.student + i, lanes, A(-INFINITY)), student);
+    teacher = max<A>(load_lanes<A>(of.teacher + i, lanes, A(-INFINITY)), teacher);
+  }
+
+  void take_from(int first) {
+    over_vectors<A>(of.size - first, [&](int i, auto lanes) { take(first + i, lanes); });
+  }
+};
+
+// The maximum to subtract: where every class is excluded, 0 leaves exp(-inf) = 0.
+template <class A>
+A shift(A maximum) {
+  return maximum == A(-INFINITY) ? 0 : maximum;
+}
+
+// Of every lane.
+template <class A>
+struct Accumulators {
+  vec_t<A> student, teacher, hard;
+  vec_t<A> difference;  // Σ et · (t − s), both shifted
+  vec_t<A> shifted;     // Σ s, shifted, for label smoothing
+};
+
+// The exponentials of a block relative to the shifts, and their sums. The maxima of the block after
+// it, if wanted, are found in the same loop: beside so much arithmetic its loads cost little.
+template <class A, class S, class... Next>
+Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const Plan<A>& plan,
+                             const Exponentials<A>& to, Next&... of_next) {
+  using vec = vec_t<A>;
+  constexpr int W = All<A>::value;
+  const A lowest = -INFINITY;
+  // Copies, which the stores below cannot change: they stay in registers.
+  const Exp<A> softened = plan.softened, sharp = plan.sharp;
+  const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
+  const S *student = block.student, *teacher = block.teacher;
+  vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
+  const auto step = [&](int i, auto lanes) {
+    fetch(student + i, W, kAhead);
+    fetch(teacher + i, W, kAhead);
+    const vec s = load_lanes<A>(student + i, lanes, lowest) - s_shift;
+    const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_shift;
+    const vec es = softened(s), et = softened(t);
+    s_sum += es;
+    t_sum += et;
+    difference += keep<A>(et * (t - s), lanes);
+    store(es, to.student + i);
+    store(et, to.teacher + i);
+    if (third) {
+      const vec eh = sharp(s);
+      hard_sum += eh;
+      store(eh, to.hard + i);
+    }
+    if (smooths) shifted += keep<A>(s, lanes);
+  };
+  int done = 0;
+  [[maybe_unused]] const auto both = [&](auto& wanted) {
+    auto maxima = wanted;
+    for (; done + W <= block.size && done + W <= maxima.of.size; done += W) {
+      maxima.take(done, All<A>{});
+      step(done, All<A>{});
+    }
+    maxima.take_from(done);
+    wanted = maxima;
+  };
+  (both(of_next), ...);
+  over_vectors<A>(block.size - done, [&](int i, auto lanes) { step(done + i, lanes); });
+  return {s_sum, t_sum, third ? hard_sum : s_sum, difference, shifted};
+}
+
+// The difference where a class may be excluded: by the teacher it contributes 0 (and 0 · inf would
+// be NaN), by the student alone it is infinite.
+template <class A, class S>
+A difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const A* et) {
+  A total = 0;
+  for (int i = 0; i < block.size; ++i) {
+    const A s = widen(block.student[i]), t = widen(block.teacher[i]);
+    if (t == A(-INFINITY)) continue;
+    total += s == A(-INFINITY) ? A(INFINITY) : et[i] * ((t - t_shift) - (s - s_shift));
+  }
+  return total;
+}
+
+template <class A, class S>
+void combine(const Exponentials<A>& from, const Combination<A, A>& k, int n, S* to, bool streams) {
+  write_vectors<A>(to, n, streams, [&](int i, auto lanes) {
+    return k([&](const A* e) { return load_lanes<A>(e + i, lanes, A(0)); }, from);
+  });
+}
+
+// The gradient of the label's class, of which `to_label` is taken off.
+template <class A>
+A label_gradient(const Exponentials<A>& from, const Combination<A, A>& k, int64_t label,
+                 A to_label) {
+  return k([&](const A* e) { return e[label]; }, from) - to_label;
+}
+
+}  // namespace fastkd::FASTKD_ISA
