@@ -137,10 +137,9 @@ def select(
     if torch.compiler.is_compiling():
         return _resolve_compiled(loss, device, dtypes, requested)
     transformed = any([is_transformed(t) for t in (*tensors, *others) if t is not None])
-    facts = Facts(loss, device, dtypes, transformed)
     if _explaining.get():
-        raise _Explained(_explain(facts, requested))
-    return _resolve(facts, requested)
+        raise _Explained(_explain(Facts(loss, device, dtypes, transformed), requested))
+    return _resolve(loss, device, dtypes, transformed, requested)
 
 
 # Private to torch; where it is missing, a transform fails inside autograd with torch's own message.
@@ -157,7 +156,7 @@ def is_transformed(tensor: Tensor) -> bool:
 def _resolve_compiled(
     loss: str, device: str, dtypes: tuple[torch.dtype, ...], requested: Backend | None
 ) -> Backend:
-    return _resolve(Facts(loss, device, dtypes, False), requested)
+    return _resolve(loss, device, dtypes, False, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -166,7 +165,14 @@ _resolve_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Keyed by facts, so that a small loss does not pay for the search, and each reason warns once.
 @functools.lru_cache(maxsize=1024)
-def _resolve(facts: Facts, requested: Backend | None) -> Backend:
+def _resolve(
+    loss: str,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    transformed: bool,
+    requested: Backend | None,
+) -> Backend:
+    facts = Facts(loss, device, dtypes, transformed)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:
@@ -220,8 +226,8 @@ def use_backend(name: Backend) -> Iterator[None]:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would serve `function(*args, **kwargs)`, and why each other would not.
 
-    `function` is a loss or a module of `fastkd.nn`. Its arguments are checked as in a real call,
-    and raise as they would there; no kernel runs.
+    `function` is a loss or a module of `fastkd.nn`. Its arguments, but not the values in labels,
+    are checked as in a real call, and raise as they would there; no kernel runs.
 
     >>> print(fastkd.explain(fastkd.soft_target_loss, student, teacher, temperature=4.0))
     """

@@ -83,10 +83,10 @@ def test_the_label_itself_is_excluded(backend, dim, smoothing):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("classes", [1, 2, 31, 33, 1000, 4097, 151936])
+@pytest.mark.parametrize("classes", [1, 2, 31, 33, 256, 257, 1000, 1025, 4097, 151936])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_class_counts(backend, dtype, classes):
-    rows = 3 if classes > 5000 else 16
+    rows = 3 if classes > 5000 else 21
     student, teacher = logits(rows, classes, dtype=dtype), logits(rows, classes, dtype=dtype)
     labels = torch.randint(classes, (rows,))
     labels[0], labels[1], labels[2] = 0, classes - 1, -100
@@ -125,6 +125,17 @@ def test_strided_labels(backend):
 def test_mixed_dtypes(backend, student_dtype, teacher_dtype):
     student, teacher = logits(8, 65, dtype=student_dtype), logits(8, 65, dtype=teacher_dtype)
     check_distillation(student, teacher, some_labels(8, classes=65), backend)
+
+
+@pytest.mark.parametrize("kept", ["", "0", "6", "34", "0356"])
+@pytest.mark.parametrize("classes", [40, 700, 2500])
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_between_others(backend, teacher_dtype, classes, kept):
+    student, teacher = logits(7, classes), logits(7, classes, dtype=teacher_dtype)
+    labels = torch.full((7,), -100)
+    for row in map(int, kept):
+        labels[row] = torch.randint(classes, ())
+    check_distillation(student, teacher, labels, backend, temperature=2.0)
 
 
 @pytest.mark.parametrize("dim", [-1, 0])

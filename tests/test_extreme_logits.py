@@ -10,8 +10,9 @@ import fastkd
 
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
 
-# Rows of one block and of several, rows side by side, and more classes than that form takes.
-FORMS = [(40, -1), (2500, -1), (40, 0), (4200, 0)]
+# Several rows together, rows of one block and of more, rows side by side, and more classes than
+# that form takes.
+FORMS = [(40, -1), (700, -1), (2500, -1), (40, 0), (4200, 0)]
 
 
 @pytest.fixture(params=FORMS, ids=str)

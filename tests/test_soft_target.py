@@ -28,10 +28,12 @@ def test_without_t2(backend, dtype):
     check_soft_target(student, teacher, backend, temperature=4.0, scale_t2=False)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 31, 33, 1000, 4097, 151936])
+@pytest.mark.parametrize(
+    "classes", [1, 2, 31, 33, 255, 256, 257, 1000, 1024, 1025, 2048, 4097, 151936]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_class_counts(backend, dtype, classes):
-    rows = 3 if classes > 5000 else 16
+    rows = 3 if classes > 5000 else 21
     student, teacher = logits(rows, classes, dtype=dtype), logits(rows, classes, dtype=dtype)
     check_soft_target(student, teacher, backend, temperature=2.0)
 

@@ -10,7 +10,7 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kChunk = 2048;  // positions of one unit of work; its sums stay in cache
+constexpr int kChunk = 4096;  // positions of one unit of work; its sums stay in cache
 constexpr int kAtOnce = 4;    // channels added before the running sum is touched
 
 // ---- Sums over channels ------------------------------------------------------------------------
@@ -19,10 +19,13 @@ template <class A, class S, class P>
 void sum_planar(const S* x, int64_t channels, int64_t stride, int n, const P& power, A* to) {
   constexpr int W = Simd<A>::width;
   for (int i = 0; i < n; ++i) to[i] = 0;
+  // Planes of a page and more lie too far apart for the processor to see the next ones coming.
+  const bool fetches = stride * int64_t(sizeof(S)) >= kPage;
   int64_t c = 0;
   for (; c + kAtOnce <= channels; c += kAtOnce, x += kAtOnce * stride) {
     int i = 0;
     for (; i + W <= n; i += W) {
+      for (int k = 0; fetches && k < kAtOnce; ++k) fetch(x + (kAtOnce + k) * stride + i, W);
       auto part = power(load_as<A>(x + i));
       for (int k = 1; k < kAtOnce; ++k) part += power(load_as<A>(x + k * stride + i));
       store(load(to + i) + part, to + i);

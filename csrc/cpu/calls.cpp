@@ -135,6 +135,9 @@ void attention_backward(const Tensor& grad_output, const Tensors& features, cons
 void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
                   Tensors gradients, const HintParameters& p) {
   expect_writing(gradients);
+  // A gradient in its student's place is written where the cache has just read.
+  for (size_t j = 0; j < gradients.size(); ++j)
+    gradients[j].streams &= gradients[j].data != students[j].data;
   double total = 0;
   for (size_t j = 0; j < students.size(); ++j) {
     const int64_t batch = students[j].sizes[0];

@@ -25,7 +25,7 @@ struct SoftTargetParameters {
 enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
 
 struct SoftTargetKernels {
-  // loss is a scalar, or one per row; gradient may be absent.
+  // loss is a scalar, or one per row; statistics and gradient may be absent.
   void (*forward)(const Tensor& student, const Tensor& teacher, const int64_t* labels, void* loss,
                   void* statistics, const Tensor& gradient, const SoftTargetParameters& p);
   // Either gradient may be absent. grad_output is a scalar, or one per row.

@@ -11,10 +11,11 @@ inline S* at(const Tensor& t, int64_t offset) {
   return reinterpret_cast<S*>(t.data) + offset;
 }
 
-constexpr int kLine = 64;  // bytes that the cache moves together
+constexpr int kLine = 64;        // bytes that the cache moves together
+constexpr int64_t kPage = 4096;  // bytes that the processor's own prefetching stays within
 
 // Fetches as much as n elements at `p` take, `distance` bytes further on, into the second-level
-// cache. The processor's own prefetching ends with each page of 4 KiB.
+// cache.
 template <class S>
 inline void fetch(const S* p, int n, int64_t distance = 0) {
   const char* from = reinterpret_cast<const char*>(p) + distance;

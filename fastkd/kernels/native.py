@@ -119,11 +119,11 @@ def soft_target_forward(
     teacher: Tensor,
     labels: Tensor | None,
     loss: Tensor,
-    statistics: Tensor,
+    statistics: Tensor | None,
     gradient: Tensor | None,
     p: "soft_target_ops.Parameters",
 ) -> None:
-    """Fill the loss, the rows' statistics with its parts, and the gradient if there is one."""
+    """Fill the loss, and those that are wanted of the rows' statistics and the gradient."""
     if labels is not None:
         labels = labels.contiguous()
     _module().soft_target_forward(
@@ -131,7 +131,7 @@ def soft_target_forward(
         _view(teacher),
         0 if labels is None else labels.data_ptr(),
         loss.data_ptr(),
-        statistics.data_ptr(),
+        0 if statistics is None else statistics.data_ptr(),
         _optional(gradient),
         _soft_target(p, torch.get_num_threads()),
     )

@@ -77,7 +77,7 @@ def hint_loss(
         losses = reference.hint_loss(students, teachers, reduction=reduction, half=half)
     else:
         parameters = Parameters(0.5 if half else 1.0, reduction, chosen)
-        losses = hint(students, teachers, parameters)
+        losses = hint(students, teachers, regressor_weight is not None, parameters)
     return losses if is_sequence or reduction != "none" else losses[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.library import (
+    Fused,
     define,
     differentiate_once,
     eager_gradient,
@@ -65,30 +66,31 @@ def _new_maps(
     )
 
 
-def _map_fake(features: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
-    maps, winners = _new_maps([features], MapParameters(*parameters), compute_dtype(features))
+def _map_outputs(features: Tensor, p: MapParameters) -> tuple[Tensor, Tensor]:
+    maps, winners = _new_maps([features], p, compute_dtype(features))
     return maps[0], winners[0] if winners else features.new_empty(0, dtype=torch.int32)
 
 
 @define(
-    f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor winners)", _map_fake
+    f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor winners)",
+    _map_outputs,
+    MapParameters,
 )
-def map_forward(features: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+def map_forward(features: Tensor, p: MapParameters) -> tuple[Tensor, Tensor]:
     """The unnormalised map and, for `max_pow`, the winning channels."""
-    p = MapParameters(*parameters)
-    raw, winners = _map_fake(features, *parameters)
+    raw, winners = _map_outputs(features, p)
     kernels(p.backend, "attention").attention_map_forward(features, raw, winners, p)
     return raw, winners
 
 
-def _transfer_fake(
+def _transfer_outputs(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     with_gradients: bool,
     with_teachers: bool,
-    *parameters: Any,
+    transfer: TransferParameters,
+    p: MapParameters,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    transfer, p = TransferParameters(*parameters[:4]), MapParameters(*parameters[4:])
     dtype = compute_dtype(*students, *teachers)
     first = students[0]
     shape = (len(students), first.shape[0]) if transfer.reduction == "none" else ()
@@ -101,18 +103,20 @@ def _transfer_fake(
     "attention_transfer_forward(Tensor[] students, Tensor[] teachers, bool with_gradients, "
     f"bool with_teachers, {_TRANSFER}, {_MAP}) "
     "-> (Tensor loss, Tensor[] slopes, Tensor[] winners, Tensor[] gradients)",
-    _transfer_fake,
+    _transfer_outputs,
+    TransferParameters,
+    MapParameters,
 )
 def transfer_forward(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     with_gradients: bool,
     with_teachers: bool,
-    *parameters: Any,
+    transfer: TransferParameters,
+    p: MapParameters,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """The loss; slopes and winners of students, and of teachers after them if asked for."""
-    transfer, p = TransferParameters(*parameters[:4]), MapParameters(*parameters[4:])
-    outputs = _transfer_fake(students, teachers, with_gradients, with_teachers, *parameters)
+    outputs = _transfer_outputs(students, teachers, with_gradients, with_teachers, transfer, p)
     kernels(p.backend, "attention").attention_transfer_forward(
         students, teachers, *outputs, transfer, p
     )
@@ -125,19 +129,19 @@ _BACKWARD = f"Tensor grad_output, Tensor[] features, Tensor[] slopes, Tensor[] w
 @define(
     f"attention_backward({_BACKWARD}) -> Tensor[]",
     lambda grad_output, features, *_: [torch.empty_like(f) for f in features],
+    MapParameters,
 )
 def backward(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    *parameters: Any,
+    p: MapParameters,
 ) -> list[Tensor]:
     """The gradients of features, `grad_output · slope · dF/dA`.
 
     `grad_output` is a scalar, or `(pairs, B)`.
     """
-    p = MapParameters(*parameters)
     gradients = [torch.empty_like(f) for f in features]
     kernels(p.backend, "attention").attention_backward(
         grad_output, features, slopes, winners, gradients, p
@@ -145,28 +149,29 @@ def backward(
     return gradients
 
 
-@define(f"attention_rescale(Tensor(a!)[] gradients, {_BACKWARD}) -> ()", lambda *_: None)
+@define(
+    f"attention_rescale(Tensor(a!)[] gradients, {_BACKWARD}) -> ()", lambda *_: None, MapParameters
+)
 def rescale(
     gradients: Sequence[Tensor],
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    *parameters: Any,
+    p: MapParameters,
 ) -> None:
     """Forward's gradients for another scalar `grad_output`, computed again in their place."""
-    p = MapParameters(*parameters)
     kernels(p.backend, "attention").attention_backward(
         grad_output, features, slopes, winners, gradients, p
     )
 
 
-class AttentionMap(torch.autograd.Function):
+class AttentionMap(Fused):
     """The unnormalised map. Its normalisation is map-sized and left to torch."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, p: MapParameters) -> Tensor:
-        raw, winners = map_forward(features, *p)
+        raw, winners = map_forward(features, p)
         ctx.save_for_backward(features, winners)
         ctx.parameters = p
         return raw
@@ -177,12 +182,12 @@ class AttentionMap(torch.autograd.Function):
         with no_grad():
             one = grad_output.new_ones(())
             gradients = backward(
-                one, [features], [grad_output.contiguous()], [winners], *ctx.parameters
+                one, [features], [grad_output.contiguous()], [winners], ctx.parameters
             )
         return (*differentiate_once("attention_map", (gradients[0],), (features,)), None)
 
 
-class AttentionTransfer(torch.autograd.Function):
+class AttentionTransfer(Fused):
     """The loss of all pairs: `apply(transfer, parameters, *students, *teachers)`."""
 
     @staticmethod
@@ -200,7 +205,7 @@ class AttentionTransfer(torch.autograd.Function):
             and eager_gradient(students)
         )
         loss, slopes, winners, gradients = transfer_forward(
-            students, teachers, with_gradients, with_teachers, *transfer, *p
+            students, teachers, with_gradients, with_teachers, transfer, p
         )
         kept = features if with_teachers else students
         scaled = with_gradients and scales(students)
@@ -218,12 +223,12 @@ class AttentionTransfer(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         with no_grad():
             if not ctx.with_gradients:
-                to = backward(grad_output, features, slopes, winners, *p)
+                to = backward(grad_output, features, slopes, winners, p)
             else:
                 to = for_grad_output(
                     gradients,
                     grad_output,
-                    lambda to: rescale(to, grad_output, features, slopes, winners, *p),
+                    lambda to: rescale(to, grad_output, features, slopes, winners, p),
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (len(needed) - len(found))
@@ -238,14 +243,14 @@ def attention_transfer(
 ) -> Tensor:
     """The loss of all pairs, differentiable where that is wanted."""
     if wants_gradient(*students, *teachers):
-        loss: Tensor = AttentionTransfer.apply(transfer, p, *students, *teachers)
+        loss: Tensor = AttentionTransfer.record(transfer, p, *students, *teachers)
         return loss
-    return transfer_forward(students, teachers, False, False, *transfer, *p)[0]
+    return transfer_forward(students, teachers, False, False, transfer, p)[0]
 
 
 def raw_attention_map(features: Tensor, p: MapParameters) -> Tensor:
     """The unnormalised map, differentiable where that is wanted."""
     if wants_gradient(features):
-        raw: Tensor = AttentionMap.apply(features, p)
+        raw: Tensor = AttentionMap.record(features, p)
         return raw
-    return map_forward(features, *p)[0]
+    return map_forward(features, p)[0]

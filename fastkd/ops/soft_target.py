@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.library import (
+    Fused,
     define,
     differentiate_once,
     eager_gradient,
@@ -46,52 +47,45 @@ class Parameters(NamedTuple):
 
 
 def _outputs(
-    student: Tensor, teacher: Tensor, reduction: str, dim: int, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(student, teacher)
-    shape = student.shape
-    rows = shape[:dim] + shape[dim + 1 :] if reduction == "none" else ()
-    count = student.numel() // shape[dim]
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(count * STATISTICS + 2, dtype=dtype),
-        torch.empty_like(student) if with_gradient else student.new_empty(0),
-    )
-
-
-def _forward_fake(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
+    with_statistics: bool,
     with_gradient: bool,
-    *parameters: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = Parameters(*parameters)
-    return _outputs(student, teacher, p.reduction, p.dim, with_gradient)
+    p: Parameters,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype = compute_dtype(student, teacher)
+    shape = student.shape
+    rows = shape[: p.dim] + shape[p.dim + 1 :] if p.reduction == "none" else ()
+    statistics = student.numel() // shape[p.dim] * STATISTICS + 2
+    return (
+        student.new_empty(rows, dtype=dtype),
+        student.new_empty(statistics, dtype=dtype) if with_statistics else None,
+        torch.empty_like(student) if with_gradient else None,
+    )
 
 
 @define(
-    "soft_target_forward(Tensor student, Tensor teacher, Tensor? labels, bool with_gradient, "
-    f"{_PARAMETERS}) -> (Tensor loss, Tensor statistics, Tensor gradient)",
-    _forward_fake,
+    "soft_target_forward(Tensor student, Tensor teacher, Tensor? labels, bool with_statistics, "
+    f"bool with_gradient, {_PARAMETERS}) -> (Tensor loss, Tensor statistics, Tensor gradient)",
+    _outputs,
+    Parameters,
 )
 def forward(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
+    with_statistics: bool,
     with_gradient: bool,
-    *parameters: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    p: Parameters,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, what backward needs of each row and the parts after it, and the gradient."""
-    p = Parameters(*parameters)
-    outputs = _outputs(student, teacher, p.reduction, p.dim, with_gradient)
-    kernels(p.backend, "soft_target").soft_target_forward(
-        student, teacher, labels, *outputs[:2], outputs[2] if with_gradient else None, p
-    )
+    outputs = _outputs(student, teacher, labels, with_statistics, with_gradient, p)
+    kernels(p.backend, "soft_target").soft_target_forward(student, teacher, labels, *outputs, p)
     return outputs
 
 
-def _backward_fake(
+def _gradients(
     grad_output: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -99,18 +93,19 @@ def _backward_fake(
     statistics: Tensor,
     to_student: bool,
     to_teacher: bool,
-    *parameters: Any,
-) -> tuple[Tensor, Tensor]:
+    p: Parameters,
+) -> tuple[Tensor | None, Tensor | None]:
     return (
-        torch.empty_like(student) if to_student else student.new_empty(0),
-        torch.empty_like(teacher) if to_teacher else teacher.new_empty(0),
+        torch.empty_like(student) if to_student else None,
+        torch.empty_like(teacher) if to_teacher else None,
     )
 
 
 @define(
     "soft_target_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor? labels, "
     f"Tensor statistics, bool to_student, bool to_teacher, {_PARAMETERS}) -> (Tensor, Tensor)",
-    _backward_fake,
+    _gradients,
+    Parameters,
 )
 def backward(
     grad_output: Tensor,
@@ -120,21 +115,12 @@ def backward(
     statistics: Tensor,
     to_student: bool,
     to_teacher: bool,
-    *parameters: Any,
-) -> tuple[Tensor, Tensor]:
+    p: Parameters,
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients, computed from the inputs."""
-    p = Parameters(*parameters)
-    to = _backward_fake(grad_output, student, teacher, labels, statistics, to_student, to_teacher)
-    kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output,
-        student,
-        teacher,
-        labels,
-        statistics,
-        to[0] if to_student else None,
-        to[1] if to_teacher else None,
-        p,
-    )
+    inputs = grad_output, student, teacher, labels, statistics
+    to = _gradients(*inputs, to_student, to_teacher, p)
+    kernels(p.backend, "soft_target").soft_target_backward(*inputs, *to, p)
     return to
 
 
@@ -142,6 +128,7 @@ def backward(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, Tensor teacher, "
     f"Tensor? labels, Tensor statistics, {_PARAMETERS}) -> ()",
     lambda *_: None,
+    Parameters,
 )
 def rescale(
     gradient: Tensor,
@@ -150,16 +137,15 @@ def rescale(
     teacher: Tensor,
     labels: Tensor | None,
     statistics: Tensor,
-    *parameters: Any,
+    p: Parameters,
 ) -> None:
     """Forward's gradient for another scalar `grad_output`, computed again in its place."""
-    p = Parameters(*parameters)
     kernels(p.backend, "soft_target").soft_target_backward(
         grad_output, student, teacher, labels, statistics, gradient, None, p
     )
 
 
-class SoftTarget(torch.autograd.Function):
+class SoftTarget(Fused):
     """The loss, or `(loss, statistics)`; only the loss is differentiable."""
 
     @staticmethod
@@ -168,20 +154,23 @@ class SoftTarget(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        with_statistics: bool,
+        with_parts: bool,
         p: Parameters,
     ) -> Any:
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with_gradient = (
             to_student and not to_teacher and p.reduction != "none" and eager_gradient([student])
         )
-        loss, statistics, gradient = forward(student, teacher, labels, with_gradient, *p)
-        if with_gradient and scales([student]):
+        scaled = with_gradient and scales([student])
+        loss, statistics, gradient = forward(
+            student, teacher, labels, with_parts or not scaled, with_gradient, p
+        )
+        if scaled:
             ctx.save_for_backward(gradient, student)
         else:
             ctx.save_for_backward(gradient, student, teacher, labels, statistics)
         ctx.parameters, ctx.with_gradient = p, with_gradient
-        if not with_statistics:
+        if not with_parts:
             return loss
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
@@ -196,11 +185,11 @@ class SoftTarget(torch.autograd.Function):
                 (to,) = for_grad_output(
                     [gradient],
                     grad_output,
-                    lambda to: rescale(to[0], grad_output, student, *others, *p),
+                    lambda to: rescale(to[0], grad_output, student, *others, p),
                 )
                 gradients = to, None
             else:
-                gradients = backward(grad_output, student, *others, to_student, to_teacher, *p)
+                gradients = backward(grad_output, student, *others, to_student, to_teacher, p)
         found = (gradients[0] if to_student else None, gradients[1] if to_teacher else None)
         inputs = (student, *others[:1])
         return (*differentiate_once("a loss on logits", found, inputs), None, None, None)
@@ -209,9 +198,9 @@ class SoftTarget(torch.autograd.Function):
 def soft_target(student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters) -> Tensor:
     """The loss, differentiable where that is wanted."""
     if wants_gradient(student, teacher):
-        loss: Tensor = SoftTarget.apply(student, teacher, labels, False, p)
+        loss: Tensor = SoftTarget.record(student, teacher, labels, False, p)
         return loss
-    return forward(student, teacher, labels, False, *p)[0]
+    return forward(student, teacher, labels, False, False, p)[0]
 
 
 def soft_target_parts(
@@ -219,7 +208,7 @@ def soft_target_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, hard, KL)`, the loss differentiable where that is wanted."""
     if wants_gradient(student, teacher):
-        loss, statistics = SoftTarget.apply(student, teacher, labels, True, p)
+        loss, statistics = SoftTarget.record(student, teacher, labels, True, p)
     else:
-        loss, statistics, _ = forward(student, teacher, labels, False, *p)
+        loss, statistics, _ = forward(student, teacher, labels, True, False, p)
     return loss, statistics[-2], statistics[-1]
