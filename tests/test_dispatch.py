@@ -196,12 +196,12 @@ def test_explain_leaves_other_threads_alone(monkeypatch):
     check = module.checks.floating
     elsewhere = []
 
-    def check_slowly(name, value):
+    def check_slowly(*named):
         if threading.current_thread() is threading.main_thread():
             thread = threading.Thread(target=lambda: elsewhere.append(call()))
             thread.start()
             thread.join()
-        return check(name, value)
+        return check(*named)
 
     monkeypatch.setattr(module.checks, "floating", check_slowly)
     assert explained("attention_map").loss == "attention_map"

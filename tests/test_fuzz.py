@@ -88,8 +88,10 @@ def compare(function, backend, leaves, expected, **keywords):
         assert (type(other), str(other)) == (type(actual), str(actual))
         return
     value, gradients = expected()
-    weights = [keywords.get(name, 1.0) for name in ("beta", "soft_weight", "hard_weight")]
-    if max(abs(float(weight)) for weight in weights) > 1e3:
+    weights = [float(keywords.get(name, 1.0)) for name in ("beta", "soft_weight", "hard_weight")]
+    # What the gradient of soft targets is divided by.
+    weights.append(1 / float(keywords.get("temperature", 1.0)))
+    if max(map(abs, weights)) > 1e3:
         return  # 1e30 times a rounding error can be anything; that nothing crashed is the test
     # KL is right to a fraction of 1, and so is T² KL to one of T².
     scale = max(1.0, float(keywords.get("temperature", 1.0)) ** 2)

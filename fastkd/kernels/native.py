@@ -75,22 +75,21 @@ def _module() -> Any:
     return module
 
 
-def _view(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """What the module sees of a tensor, which the caller keeps alive."""
-    return t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride()
+def _views(*tensors: Tensor | None) -> list[Any]:
+    """What the module sees of tensors, which the caller keeps alive."""
+    return [
+        None if t is None else (t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride())
+        for t in tensors
+    ]
 
 
-def _views(tensors: Sequence[Tensor]) -> list[Any]:
-    return [_view(t) for t in tensors]
+def _view(t: Tensor) -> Any:
+    return _views(t)[0]
 
 
 def _addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
     """Of the winners that go with the slopes; 0 where the kind of map has none."""
     return [w.data_ptr() for w in winners] or [0] * len(slopes)
-
-
-def _optional(t: Tensor | None) -> Any:
-    return None if t is None else _view(t)
 
 
 def _grad_output(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,13 +125,13 @@ def soft_target_forward(
     """Fill the loss, and those that are wanted of the rows' statistics and the gradient."""
     if labels is not None:
         labels = labels.contiguous()
+    views = _views(student, teacher, gradient)
     _module().soft_target_forward(
-        _view(student),
-        _view(teacher),
+        *views[:2],
         0 if labels is None else labels.data_ptr(),
         loss.data_ptr(),
         0 if statistics is None else statistics.data_ptr(),
-        _optional(gradient),
+        views[2],
         _soft_target(p, torch.get_num_threads()),
     )
 
@@ -152,13 +151,10 @@ def soft_target_backward(
     if labels is not None:
         labels = labels.contiguous()
     _module().soft_target_backward(
-        _view(grad_output),
-        _view(student),
-        _view(teacher),
+        *_views(grad_output, student, teacher),
         0 if labels is None else labels.data_ptr(),
         statistics.data_ptr(),
-        _optional(to_student),
-        _optional(to_teacher),
+        *_views(to_student, to_teacher),
         _soft_target(p, torch.get_num_threads()),
     )
 
@@ -168,7 +164,7 @@ def attention_map_forward(
 ) -> None:
     """Fill the unnormalised map, and the winners of max_pow."""
     parameters = _map(p, torch.get_num_threads())
-    _module().attention_map_forward(_view(features), _view(raw), winners.data_ptr(), parameters)
+    _module().attention_map_forward(*_views(features, raw), winners.data_ptr(), parameters)
 
 
 def attention_transfer_forward(
@@ -184,12 +180,12 @@ def attention_transfer_forward(
     """Fill the loss, slopes and winners, and the gradients if there are any."""
     module = _module()
     module.attention_transfer_forward(
-        _views(students),
-        _views(teachers),
+        _views(*students),
+        _views(*teachers),
         _view(loss),
-        _views(slopes),
+        _views(*slopes),
         _addresses(winners, slopes),
-        _views(gradients),
+        _views(*gradients),
         module.Transfer(
             _DISTANCES[transfer.distance],
             transfer.order,
@@ -212,10 +208,10 @@ def attention_backward(
     grad_output = _grad_output(grad_output, slopes[0].dtype)
     _module().attention_backward(
         _view(grad_output),
-        _views(features),
-        _views(slopes),
+        _views(*features),
+        _views(*slopes),
         _addresses(winners, slopes),
-        _views(gradients),
+        _views(*gradients),
         _map(p, torch.get_num_threads()),
     )
 
@@ -229,10 +225,10 @@ def hint_forward(
 ) -> None:
     """Fill the loss, and the students' gradients if there are any."""
     _module().hint_forward(
-        _views(students),
-        _views(teachers),
+        _views(*students),
+        _views(*teachers),
         _view(loss),
-        _views(gradients),
+        _views(*gradients),
         _hint(p, torch.get_num_threads()),
     )
 
@@ -248,8 +244,8 @@ def hint_backward(
     grad_output = _grad_output(grad_output, compute_dtype(*students, *teachers))
     _module().hint_backward(
         _view(grad_output),
-        _views(students),
-        _views(teachers),
-        [_optional(g) for g in gradients],
+        _views(*students),
+        _views(*teachers),
+        _views(*gradients),
         _hint(p, torch.get_num_threads()),
     )

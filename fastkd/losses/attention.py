@@ -61,7 +61,7 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    checks.floating("features", features)
+    checks.floating(("features", features))
     exponent = _exponent(kind, p)
     checks.flag("normalize", normalize)
     eps = checks.number("eps", eps, above=0)

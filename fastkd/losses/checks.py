@@ -10,15 +10,17 @@ from torch import Tensor
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(name: str, value: Any) -> Tensor:
-    """A dense tensor of a floating-point dtype that the kernels know."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
-    return value
+def floating(*named: tuple[str, Any]) -> None:
+    """Dense tensors of floating-point dtypes that the kernels know."""
+    for name, value in named:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}"
+            )
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
 
 
 def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
@@ -70,7 +72,8 @@ def number(
     finite: bool = True,
 ) -> float:
     """A real number within bounds, and never NaN."""
-    result = _as_float(name, value)
+    # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
+    result = value if isinstance(value, float) else _as_float(name, value)
     is_finite = -math.inf < result < math.inf
     if result > above and at_least <= result <= at_most and (is_finite or not finite):
         return result
@@ -89,9 +92,6 @@ def number(
 
 
 def _as_float(name: str, value: Any) -> float:
-    # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
-    if isinstance(value, float):
-        return value
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int and (isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -133,8 +133,7 @@ def pairs(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]
         raise ValueError("student and teacher must hold at least one pair, got none")
     for index, (one, other) in enumerate(zip(student, teacher, strict=True)):
         names = [f"{side}[{index}]" if is_sequence else side for side in ("student", "teacher")]
-        floating(names[0], one)
-        floating(names[1], other)
+        floating((names[0], one), (names[1], other))
         same_device(names[0], one, names[1], other)
         same_device("student[0]", student[0], names[0], one)
     return list(student), list(teacher), is_sequence

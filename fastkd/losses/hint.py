@@ -105,7 +105,7 @@ def _check_features(
 def _check_regressor(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, suffix: str
 ) -> None:
-    checks.floating("regressor_weight", weight)
+    checks.floating(("regressor_weight", weight))
     checks.same_device(f"student{suffix}", student, "regressor_weight", weight)
     if teacher.ndim < 2 or student.shape[:1] + student.shape[2:] != (
         teacher.shape[:1] + teacher.shape[2:]
@@ -121,7 +121,7 @@ def _check_regressor(
             f"got {tuple(weight.shape)}"
         )
     if bias is not None:
-        checks.floating("regressor_bias", bias)
+        checks.floating(("regressor_bias", bias))
         checks.same_device(f"student{suffix}", student, "regressor_bias", bias)
         if bias.shape != (teacher.shape[1],):
             raise ValueError(

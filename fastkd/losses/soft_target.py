@@ -214,8 +214,7 @@ def distillation_loss(
 
 
 def _check_logits(student: Tensor, teacher: Tensor, dim: int) -> int:
-    checks.floating("student_logits", student)
-    checks.floating("teacher_logits", teacher)
+    checks.floating(("student_logits", student), ("teacher_logits", teacher))
     checks.same_device("student_logits", student, "teacher_logits", teacher)
     checks.same_shape("student_logits", student, "teacher_logits", teacher)
     if student.ndim == 0:

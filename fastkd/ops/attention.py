@@ -18,6 +18,7 @@ from fastkd.ops.library import (
     differentiate_once,
     eager_gradient,
     for_grad_output,
+    is_final,
     kernels,
     no_grad,
     scales,
@@ -202,13 +203,13 @@ class AttentionTransfer(Fused):
             all(needed[:count])
             and not with_teachers
             and transfer.reduction != "none"
-            and eager_gradient(students)
+            and eager_gradient(*students)
         )
         loss, slopes, winners, gradients = transfer_forward(
             students, teachers, with_gradients, with_teachers, transfer, p
         )
         kept = features if with_teachers else students
-        scaled = with_gradients and scales(students)
+        scaled = with_gradients and scales(*students)
         ctx.save_for_backward(*kept, *gradients, *(() if scaled else (*slopes, *winners)))
         ctx.parameters, ctx.kept, ctx.with_gradients = p, len(kept), with_gradients
         return loss
@@ -218,6 +219,8 @@ class AttentionTransfer(Fused):
         saved, kept, p = ctx.saved_tensors, ctx.kept, ctx.parameters
         features = saved[:kept]
         gradients = saved[kept : 2 * kept] if ctx.with_gradients else ()
+        if ctx.with_gradients and is_final(grad_output):
+            return (None, None, *gradients, *[None] * kept)
         others = saved[kept + len(gradients) :]
         slopes, winners = others[:kept], others[kept:]
         needed = ctx.needs_input_grad[2:]

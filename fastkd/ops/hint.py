@@ -12,6 +12,7 @@ from fastkd.ops.library import (
     differentiate_once,
     eager_gradient,
     for_grad_output,
+    is_final,
     kernels,
     no_grad,
     nobody_listens,
@@ -122,9 +123,9 @@ class Hint(Fused):
             all(needed[:count])
             and not any(needed[count:])
             and p.reduction != "none"
-            and eager_gradient(students)
+            and eager_gradient(*students)
         )
-        scaled = with_gradients and scales(students)
+        scaled = with_gradients and scales(*students)
         if consumes and scaled and nobody_listens(features):
             loss, _ = _outputs(students, teachers, False, p)
             kernels(p.backend, "hint").hint_forward(students, teachers, loss, students, p)
@@ -140,6 +141,8 @@ class Hint(Fused):
         saved, count, p = ctx.saved_tensors, ctx.count, ctx.parameters
         students = saved[:count]
         gradients = saved[count : 2 * count] if ctx.with_gradients else ()
+        if ctx.with_gradients and is_final(grad_output):
+            return (None, None, *gradients, *[None] * count)
         teachers = saved[count + len(gradients) :]
         needed = ctx.needs_input_grad[2:]
         with no_grad():

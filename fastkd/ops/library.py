@@ -43,7 +43,11 @@ class Operator:
 
 def nobody_listens(args: Sequence[Any]) -> bool:
     """Whether no compiler, mode or tensor subclass would see an operator called with these."""
-    return not torch.compiler.is_compiling() and not _dispatch_modes() and _are_plain(args)
+    return (
+        not torch.compiler.is_compiling()
+        and not _dispatch_modes()
+        and (_PLAIN.issuperset(map(type, args)) or _are_plain(args))
+    )
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None)})
@@ -51,9 +55,7 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None
 
 def _are_plain(args: Sequence[Any]) -> bool:
     """Whether no tensor subclass is among the arguments and the lists in them."""
-    return _PLAIN.issuperset(map(type, args)) or all(
-        [type(a) in _PLAIN or (type(a) in (list, tuple) and _are_plain(a)) for a in args]
-    )
+    return all([type(a) in _PLAIN or (type(a) in (list, tuple) and _are_plain(a)) for a in args])
 
 
 def define(
@@ -124,7 +126,10 @@ class Fused(torch.autograd.Function):
         """`apply`, without its search for function transforms where there are none."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+_UNROUNDED = (torch.float32, torch.float64)
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
@@ -132,10 +137,7 @@ def wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
 
 
-_UNROUNDED = (torch.float32, torch.float64)
-
-
-def scales(tensors: Sequence[Tensor]) -> bool:
+def scales(*tensors: Tensor) -> bool:
     """Whether gradients like these, for a `grad_output` of 1, take another by multiplication.
 
     In half precision they would be rounded twice, and what is too small would have become 0 before
@@ -144,18 +146,34 @@ def scales(tensors: Sequence[Tensor]) -> bool:
     return all([t.dtype in _UNROUNDED for t in tensors])
 
 
-def eager_gradient(students: Sequence[Tensor]) -> bool:
+def eager_gradient(*students: Tensor) -> bool:
     """Whether forward may already compute the gradient for a `grad_output` of 1.
 
     Compiled code can only multiply: what `grad_output` will be is not known there.
     """
-    return not torch.compiler.is_compiling() or scales(students)
+    return scales(*students) or not torch.compiler.is_compiling()
 
 
 # Whether the graph is kept after this backward; private to torch, and a copy is always right.
 _keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
+
+
+def is_final(grad_output: Tensor) -> bool:
+    """Whether forward's gradients, which are for a `grad_output` of 1, can be handed on unchanged.
+
+    On a GPU only the kernel can tell without waiting.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and grad_output.is_cpu
+        and type(grad_output) is Tensor
+        and not _keeps_graph()
+        and not torch.is_grad_enabled()
+        and not _dispatch_modes()
+        and grad_output.item() == 1
+    )
 
 
 def for_grad_output(
@@ -166,14 +184,10 @@ def for_grad_output(
     They are changed in place, by `rescale` where multiplication will not do (see `scales`); where
     the graph is retained, copies of them are.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (_keeps_graph() and scales(*gradients)):
         return [(g * grad_output).to(g.dtype) for g in gradients]
     to = [g.clone() for g in gradients] if _keeps_graph() else list(gradients)
-    # On a GPU only the kernel can tell without waiting whether there is anything to apply.
-    is_readable = grad_output.is_cpu and type(grad_output) is Tensor and not _dispatch_modes()
-    if is_readable and grad_output.item() == 1:
-        return to
-    if scales(to):
+    if scales(*to):
         for gradient in to:
             gradient.mul_(grad_output)
     else:

@@ -4,6 +4,7 @@ Both losses are one kernel: `soft_weight · KL(p‖q) + hard_weight · CE` of ea
 without labels has no second term. `soft_weight` holds T² where that is wanted.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastkd.ops.library import (
     differentiate_once,
     eager_gradient,
     for_grad_output,
+    is_final,
     kernels,
     no_grad,
     scales,
@@ -55,14 +57,15 @@ def _outputs(
     p: Parameters,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = compute_dtype(student, teacher)
-    shape = student.shape
-    rows = shape[: p.dim] + shape[p.dim + 1 :] if p.reduction == "none" else ()
-    statistics = student.numel() // shape[p.dim] * STATISTICS + 2
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(statistics, dtype=dtype) if with_statistics else None,
-        torch.empty_like(student) if with_gradient else None,
-    )
+    rows: Sequence[int] = ()
+    if p.reduction == "none":
+        rows = student.shape[: p.dim] + student.shape[p.dim + 1 :]
+    statistics = None
+    if with_statistics:
+        count = student.numel() // student.shape[p.dim]
+        statistics = student.new_empty(count * STATISTICS + 2, dtype=dtype)
+    gradient = torch.empty_like(student) if with_gradient else None
+    return student.new_empty(rows, dtype=dtype), statistics, gradient
 
 
 @define(
@@ -159,9 +162,9 @@ class SoftTarget(Fused):
     ) -> Any:
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with_gradient = (
-            to_student and not to_teacher and p.reduction != "none" and eager_gradient([student])
+            to_student and not to_teacher and p.reduction != "none" and eager_gradient(student)
         )
-        scaled = with_gradient and scales([student])
+        scaled = with_gradient and scales(student)
         loss, statistics, gradient = forward(
             student, teacher, labels, with_parts or not scaled, with_gradient, p
         )
@@ -178,6 +181,8 @@ class SoftTarget(Fused):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
         gradient, student, *others = ctx.saved_tensors
+        if ctx.with_gradient and is_final(grad_output):
+            return gradient, None, None, None, None
         p = ctx.parameters
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with no_grad():
