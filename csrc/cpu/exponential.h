@@ -7,8 +7,8 @@ namespace fastkd::FASTKD_ISA {
 
 // exp(rate · x) for x <= 0, within 2 ulp where there is a fused multiply-add; 0 where float32 would
 // leave its normal range. NaN stays NaN. rate · x · log2(e) is n + f: 2^f is a minimax polynomial,
-// on [-1/2, 1/2] of degree 6. Where a register can be a table of 2^(k/16), n is a multiple of 1/16
-// and degree 3 does.
+// on [-1/2, 1/2] of degree 6. Where two registers can be a table of 2^(k/32), n is a multiple of
+// 1/32 and degree 2 does.
 //
 // `rate` is the nearest that one multiplication can apply, within 2^-24 of what was asked for. A
 // softmax at a temperature that near is as good, if all that goes with it takes the same rate.
@@ -28,15 +28,19 @@ struct Exp<float> {
     const vec_t<float> n = shifted - shifter;
     const vec_t<float> f = x * binary - n;
 #if defined(__AVX512F__)
-    const vec_t<float> table = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f,
-                                1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
-                                1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
-                                1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-    vec_t<float> y = splat<float>(5.5505085737e-02f);
-    y = y * f + 2.4023355544e-01f;
-    y = y * f + 6.9314718246e-01f;
-    // The low four bits of `shifted` are k.
-    const auto power = (vec_t<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)table);
+    const vec_t<float> low = {1.0f,        1.0218972f,  1.04427373f, 1.06714046f,
+                              1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+                              1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f,
+                              1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f};
+    const vec_t<float> high = {1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f,
+                               1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+                               1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+                               1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+    vec_t<float> y = splat<float>(2.4022676051e-01f);
+    y = y * f + 6.9315731525e-01f;
+    // The low five bits of `shifted` are k.
+    const auto power =
+        (vec_t<float>)_mm512_permutex2var_ps((__m512)low, (__m512i)shifted, (__m512)high);
     y = y * f * power + power;
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
     return (vec_t<float>)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
@@ -56,7 +60,7 @@ struct Exp<float> {
   }
 
 #if defined(__AVX512F__)
-  static constexpr float kShifter = 786432.0f;  // 1.5 * 2^19: adding it rounds to 1/16
+  static constexpr float kShifter = 393216.0f;  // 1.5 * 2^18: adding it rounds to 1/32
 #else
   static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds
 #endif
