@@ -113,6 +113,22 @@ def test_regressor_of_another_dtype(backend, dtype, regressor_dtype):
     check_hint(student, teacher, backend, weight, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_regressor_of_a_retained_graph(backend, dtype):
+    """The gradient lies where the regressor's output was, and each backward finds it unscaled."""
+    student, teacher = features(3, 5, 4, 4, dtype=dtype), features(3, 8, 4, 4, dtype=dtype)
+    leaves = [x.requires_grad_() for x in (student, features(8, 5), features(8))]
+    loss = fastkd.hint_loss(
+        student, teacher, regressor_weight=leaves[1], regressor_bias=leaves[2], backend=backend
+    )
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    tripled = torch.autograd.grad(loss, leaves, torch.tensor(3.0).to(loss), retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for one, three, last in zip(once, tripled, again, strict=True):
+        assert torch.equal(one, last)
+        torch.testing.assert_close(three, 3 * one)
+
+
 def test_regressor_is_a_1x1_convolution(backend):
     student, teacher = features(6, 5, 4, 3), features(6, 12, 4, 3)
     weight, bias = features(12, 5, 1, 1), features(12)
