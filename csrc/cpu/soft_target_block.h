@@ -9,6 +9,9 @@ namespace fastkd::FASTKD_ISA {
 // Bytes between the logits computed and those fetched: 8 KiB beyond those whose maxima are taken.
 constexpr int64_t kAhead = 12288;
 
+// Whether there are registers for two loops in one: 32 with AVX-512, elsewhere half of that.
+constexpr bool kRoom = kVectorBytes == 64;
+
 // Both sides, each side by side in memory; `size` is 0 where there is nothing.
 template <class S>
 struct Block {
@@ -48,7 +51,8 @@ struct Accumulators {
 };
 
 // The exponentials of a block relative to the shifts, and their sums. The maxima of the block after
-// it, if wanted, are found in the same loop: beside so much arithmetic its loads cost little.
+// it, if wanted, are found in the same loop where it has room: beside so much arithmetic its loads
+// cost little.
 template <class A, class S, class... Next>
 Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const Plan<A>& plan,
                              const Exponentials<A>& to, Next&... of_next) {
@@ -81,7 +85,7 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const 
   int done = 0;
   [[maybe_unused]] const auto both = [&](auto& wanted) {
     auto maxima = wanted;
-    for (; done + W <= block.size && done + W <= maxima.of.size; done += W) {
+    for (; kRoom && done + W <= block.size && done + W <= maxima.of.size; done += W) {
       maxima.take(done, All<A>{});
       step(done, All<A>{});
     }
