@@ -136,9 +136,7 @@ def select(
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         return _resolve_compiled(loss, device, dtypes, requested)
-    transformed = False
-    for t in (*tensors, *others):
-        transformed = transformed or (t is not None and (t.is_neg() or _is_wrapped(t)))
+    transformed = any([is_transformed(t) for t in (*tensors, *others) if t is not None])
     if _explaining.get():
         raise _Explained(_explain(Facts(loss, device, dtypes, transformed), requested))
     return _resolve(loss, device, dtypes, transformed, requested)

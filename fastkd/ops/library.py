@@ -182,16 +182,15 @@ def for_grad_output(
     """Forward's gradients, which are for a scalar `grad_output` of 1, for this one.
 
     They are changed in place, by `rescale` where multiplication will not do (see `scales`); where
-    the graph is retained, copies of them are.
+    the graph is retained, new ones are made.
     """
-    if torch.compiler.is_compiling() or (_keeps_graph() and scales(*gradients)):
+    if torch.compiler.is_compiling():
         return [(g * grad_output).to(g.dtype) for g in gradients]
-    to = [g.clone() for g in gradients] if _keeps_graph() else list(gradients)
-    if scales(*to):
-        for gradient in to:
-            gradient.mul_(grad_output)
-    else:
-        rescale(to)
+    keeps_graph = _keeps_graph()
+    if scales(*gradients):
+        return [g * grad_output if keeps_graph else g.mul_(grad_output) for g in gradients]
+    to = [torch.empty_like(g) for g in gradients] if keeps_graph else list(gradients)
+    rescale(to)
     return to
 
 
