@@ -2,47 +2,86 @@ PYTHON ?= python3
 # Pinned, because another torch may bring gigabytes of CUDA libraries with it.
 TORCH ?= torch==2.13.0
 ARGS ?=
+OUT ?= build/gpu_check
 
 BIN := .venv/bin
-CSRC := $(shell find csrc -type f)
-UNSANITIZED := packaging import info benchmarks examples
+CSRC := $(shell find csrc -type f -not -name '*.pyc')
+FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
+UNSANITIZED := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
+    benchmarks_cuda examples cuda_check gpu_check)
+CUDA := build/cuda/nvidia/cu13
+CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
+# The sanitizers must be in the process before Python is, whose own allocations leak by design.
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
+on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G Ninja $(2) \
+    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" && $(BIN)/cmake --build $(1)
+# $(call test_on_host,folder,tests) runs them. Hints are the loss that has CUDA and Triton kernels.
+test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native \
+    FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
+    $(BIN)/pytest -p cuda_on_host.plugin tests --ignore tests/test_isa.py -k $(2)
 
 help:  ## Say what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 	@echo
-	@echo 'The first of them makes .venv. ARGS="..." goes to demo, test and bench;'
+	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, test, cuda-check and bench;'
 	@echo 'PYTHON and TORCH choose what .venv is made of ($(PYTHON), $(TORCH)).'
 
 demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
 	$(BIN)/python examples/distill.py $(ARGS)
 
-test: .venv/native  ## Run the test suite
+test: .venv/native cuda-on-host  ## Run the tests; without ARGS, then those of the GPU's kernels
 	$(BIN)/pytest tests $(ARGS)
+	$(if $(ARGS),,$(MAKE) -j2 --output-sync test-triton test-cuda)
+
+test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
+	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton $(BIN)/pytest tests -k hint
+
+test-cuda: cuda-on-host  ## Run the CUDA kernels, on the CPU
+	$(call test_on_host,build/cuda_on_host,hint)
+
+cuda-on-host: .venv/native  ## Compile the CUDA kernels for the CPU
+	$(call on_host,build/cuda_on_host,)
+
+cuda-check: .venv/native $(CUDA)/bin/nvcc  ## Compile the GPU's kernels and look at the machine code
+	CUDA_HOME="$(CURDIR)/$(CUDA)" $(BIN)/python -m tests.cuda_check $(ARGS)
+	CUDA_HOME="$(CURDIR)/$(CUDA)" $(BIN)/pytest tests/cuda_check/check_build.py
+
+gpu-check:  ## On a GPU: build, test and measure with PYTHON, into OUT
+	$(PYTHON) -m tests.gpu_check --out $(OUT)
 
 lint: .venv/installed  ## Check style, types and the figures of the documents
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.readme --check
 
 format: .venv/installed  ## Put the sources into the style that lint checks
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# The sanitizers must be in the process before Python is, whose own allocations leak by design.
 # Left out: what runs no kernel in this process, and torch.compile, which runs the same kernels.
 sanitize: .venv/installed  ## Run the kernels' tests under ASan and UBSan
+	$(MAKE) -j2 --output-sync sanitize-cpu sanitize-cuda
+
+sanitize-cpu: .venv/installed  ## The same, of the CPU's kernels alone
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    $(BIN)/pytest tests -k 'not compile' $(UNSANITIZED:%=--ignore tests/test_%.py) $(ARGS)
+	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
+	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest tests -k 'not compile' --ignore tests/test_cuda_on_host.py $(UNSANITIZED) $(ARGS)
+
+sanitize-cuda: .venv/installed  ## The same, of the CUDA kernels alone, on the CPU
+	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
+	$(SANITIZED) FASTKD_SHIM_TEST_PATH="$$(ls build/cuda_on_host_sanitized/_shim_test*.so)" \
+	    $(BIN)/pytest tests/test_cuda_on_host.py
+	$(SANITIZED) $(call test_on_host,build/cuda_on_host_sanitized,'hint and not compile') $(UNSANITIZED)
 
 clean:  ## Remove all that make made
 	rm -rf .venv build dist demo-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
@@ -59,4 +98,9 @@ clean:  ## Remove all that make made
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-.PHONY: help demo test lint format bench sanitize clean
+$(CUDA)/bin/nvcc: | .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
+	    $(CUDA_PACKAGES:%='%==13.0.*')
+
+.PHONY: help demo test test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
+    sanitize sanitize-cpu sanitize-cuda clean

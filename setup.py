@@ -4,8 +4,10 @@ FASTKD_BUILD says what to compile:
 
     auto   (default) what this machine can; what is left out is said, and the install succeeds
     none   nothing: pure Python
-    cpu    the CPU kernels, or the install fails
+    cpu    the CPU kernels alone, or the install fails
     cuda   the CUDA kernels as well, or the install fails
+
+FASTKD_CUDA_ARCHS narrows what the CUDA kernels are compiled for, such as "80;90".
 """
 
 import logging
@@ -22,12 +24,14 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import nvcc
+
 MODES = ("auto", "none", "cpu", "cuda")
 MODE = os.environ.get("FASTKD_BUILD") or "auto"
 if MODE not in MODES:
     raise SystemExit(f"fastkd: FASTKD_BUILD must be one of {', '.join(MODES)}; got {MODE!r}")
 
-NO_CUDA = "the CUDA kernels arrive in a later version"
 NO_COMPILER = (
     "no C++ compiler was found; install one (on Debian, apt install g++) or name it in CXX, "
     "then install fastkd again"
@@ -49,29 +53,43 @@ class NativeBuild(build_ext):
             for stale in folder.glob("_native*"):
                 stale.unlink()
         try:
-            if MODE == "cuda":
-                raise LeftOutError(f"{NO_CUDA}; use FASTKD_BUILD=auto or FASTKD_BUILD=cpu")
             super().run()
             cpu = "compiled"
         except LeftOutError as reason:
             if MODE != "auto":
                 raise SystemExit(f"fastkd: FASTKD_BUILD={MODE} cannot be done: {reason}") from None
             cpu = f"left out: {reason}"
-        note = f"CPU kernels: {cpu}\nCUDA kernels: left out: {NO_CUDA}\n"
+            self.cuda = "left out with them"
+        note = f"CPU kernels: {cpu}\nCUDA kernels: {self.cuda}\n"
         print(note, end="", file=sys.stderr)
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.txt").write_text(note)
 
     def build_extension(self, ext):
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        compiler = cxx_compiler()
+        if MODE == "cpu":
+            self.cuda = "left out: FASTKD_BUILD=cpu"
+        else:
+            try:
+                settings, made = cuda()
+                self.compile(module, compiler, settings)
+                self.cuda = f"compiled {made}"
+                return
+            except LeftOutError as reason:
+                if MODE == "cuda":
+                    raise
+                self.cuda = f"left out: {reason}"
+        self.compile(module, compiler)
+
+    def compile(self, module, compiler, settings=()):
         import pybind11
 
         # Ninja and pybind11 are named each time: CMake's cache may hold the folders of an isolated
-        # build that is long gone.
+        # build that is long gone. It must not hold an nvcc that is not asked for.
         ninja = next(file.locate() for file in metadata.files("ninja") if file.stem == "ninja")
-        compiler = cxx_compiler()
         # A folder for each compiler: CMake forgets its other settings when the compiler changes.
         build = Path(self.build_temp, re.sub(r"\W+", "-", compiler))
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
         os.environ["CXX"] = compiler
         self.cmake(
             *("-S", "csrc", "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
@@ -79,6 +97,8 @@ class NativeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            "-UFASTKD_NVCC",
+            *settings,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         )
         self.cmake("--build", str(build))
@@ -104,6 +124,27 @@ def cxx_compiler():
     if compiler is None:
         raise LeftOutError(NO_COMPILER)
     return compiler
+
+
+def cuda():
+    """What CMake must know for the CUDA kernels, and what it will make, in words."""
+    try:
+        toolkit = nvcc.find()
+        chosen = nvcc.architectures(os.environ.get("FASTKD_CUDA_ARCHS", ""), toolkit.architectures)
+    except nvcc.UnusableError as reason:
+        raise LeftOutError(reason) from None
+    except ValueError as error:
+        raise SystemExit(f"fastkd: {error}") from None
+    settings = (
+        f"-DFASTKD_NVCC={toolkit.path}",
+        f"-DFASTKD_NVCC_FLAGS={';'.join(nvcc.FLAGS)}",
+        f"-DFASTKD_CUDART={toolkit.cudart}",
+        f"-DFASTKD_CUDA_ARCHS={';'.join(map(str, chosen))}",
+    )
+    names = ", ".join(f"sm_{architecture}" for architecture in chosen)
+    release = "{}.{}".format(*toolkit.release)
+    made = f"for {names}, and PTX of compute_{chosen[-1]}, by {toolkit.path} of CUDA {release}"
+    return settings, made
 
 
 setup(

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import fastkd
 from benchmarks import report
-from benchmarks.contenders import BACKENDS, CONTENDERS, explain
-from benchmarks.cpu import Cpu, compiler
+from benchmarks.contenders import BACKENDS, CONTENDERS, explain, lineup
+from benchmarks.cpu import Cpu
+from benchmarks.cuda import Cuda
 from benchmarks.measure import Device, measure
-from benchmarks.plot import plot
 from benchmarks.record import SCHEMA, Case, Record
 from benchmarks.workloads import WORKLOADS, Workload
 from fastkd import info
@@ -26,13 +26,14 @@ _RESULTS = Path(__file__).parent / "results"
 _QUICK_FRACTION = 32
 _COPY_SECONDS = 2.0
 
-Job = tuple[Workload, torch.dtype]
+Job = tuple[Workload, torch.dtype, list[str]]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measure fastkd against eager and torch.compile."
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--filter",
         nargs="+",
@@ -44,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="default: eager, compile and the best backend of fastkd here",
+        help="default: eager, compile and the kernels of fastkd that a loss has here",
     )
     parser.add_argument(
         "--seconds", type=_positive, help="of timing for each workload (3; 0.2 with --quick)"
@@ -58,11 +59,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--allocator",
         choices=("keep", "system"),
         default="keep",
-        help="keep: large blocks stay with the process (default); system: each is mapped anew",
+        help="on the CPU; keep: large blocks stay with the process (default); "
+        "system: each is mapped anew",
     )
     parser.add_argument("--output", type=Path, default=_RESULTS, metavar="DIR")
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device != "cpu" and options.allocator != "keep":
+        parser.error("--allocator is for --device cpu")
+    return options
 
 
 def _positive(text: str) -> float:
@@ -72,7 +77,7 @@ def _positive(text: str) -> float:
     return value
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def chosen(options: argparse.Namespace) -> list[tuple[Workload, torch.dtype]]:
     wanted = [text.lower() for text in options.filter or [""]]
     return [
         (workload.shrunk(_QUICK_FRACTION) if options.quick else workload, dtype)
@@ -83,22 +88,24 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def choose_contenders(options: argparse.Namespace, device: Device) -> list[str]:
-    """The names, or an exit if one of them cannot run here."""
-    if options.contenders is None:
-        best = explain(device.name)
-        if best.chosen != "native":
-            print(f"native is not measured: {best.reasons['native']}", file=sys.stderr)
-        return ["eager", "compile", str(best.chosen)]
-    for name in set(options.contenders) & set(BACKENDS):
-        if explain(device.name, name).chosen is None:
-            raise SystemExit(f"{name} cannot run here: {explain(device.name, name).reasons[name]}")
-    return list(dict.fromkeys(options.contenders))
+def jobs(options: argparse.Namespace, device: Device) -> list[Job]:
+    """What to measure and who takes part, or an exit if a contender cannot run here at all."""
+    todo = [
+        (workload, dtype, lineup(workload, dtype, device.name, options.contenders))
+        for workload, dtype in chosen(options)
+    ]
+    taking_part = {name for _, _, names in todo for name in names}
+    for name in options.contenders or ["native"]:
+        if name in taking_part:
+            continue
+        reason = explain(*todo[0][:2], device.name, name).reasons[name]
+        if options.contenders:
+            raise SystemExit(f"{name} cannot run here: {reason}")
+        print(f"{name} is not measured: {reason}", file=sys.stderr)
+    return todo
 
 
-def run(
-    todo: list[Job], contenders: list[str], device: Device, options: argparse.Namespace
-) -> list[Case]:
+def run(todo: list[Job], device: Device, options: argparse.Namespace) -> list[Case]:
     seconds = options.seconds or (0.2 if options.quick else 3.0)
     columns = (
         BarColumn(bar_width=20),
@@ -109,7 +116,7 @@ def run(
     cases = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(todo))
-        for workload, dtype in todo:
+        for workload, dtype, contenders in todo:
             label = f"{workload.loss} {workload.name} {str(dtype).removeprefix('torch.')}"
 
             def announce(stage: str, label: str = label) -> None:
@@ -127,12 +134,12 @@ def run(
     return cases
 
 
-def versions() -> dict[str, str]:
+def versions(device: Device) -> dict[str, str]:
     return {
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": compiler(),
+        **device.versions(),
     }
 
 
@@ -143,28 +150,48 @@ def is_complete(options: argparse.Namespace) -> bool:
     )
 
 
+def open_device(options: argparse.Namespace) -> Device:
+    if options.device == "cpu":
+        return Cpu(options.allocator)
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here")
+    return Cuda()
+
+
+def draw(record: Record, path: Path, console: Console) -> None:
+    """The picture; `python -m benchmarks.readme` draws it later where matplotlib is missing."""
+    try:
+        from benchmarks.plot import plot
+    except ModuleNotFoundError as missing:
+        console.print(f"no picture: {missing}", highlight=False)
+        return
+    plot(record, path)
+    console.print(f"and {path}", highlight=False)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
     if not console.is_terminal:
         console.width = 150
-    todo = jobs(options)
-    if not todo:
+    found = chosen(options)
+    if not found:
         console.print("no workload matches; --list names them", style="red")
         return 2
     if options.list:
-        for workload, dtype in todo:
+        for workload, dtype in found:
             name = str(dtype).removeprefix("torch.")
             console.print(f"{workload.loss} {workload.name} {name}", highlight=False)
         return 0
-    device: Device = Cpu(options.allocator)
-    contenders = choose_contenders(options, device)
-    subject = next((name for name in contenders if name in BACKENDS), contenders[0])
+    device = open_device(options)
+    todo = jobs(options, device)
+    taking_part = [name for _, _, names in todo for name in names]
+    subject = next((name for name in BACKENDS if name in taking_part), taking_part[0])
     machine, commit = device.machine(), info.collect()["fastkd"]["commit"]
     if machine["load"] > machine["cores"] / 4:
         console.print(f"the machine is busy (load {machine['load']:.1f}): figures will be noisy")
     before = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
-    cases = run(todo, contenders, device, options)
+    cases = run(todo, device, options)
     after = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
     record = Record(
         schema=SCHEMA,
@@ -172,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         commit=commit or "unknown",
         machine=machine,
-        versions=versions(),
+        versions=versions(device),
         options=_shown(options),
         complete=is_complete(options) and subject == "native",
         subject=subject,
@@ -184,8 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / (device.name if record.complete else f"{device.name}-partial")
     record.save(stem.with_suffix(".json"))
-    plot(record, stem.with_suffix(".png"))
-    console.print(f"\nwritten to {stem}.json and {stem}.png", highlight=False)
+    console.print(f"\nwritten to {stem}.json", highlight=False)
+    draw(record, stem.with_suffix(".png"), console)
     problems = report.complaints(record)
     for problem in problems:
         console.print(problem, style="red", highlight=False)

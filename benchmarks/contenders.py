@@ -28,7 +28,9 @@ def _fused(backend: str) -> Build:
     return lambda workload: partial(workload.function, backend=backend, **workload.keywords)
 
 
-BACKENDS = ("native", "triton", "reference")
+# The best first.
+KERNELS = ("native", "triton")
+BACKENDS = (*KERNELS, "reference")
 
 CONTENDERS: dict[str, Build] = {
     "eager": _eager,
@@ -37,7 +39,27 @@ CONTENDERS: dict[str, Build] = {
 }
 
 
-def explain(device: str, backend: str | None = None) -> Explanation:
-    """Which backend fastkd would use on this device, and why."""
-    probe = torch.zeros(1, 1, device=device)
-    return fastkd.explain(fastkd.hint_loss, probe, probe, backend=backend)
+def explain(
+    workload: Workload, dtype: torch.dtype, device: str, backend: str | None = None
+) -> Explanation:
+    """Which backend fastkd would use for this workload on this device, and why."""
+    one = workload.shrunk(workload.student[0][0]).inputs(dtype, device)
+    return fastkd.explain(
+        workload.function, *one.batch, **one.parameters, **workload.keywords, backend=backend
+    )
+
+
+def lineup(
+    workload: Workload, dtype: torch.dtype, device: str, wanted: list[str] | None
+) -> list[str]:
+    """Who takes part: of `wanted`, or by default all with kernels, those that can.
+
+    Not every loss has kernels on every device; by default the reference then stands in for them.
+    """
+
+    def can(name: str) -> bool:
+        return name not in BACKENDS or explain(workload, dtype, device, name).chosen is not None
+
+    if wanted is not None:
+        return list(filter(can, dict.fromkeys(wanted)))
+    return ["eager", "compile", *(list(filter(can, KERNELS)) or ["reference"])]

@@ -1,4 +1,4 @@
-"""How a CPU is timed, and what machine it is. A GPU will offer the same methods."""
+"""How a CPU is timed, and what machine it is; `benchmarks.cuda` has the same methods."""
 
 import contextlib
 import ctypes
@@ -48,6 +48,14 @@ class Cpu:
         del kept
         return elapsed
 
+    def host_seconds(self, prepare: Callable[[], None], step: Callable[[], Any]) -> None:
+        """Nothing lags behind the host here."""
+
+    def graph_seconds(
+        self, prepare: Callable[[], None], step: Callable[[], Any], ideal_bytes: int
+    ) -> None:
+        """There are no graphs here."""
+
     def peak_extra_bytes(self, prepare: Callable[[], None], step: Callable[[], Any]) -> int | None:
         """The growth of resident memory at its peak; a kernel's own scratch shows, too.
 
@@ -95,13 +103,22 @@ class Cpu:
             "on_chip_bytes": self.on_chip_bytes(),
             "allocator": self.allocator,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": _system(),
+            "system": system(),
             # Of the minute before: a run on a busy machine says so.
             "load": os.getloadavg()[0],
         }
 
+    def versions(self) -> dict[str, str]:
+        return {"compiler": _compiler()}
 
-def compiler() -> str:
+
+def system() -> str:
+    with contextlib.suppress(OSError):
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    return f"{platform.system()} {platform.release()}"
+
+
+def _compiler() -> str:
     """The one that torch.compile uses, unless CXX says otherwise."""
     try:
         command = [os.environ.get("CXX", "g++"), "--version"]
@@ -115,9 +132,3 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) << 10
     raise OSError(f"no {field} in /proc/self/status")
-
-
-def _system() -> str:
-    with contextlib.suppress(OSError):
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    return f"{platform.system()} {platform.release()}"

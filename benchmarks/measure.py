@@ -33,10 +33,13 @@ class Device(Protocol):
     name: str
 
     def time(self, prepare: Action, step: Action) -> float: ...
+    def host_seconds(self, prepare: Action, step: Action) -> float | None: ...
+    def graph_seconds(self, prepare: Action, step: Action, ideal_bytes: int) -> float | None: ...
     def peak_extra_bytes(self, prepare: Action, step: Action) -> int | None: ...
     def copy_bandwidth(self, seconds: float) -> dict[str, float]: ...
     def on_chip_bytes(self) -> int: ...
     def machine(self) -> dict[str, Any]: ...
+    def versions(self) -> dict[str, str]: ...
 
 
 class Trial:
@@ -95,7 +98,7 @@ class Truth:
             trial.prepare()
             loss = trial.step().item()
         except Exception as error:
-            return Outcome("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+            return Outcome("failed", _said(error))
         leaves = trial.inputs.leaves()
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if len(gradients) < len(leaves):
@@ -106,6 +109,10 @@ class Truth:
             return Outcome("wrong", "the loss or the gradient is not finite")
         within = loss_error <= _TOLERANCE and gradient_error <= 2 * self.rounding_error + _TOLERANCE
         return Outcome("right" if within else "wrong", "", loss_error, gradient_error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def race(
@@ -169,8 +176,21 @@ def measure(
         )
     progress("memory")
     for name, trial in trials.items():
-        peak = device.peak_extra_bytes(trial.prepare, trial.step)
-        outcomes[name] = replace(outcomes[name], peak_extra_bytes=peak)
+        outcomes[name] = replace(
+            outcomes[name],
+            peak_extra_bytes=device.peak_extra_bytes(trial.prepare, trial.step),
+            host_seconds=device.host_seconds(trial.prepare, trial.step),
+        )
+    # Last, because a capture that fails may leave the allocator in disorder.
+    progress("graph")
+    ideal_bytes = workload.ideal_bytes(dtype, device.on_chip_bytes())
+    for name, trial in trials.items():
+        try:
+            found = device.graph_seconds(trial.prepare, trial.step, ideal_bytes)
+            outcomes[name] = replace(outcomes[name], graph_seconds=found)
+        except Exception as error:
+            message = f"no CUDA graph: {_said(error)}"
+            outcomes[name] = replace(outcomes[name], message=message)
     return Case(
         family=workload.family,
         loss=workload.loss,
@@ -179,7 +199,7 @@ def measure(
         student=[list(shape) for shape in workload.student],
         teacher=[list(shape) for shape in workload.teacher],
         headline=workload.headline,
-        ideal_bytes=workload.ideal_bytes(dtype, device.on_chip_bytes()),
+        ideal_bytes=ideal_bytes,
         gradient_bytes=sum(leaf.nbytes for leaf in inputs.leaves()),
         rounding_error=rounding_error,
         outcomes=outcomes,

@@ -70,12 +70,13 @@ def _bars(axes: Axes, record: Record, rows: dict[tuple[str, str], float]) -> lis
             if case.dtype != dtype:
                 continue
             y = rows[case.family, case.workload] + offset
-            ratio = case.speedup(record.subject, "compile")
+            subject = record.subject_of(case)
+            ratio = case.speedup(subject, "compile")
             if ratio is not None:
                 bars.append((y, ratio))
                 _label(axes, y, ratio, f"{ratio:.1f}×" if ratio >= 1.95 else f"{ratio:.2f}×")
-            elif case.outcomes[record.subject].status != "right":
-                _label(axes, y, 1, case.outcomes[record.subject].status)
+            elif subject in case.outcomes and case.outcomes[subject].status != "right":
+                _label(axes, y, 1, case.outcomes[subject].status)
         mean = geometric_mean([ratio for _, ratio in bars])
         axes.barh(
             [y for y, _ in bars],
@@ -115,5 +116,7 @@ def _headings(axes: Axes, record: Record, rows: dict[tuple[str, str], float]) ->
 
 def _machine(record: Record) -> str:
     machine = record.machine
+    if "capability" in machine:
+        return f"{machine['device']}, compute capability {machine['capability']}"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     return f"{machine['device']}, {threads}, {machine['instruction_set']}"

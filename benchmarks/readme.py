@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Case, Record, geometric_mean
-from benchmarks.report import error, heading, megabytes, milliseconds, percent, times
+from benchmarks.report import (
+    duration,
+    error,
+    heading,
+    is_gpu,
+    megabytes,
+    milliseconds,
+    percent,
+    times,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,28 +53,31 @@ def details(record: Record, plot: str) -> str:
     for dtype in record.dtypes():
         head = [f"{dtype}, ms", "eager", "torch.compile", "fastkd", "ratio", "of copy bandwidth"]
         head += ["gradient error (rounding)", "MB: eager", "torch.compile", "fastkd"]
+        if is_gpu(record.machine):
+            head += ["in a CUDA graph: eager", "torch.compile", "fastkd", "host: fastkd"]
         rows = []
         for case in record.cases:
             if case.dtype != dtype:
                 continue
-            subject = case.outcomes[record.subject]
-            memory = [
-                megabytes(case.outcomes[name].peak_extra_bytes)
-                for name in ("eager", "compile", record.subject)
-            ]
+            names = ("eager", "compile", record.subject_of(case))
+            subject = case.outcomes[names[-1]]
+            memory = [megabytes(case.outcomes[name].peak_extra_bytes) for name in names]
             errors = f"{error(subject.gradient_error)} ({error(case.rounding_error)})"
             label = f"{case.loss} {case.workload}"
             rows.append([label, *_row(record, case), errors, *memory])
+            if is_gpu(record.machine):
+                rows[-1] += [duration(case.graph_seconds(name)) for name in names]
+                rows[-1].append(duration(subject.host_seconds))
         parts.append(table(head, rows))
     return "\n\n".join(parts)
 
 
 def _row(record: Record, case: Case) -> list[str]:
-    names = ("eager", "compile", record.subject)
+    subject = record.subject_of(case)
     return [
-        *(milliseconds(case.outcomes.get(name)) for name in names),
-        f"**{times(case.speedup(record.subject, 'compile'))}**",
-        percent(record.share(case, record.subject)),
+        *(milliseconds(case.outcomes.get(name)) for name in ("eager", "compile", subject)),
+        f"**{times(case.speedup(subject, 'compile'))}**",
+        percent(record.share(case, subject)),
     ]
 
 

@@ -14,7 +14,8 @@ SCHEMA = 1
 class Outcome:
     """One contender on one workload. A wrong or failed one has no time.
 
-    Errors are relative: of the loss, and of the gradient in the L2 norm, against float64.
+    Errors are relative: of the loss, and of the gradient in the L2 norm, against float64. Host and
+    graph are measured on a GPU only: until the host is free again, and without the host.
     """
 
     status: Literal["right", "wrong", "failed"]
@@ -27,6 +28,8 @@ class Outcome:
     seconds_least: float | None = None
     repetitions: int = 0
     peak_extra_bytes: int | None = None
+    host_seconds: float | None = None
+    graph_seconds: float | None = None
 
     @property
     def spread(self) -> float | None:
@@ -61,15 +64,24 @@ class Case:
         own, other = self.seconds(contender), self.seconds(over)
         return other / own if own and other else None
 
+    def graph_seconds(self, contender: str) -> float | None:
+        outcome = self.outcomes.get(contender)
+        return outcome.graph_seconds if outcome else None
+
+    def graph_speedup(self, contender: str, over: str) -> float | None:
+        """The same without the host."""
+        own, other = self.graph_seconds(contender), self.graph_seconds(over)
+        return other / own if own and other else None
+
     def bandwidth(self, contender: str) -> float | None:
-        """Ideal bytes per second."""
-        seconds = self.seconds(contender)
+        """Ideal bytes per second, without the host where that is known."""
+        seconds = self.graph_seconds(contender) or self.seconds(contender)
         return self.ideal_bytes / seconds if seconds else None
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run on one machine. `subject` is the fastkd backend that the ratios are about."""
+    """One run on one machine. `subject` is the best fastkd backend that was measured."""
 
     schema: int
     device: str
@@ -102,6 +114,10 @@ class Record:
     def families(self) -> list[str]:
         return list(dict.fromkeys(case.family for case in self.cases))
 
+    def subject_of(self, case: Case) -> str:
+        """The backend that a case's ratios are about: not every loss has kernels everywhere."""
+        return self.subject if self.subject in case.outcomes else "reference"
+
     def share(self, case: Case, contender: str) -> float | None:
         """Of the bandwidth of a large copy between tensors that are already mapped."""
         bandwidth = case.bandwidth(contender)
@@ -117,7 +133,7 @@ class Record:
         yield "all", cases
 
     def speedups(self, cases: Iterable[Case], over: str) -> list[float]:
-        found = (case.speedup(self.subject, over) for case in cases)
+        found = (case.speedup(self.subject_of(case), over) for case in cases)
         return [ratio for ratio in found if ratio is not None]
 
 

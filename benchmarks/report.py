@@ -1,5 +1,7 @@
 """A record as tables in the terminal."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -23,9 +25,13 @@ def error(value: float | None) -> str:
 def milliseconds(outcome: Outcome | None) -> str:
     if outcome is None:
         return NONE
-    if outcome.seconds is None:
-        return outcome.status
-    value = outcome.seconds * 1e3
+    return outcome.status if outcome.seconds is None else duration(outcome.seconds)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    value = seconds * 1e3
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
@@ -38,13 +44,26 @@ def megabytes(value: int | None) -> str:
 def heading(record: Record) -> str:
     machine, copy = record.machine, record.copy_bandwidth
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    bandwidth = f"copy bandwidth {copy['warm'] / 1e9:.1f} GB/s"
+    if "fresh" in copy:
+        bandwidth += f", into fresh memory {copy['fresh'] / 1e9:.1f} GB/s"
     return (
-        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instruction_set']}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['system']}\n{versions}; commit {record.commit}, {record.date}\n"
-        f"copy bandwidth {copy['warm'] / 1e9:.1f} GB/s, into fresh memory "
-        f"{copy['fresh'] / 1e9:.1f} GB/s"
+        f"{machine['device']}, {_parts(machine)}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{machine['system']}\n{versions}; commit {record.commit}, {record.date}\n{bandwidth}"
     )
+
+
+def _parts(machine: dict[str, Any]) -> str:
+    if is_gpu(machine):
+        return (
+            f"{machine['multiprocessors']} multiprocessors of capability {machine['capability']}, "
+            f"{machine['l2_bytes'] / 2**20:.0f} MiB of L2, driver {machine['driver']}"
+        )
+    return f"{machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}"
+
+
+def is_gpu(machine: dict[str, Any]) -> bool:
+    return "multiprocessors" in machine
 
 
 LEGEND = (
@@ -54,6 +73,15 @@ LEGEND = (
     "L2 norm, against float64; rounding is what the exact gradient loses in its dtype. Memory is "
     "the peak beyond the inputs, in MB, the gradient included."
 )
+GPU_LEGEND = (
+    "On a GPU: ms is between two events, with the L2 flushed before, and is the host's time where "
+    "that is more; host is how long a call keeps the host; graph is the time in a CUDA graph, "
+    "without the host, as in training that captures its steps. GB/s and % copy are of the graph "
+    "where there is one, else of ms. A graph of more than the L2 holds finds it flushed; of less, "
+    "20 steps run one after another and find their inputs there. float32 products are true "
+    "float32, not TF32, for every contender. Losses without kernels on the GPU are served by the "
+    "reference, and it is what their ratios are about."
+)
 
 
 def show(record: Record, console: Console) -> None:
@@ -62,6 +90,10 @@ def show(record: Record, console: Console) -> None:
         console.print()
         console.print(_family(record, family))
     console.print(LEGEND, style="dim")
+    if is_gpu(record.machine):
+        console.print(GPU_LEGEND, style="dim")
+    for note in notes(record):
+        console.print(note, highlight=False)
     console.print()
     console.print(_summary(record))
 
@@ -71,7 +103,10 @@ def _family(record: Record, family: str) -> Table:
     table.add_column("workload", overflow="fold")
     table.add_column("dtype", no_wrap=True)
     table.add_column("contender", no_wrap=True)
-    for name in ("ms", "±", "vs eager", "vs compile", "GB/s", "% copy", "error", "memory"):
+    columns = ["ms", "±", "vs eager", "vs compile"]
+    columns += ["host", "graph", "vs compile"] if is_gpu(record.machine) else []
+    columns += ["GB/s", "% copy", "error", "memory"]
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for case in record.cases:
         if case.family != family:
@@ -80,7 +115,8 @@ def _family(record: Record, family: str) -> Table:
         for name, outcome in case.outcomes.items():
             table.add_row(*labels, name, *_figures(record, case, name, outcome))
             labels = ["", ""]
-        table.add_row("", "", "rounding", *[""] * 6, error(case.rounding_error), style="dim")
+        blank = [""] * (len(columns) - 2)
+        table.add_row("", "", "rounding", *blank, error(case.rounding_error), style="dim")
         table.add_section()
     return table
 
@@ -88,11 +124,17 @@ def _family(record: Record, family: str) -> Table:
 def _figures(record: Record, case: Case, name: str, outcome: Outcome) -> list[str]:
     bandwidth = case.bandwidth(name)
     time = milliseconds(outcome)
+    without_host = [
+        duration(outcome.host_seconds),
+        duration(outcome.graph_seconds),
+        times(case.graph_speedup(name, "compile")),
+    ]
     return [
         time if outcome.status == "right" else f"[bold red]{time}[/]",
         percent(outcome.spread),
         times(case.speedup(name, "eager")),
         times(case.speedup(name, "compile")),
+        *(without_host if is_gpu(record.machine) else ()),
         NONE if bandwidth is None else f"{bandwidth / 1e9:.1f}",
         percent(record.share(case, name)),
         error(outcome.gradient_error),
@@ -119,6 +161,16 @@ def _summary(record: Record) -> Table:
             ]
         table.add_row(group[0][0], *figures)
     return table
+
+
+def notes(record: Record) -> list[str]:
+    """What is to be said of contenders that are right."""
+    return [
+        f"{name}, {case.loss} {case.workload} {case.dtype}: {outcome.message}"
+        for case in record.cases
+        for name, outcome in case.outcomes.items()
+        if outcome.status == "right" and outcome.message
+    ]
 
 
 def complaints(record: Record) -> list[str]:

@@ -1,47 +1,24 @@
-// The whole boundary with Python. A tensor comes as (address, dtype, sizes, strides), a plain
-// buffer as its address; nothing here knows of torch.
-#include <pybind11/pybind11.h>
+// The whole boundary with Python. A plain buffer comes as its address; nothing here knows of torch.
 #include <pybind11/stl.h>
+
+#include <sstream>
 
 #ifdef FASTKD_OPENMP
 #include <omp.h>
 #endif
 
 #include "cpu/calls.h"
+#include "tensor_caster.h"
+
+#ifdef FASTKD_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fastkd::Tensor> {
-  PYBIND11_TYPE_CASTER(fastkd::Tensor, const_name("tuple[int, int, tuple, tuple] | None"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-    PyObject* sizes = PyTuple_GET_ITEM(source.ptr(), 2);
-    PyObject* strides = PyTuple_GET_ITEM(source.ptr(), 3);
-    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(sizes);
-    if (ndim > fastkd::kMaxDims || PyTuple_GET_SIZE(strides) != ndim) return false;
-    value.data = static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0)));
-    value.dtype = fastkd::DType(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1)));
-    value.ndim = int(ndim);
-    for (Py_ssize_t d = 0; d < ndim; ++d) {
-      value.sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, d));
-      value.strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
-    }
-    return PyErr_Occurred() == nullptr;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 
 using namespace fastkd;
-using calls::Tensors;
 using Address = uintptr_t;
 
 template <class T>
@@ -166,4 +143,14 @@ PYBIND11_MODULE(_native, m) {
 #endif
       },
       "Whether the module was built with OpenMP.");
+
+  std::vector<std::string> cuda_archs;
+#ifdef FASTKD_CUDA_ARCHS
+  std::istringstream joined(FASTKD_CUDA_ARCHS);
+  for (std::string arch; std::getline(joined, arch, ';');) cuda_archs.push_back(arch);
+  cuda::bind(m);
+#endif
+  m.def(
+      "cuda_archs", [cuda_archs] { return cuda_archs; },
+      "The compute capabilities that CUDA kernels were compiled for, as 90 for 9.0.");
 }

@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fastkd {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
-inline int64_t size_of(DType dtype) {
+constexpr int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
@@ -28,5 +29,7 @@ struct Tensor {
   }
   explicit operator bool() const { return data != nullptr; }
 };
+
+using Tensors = std::vector<Tensor>;
 
 }  // namespace fastkd

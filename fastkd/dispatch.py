@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     """All that a choice may depend on."""
 
     loss: str
-    device: str
+    device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     transformed: bool
 
@@ -132,7 +132,7 @@ def select(
         name = os.environ["FASTKD_BACKEND"] or None
     requested = None if name is None else known_backend(name)
     first = tensors[0]
-    device = "cpu" if first.is_cpu else first.device.type
+    device = "cpu" if first.is_cpu else f"{first.device.type}:{first.device.index}"
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         return _resolve_compiled(loss, device, dtypes, requested)

@@ -77,9 +77,9 @@ def _build_note() -> list[str]:
 
 def _native() -> dict[str, Any]:
     try:
-        from fastkd.kernels import native
+        from fastkd.kernels import compiled
 
-        module = native.load()
+        module = compiled.load()
         if isinstance(module, str):
             return {"problem": module}
         return {
@@ -87,6 +87,7 @@ def _native() -> dict[str, Any]:
             "instruction_set": module.isa(),
             "instruction_sets": module.isas(),
             "openmp": module.openmp(),
+            "cuda_archs": module.cuda_archs(),
         }
     except Exception as error:
         return {"problem": _say(error)}
@@ -96,7 +97,9 @@ def _devices(torch: Any) -> dict[str, Any]:
     names = {"cpu": _processor()}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            names[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+            capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+            name = torch.cuda.get_device_name(index)
+            names[f"cuda:{index}"] = f"{name}, compute capability {capability}"
     return {
         device: {"name": name, "backends": _backends(torch, device)}
         for device, name in names.items()
@@ -163,9 +166,11 @@ def _say_native(native: dict[str, Any]) -> str:
     if "problem" in native:
         return str(native["problem"])
     openmp = "with" if native["openmp"] else "without"
+    architectures = ", ".join(f"sm_{number}" for number in native["cuda_archs"])
+    cuda = f"CUDA kernels for {architectures}" if architectures else "no CUDA kernels"
     return (
         f"uses {native['instruction_set']} (of {', '.join(native['instruction_sets'])}), "
-        f"{openmp} OpenMP, from {native['path']}"
+        f"{openmp} OpenMP, and has {cuda}, from {native['path']}"
     )
 
 

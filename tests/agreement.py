@@ -20,8 +20,8 @@ HALF_TOLERANCE = 1.05
 
 
 def array(x):
-    """Exact, whatever the dtype."""
-    x = x.detach()
+    """Exact, whatever the dtype and the device."""
+    x = x.detach().cpu()
     return x.double().numpy() if x.is_floating_point() else x.numpy()
 
 

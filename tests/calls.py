@@ -17,7 +17,7 @@ _SAMPLES = {
     ),
     "distillation_loss": (
         [(4, 10), (4, 10)],
-        {"labels": torch.tensor([1, 9, -100, 0]), "temperature": 2.0},
+        {"labels": [1, 9, -100, 0], "temperature": 2.0},
         [{"label_smoothing": 0.1}],
     ),
     "attention_map": (
@@ -58,6 +58,8 @@ def variants(name, dtype=torch.float32):
     shapes, keywords, others = _SAMPLES[name]
     tensors = tuple(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
     function = getattr(fastkd, name)
+    if "labels" in keywords:
+        keywords = {**keywords, "labels": torch.tensor(keywords["labels"])}
     return [Call(function, tensors, {**keywords, **other}) for other in ({}, *others)]
 
 

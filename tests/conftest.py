@@ -1,4 +1,4 @@
-"""Which backends are tested, with what inputs; everything a test may change is put back."""
+"""Which backends are tested, where, with what inputs; all that a test may change is put back."""
 
 import os
 import secrets
@@ -10,15 +10,29 @@ import torch
 
 from fastkd import dispatch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter  # noqa: F401
+
 # A backend that is named here and cannot run fails its tests: it is never skipped in silence.
 BACKENDS = os.environ.get("FASTKD_TEST_BACKENDS", "native,reference").split(",")
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+# Where tests put their tensors. What is about a CPU alone, and names no device, needs the default.
+DEVICE = os.environ.get("FASTKD_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    # Before CUDA starts: without it cuBLAS may sum in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False
 
 SEED = int(os.environ.get("FASTKD_TEST_SEED") or secrets.randbelow(2**32))
 
 
 def pytest_report_header():
-    return f"fastkd: FASTKD_TEST_BACKENDS={','.join(BACKENDS)} FASTKD_TEST_SEED={SEED}"
+    return (
+        f"fastkd: FASTKD_TEST_BACKENDS={','.join(BACKENDS)} FASTKD_TEST_DEVICE={DEVICE} "
+        f"FASTKD_TEST_SEED={SEED}"
+    )
 
 
 @pytest.fixture(params=BACKENDS)
@@ -39,8 +53,11 @@ def fresh_inputs(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """Uninitialised memory holds NaN, so that an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True)
+    """Uninitialised memory holds NaN, so that an element that no kernel writes shows.
+
+    On a GPU some of torch's own operators, which the reference uses, have no deterministic form.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)

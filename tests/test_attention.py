@@ -63,6 +63,13 @@ def test_reductions(backend, dtype, reduction, distance):
         check_transfer(student, teacher, backend, torch.randn(1, 5), **keywords)
 
 
+@pytest.mark.parametrize("order", [20.0, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_high_orders(backend, dtype, order):
+    """Powers of numbers below 1 that no float holds: the norm is nearly the largest of them."""
+    check_transfer(features(5, 6, 7, dtype=dtype), features(5, 4, 7), backend, order=order)
+
+
 @pytest.mark.parametrize("beta", [-0.5, 0.0])
 @pytest.mark.parametrize(("distance", "order"), DISTANCES)
 def test_beta_of_any_sign(backend, beta, distance, order):

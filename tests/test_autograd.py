@@ -7,12 +7,13 @@ import pytest
 import torch
 from agreement import DTYPES
 from calls import LOSSES, sample, variants
+from conftest import KERNEL_BACKENDS
 
 pytestmark = pytest.mark.parametrize("name", LOSSES)
 
 
 def bits(tensors):
-    return [x.detach().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
+    return [x.detach().flatten().view(torch.uint8).cpu().numpy().tobytes() for x in tensors]
 
 
 def gradients(call, backend, grad_output=1.0, **keywords):
@@ -172,6 +173,7 @@ def threads():
     torch.set_num_threads(count)
 
 
+@pytest.mark.parametrize("kernel_backend", {"native"}.intersection(KERNEL_BACKENDS))
 @pytest.mark.parametrize("rows", [1, 67])
 def test_thread_counts_are_bitwise_equal(kernel_backend, name, threads, rows):
     """On tensors large enough to be shared out."""

@@ -22,6 +22,7 @@ from benchmarks.cpu import Cpu  # noqa: E402
 from benchmarks.plot import plot  # noqa: E402
 from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
 from benchmarks.workloads import WORKLOADS  # noqa: E402
+from fastkd.dispatch import Explanation  # noqa: E402
 
 CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.dtypes]
 SMALL = WORKLOADS[0].shrunk(16)
@@ -165,7 +166,7 @@ def record_of(*cases: Case, **changes) -> Record:
         date="2026-01-01T00:00+00:00",
         commit="0123456789ab",
         machine=Cpu().machine(),
-        versions=cli.versions(),
+        versions=cli.versions(Cpu()),
         options={},
         complete=True,
         subject="native",
@@ -276,22 +277,62 @@ def test_only_a_whole_run_may_stand_in_the_documentation():
     assert not cli.is_complete(cli.parse(["--contenders", "eager"]))
 
 
-def test_jobs_follow_the_options():
-    assert len(cli.jobs(cli.parse([]))) == len(CASES)
-    chosen = cli.jobs(cli.parse(["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]))
+def test_workloads_follow_the_options():
+    assert len(cli.chosen(cli.parse([]))) == len(CASES)
+    options = ["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]
+    chosen = cli.chosen(cli.parse(options))
     assert [(w.name, dtype) for w, dtype in chosen] == [
         ("ResNet-18 ← ResNet-34, channels_last, batch 256", torch.bfloat16),
         ("1×1 regressor to 128 channels, (64,64,16,16)", torch.bfloat16),
     ]
-    for bad in (["--seconds", "0"], ["--seconds", "nan"], ["--dtype", "int8"]):
+    system = ["--device", "cuda", "--allocator", "system"]
+    for bad in (["--seconds", "0"], ["--seconds", "nan"], ["--dtype", "int8"], system):
         with pytest.raises(SystemExit):
             cli.parse(bad)
 
 
 def test_a_backend_that_cannot_run_is_refused_by_name():
     with pytest.raises(SystemExit, match="triton cannot run here: "):
-        cli.choose_contenders(cli.parse(["--contenders", "eager", "triton"]), Cpu())
+        cli.jobs(cli.parse(["--contenders", "eager", "triton", "--filter", "hint"]), Cpu())
     assert "no workload" in bench("--filter", "no such workload", status=2)
+
+
+KERNELS_OF = {"hint_loss": {"native", "triton"}, "attention_map": {"triton"}}
+
+
+@pytest.fixture
+def some_kernels(monkeypatch):
+    """Losses have kernels as the table above says, and the reference."""
+
+    def explain(workload, dtype, device, name):
+        can = name == "reference" or name in KERNELS_OF.get(workload.loss, ())
+        return Explanation(workload.loss, name if can else None, {name: "no kernels"})
+
+    monkeypatch.setattr(contenders, "explain", explain)
+    monkeypatch.setattr(cli, "explain", explain)
+
+
+def test_all_kernels_take_part_and_the_reference_where_there_are_none(some_kernels, capsys):
+    jobs = {w.loss: names for w, _, names in cli.jobs(cli.parse([]), Cpu())}
+    assert jobs == {
+        "soft_target_loss": ["eager", "compile", "reference"],
+        "distillation_loss": ["eager", "compile", "reference"],
+        "attention_transfer_loss": ["eager", "compile", "reference"],
+        "attention_map": ["eager", "compile", "triton"],
+        "hint_loss": ["eager", "compile", "native", "triton"],
+    }
+    assert capsys.readouterr().err == ""
+    wanted = cli.parse(["--contenders", "triton", "eager", "--filter", "map"])
+    jobs = {w.loss: names for w, _, names in cli.jobs(wanted, Cpu())}
+    assert jobs["attention_map"] == ["triton", "eager"]
+    cli.jobs(cli.parse(["--filter", "map"]), Cpu())
+    assert capsys.readouterr().err == "native is not measured: no kernels\n"
+
+
+def test_every_workload_can_be_explained():
+    for workload in WORKLOADS:
+        names = contenders.lineup(workload, FLOAT, "cpu", None)
+        assert names == ["eager", "compile", str(contenders.explain(workload, FLOAT, "cpu").chosen)]
 
 
 def bench(*arguments: str, status: int = 0) -> str:

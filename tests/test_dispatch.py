@@ -2,15 +2,20 @@
 
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from calls import LOSSES, sample
+from conftest import BACKENDS
 
 import fastkd
 import fastkd.losses.attention as module
 from fastkd import dispatch
 from fastkd.kernels import native
+
+# Of the CPU: native first, then the reference.
+pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="native is not under test")
 
 
 @pytest.fixture
@@ -37,15 +42,15 @@ def call(**keywords):
     return sample("attention_map")(**keywords)
 
 
-def test_the_best_is_first(served, kernel_backend):
+def test_the_best_is_first(served):
     call()
-    assert served == [kernel_backend]
+    assert served == ["native"]
 
 
-def test_argument_beats_context_beats_environment(served, kernel_backend, monkeypatch):
+def test_argument_beats_context_beats_environment(served, monkeypatch):
     monkeypatch.setenv("FASTKD_BACKEND", "reference")
     call()
-    with fastkd.use_backend(kernel_backend):
+    with fastkd.use_backend("native"):
         call()
         call(backend="reference")
         with fastkd.use_backend("reference"):
@@ -53,15 +58,15 @@ def test_argument_beats_context_beats_environment(served, kernel_backend, monkey
         call()
     call()
     assert served == [
-        "reference", kernel_backend, "reference", "reference", kernel_backend, "reference",
+        "reference", "native", "reference", "reference", "native", "reference",
     ]  # fmt: skip
 
 
-def test_context_ends_with_an_exception(served, kernel_backend):
+def test_context_ends_with_an_exception(served):
     with pytest.raises(KeyError), fastkd.use_backend("reference"):
         raise KeyError
     call()
-    assert served == [kernel_backend]
+    assert served == ["native"]
 
 
 def test_context_decorates(served):
@@ -91,10 +96,10 @@ def test_unknown_name_in_the_environment(monkeypatch):
         call()
 
 
-def test_empty_environment_variable_is_no_choice(served, kernel_backend, monkeypatch):
+def test_empty_environment_variable_is_no_choice(served, monkeypatch):
     monkeypatch.setenv("FASTKD_BACKEND", "")
     call()
-    assert served == [kernel_backend]
+    assert served == ["native"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -134,12 +139,12 @@ def test_falling_back_warns_once_per_reason(without_native, monkeypatch):
         call()
 
 
-def test_no_warning_without_a_step_down(kernel_backend):
+def test_no_warning_without_a_step_down():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in LOSSES:
             sample(name)()
-            sample(name)(backend=kernel_backend)
+            sample(name)(backend="native")
             sample(name)(backend="reference")
 
 
@@ -155,9 +160,9 @@ def explained(name, **keywords):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_explain(name, kernel_backend):
+def test_explain(name):
     explanation = explained(name)
-    assert (explanation.loss, explanation.chosen) == (name, kernel_backend)
+    assert (explanation.loss, explanation.chosen) == (name, "native")
     assert list(explanation.reasons) == list(dispatch.ORDER)
     assert all(explanation.reasons.values())
     assert all(backend in str(explanation) for backend in dispatch.ORDER)
@@ -208,14 +213,75 @@ def test_explain_leaves_other_threads_alone(monkeypatch):
     assert torch.is_tensor(elsewhere[0])
 
 
-def test_explain_takes_modules(kernel_backend):
+def test_explain_takes_modules():
     explanation = fastkd.explain(
         fastkd.nn.HintLoss(3, 4), torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
     )
-    assert (explanation.loss, explanation.chosen) == ("hint_loss", kernel_backend)
+    assert (explanation.loss, explanation.chosen) == ("hint_loss", "native")
 
 
 @pytest.mark.parametrize("stranger", [abs, lambda x: x, torch.nn.Identity()])
 def test_explain_of_a_stranger(stranger):
     with pytest.raises(TypeError, match="expects a loss of fastkd"):
         fastkd.explain(stranger, torch.ones(()))
+
+
+def on_a_gpu(loss="hint_loss"):
+    return dispatch.Facts(loss, "cuda:0", (torch.float32, torch.float32), False)
+
+
+def module_for(archs, problem=""):
+    return SimpleNamespace(cuda_archs=lambda: archs, cuda_problem=lambda device: problem)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (module_for([]), r"built without CUDA kernels.*FASTKD_BUILD=cuda"),
+        (
+            module_for(["80", "90"], "no kernel image is available"),
+            r"for compute capability 80, 90, do not run on cuda:0 \(no kernel image.*Reinstall",
+        ),
+        ("it does not load", r"it does not load\. Install"),
+    ],
+)
+def test_a_gpu_that_the_compiled_module_does_not_serve(monkeypatch, module, reason):
+    """Loaded is not usable: the next backend serves, and the reason is told once."""
+    monkeypatch.setattr(native, "load", lambda: module)
+    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda facts: None)
+    with pytest.warns(fastkd.FallbackWarning, match=reason) as caught:
+        for dtypes in ((torch.float32,) * 2, (torch.float16,) * 2):
+            assert dispatch._resolve(*on_a_gpu()._replace(dtypes=dtypes), None) == "triton"
+    assert len(caught) == 1
+    with pytest.raises(fastkd.BackendUnavailableError, match=reason):
+        dispatch._resolve(*on_a_gpu(), "native")
+
+
+def test_a_gpu_that_the_compiled_module_serves(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: module_for(["90"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch._resolve(*on_a_gpu(), None) == "native"
+    refusal = dispatch._REFUSE["native"](on_a_gpu("attention_map"))
+    assert "no CUDA kernels for attention_map" in str(refusal)
+
+
+def test_a_gpu_of_another_maker(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: module_for(["90"]))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    refusal = dispatch._REFUSE["native"](on_a_gpu())
+    assert refusal.expected and "AMD" in refusal.reason
+
+
+def test_a_gpu_that_no_kernel_serves(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: module_for([]))
+    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda facts: dispatch.Refusal("no Triton"))
+    with pytest.warns(fastkd.FallbackWarning) as caught:
+        assert dispatch._resolve(*on_a_gpu(), None) == "reference"
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize("device", ["meta:None", "mps:0"])
+def test_devices_without_kernels(device):
+    refusal = dispatch._REFUSE["native"](on_a_gpu()._replace(device=device))
+    assert f"no kernels for {device.partition(':')[0]} tensors" in str(refusal)

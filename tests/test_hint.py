@@ -145,7 +145,7 @@ def test_regressor_under_autocast(backend):
     results = []
     for enabled in (False, True):
         leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(student.device.type, dtype=torch.bfloat16, enabled=enabled):
             loss = fastkd.hint_loss(leaves[0], teacher, regressor_weight=leaves[1], backend=backend)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     assert all(map(torch.equal, *results))

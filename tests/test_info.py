@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastkd
-from fastkd.info import describe
+from fastkd.info import collect, describe
+from fastkd.kernels import compiled
 
 LOSSES = {
     "soft_target_loss",
@@ -46,8 +48,6 @@ def test_prints_the_text_unless_json_is_asked_for() -> None:
 
 
 def test_says_what_runs_and_why() -> None:
-    import torch
-
     found = report()
     assert found["fastkd"]["version"] == fastkd.__version__
     assert found["torch"] == {"version": torch.__version__}
@@ -67,6 +67,31 @@ def test_text_holds_what_the_json_does() -> None:
         assert part in text
     for reason in found["devices"]["cpu"]["backends"]["hint_loss"]["reasons"].values():
         assert reason in text
+
+
+@pytest.mark.parametrize(
+    ("cuda_archs", "text"),
+    [([], "no CUDA kernels"), (["80", "90"], "CUDA kernels for sm_80, sm_90")],
+)
+def test_text_says_for_which_gpus_there_are_kernels(cuda_archs: list[str], text: str) -> None:
+    found = report()
+    assert found["native"]["cuda_archs"] == compiled.loaded().cuda_archs()
+    found["native"]["cuda_archs"] = cuda_archs
+    assert f"has {text}, from " in describe(found)
+
+
+def test_every_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    monkeypatch.setattr("fastkd.info._backends", lambda torch, device: {"problem": device})
+    found = collect()
+    assert found["devices"]["cuda:1"] == {
+        "name": "GPU 1, compute capability 9.1",
+        "backends": {"problem": "cuda:1"},
+    }
+    assert "What runs on cuda:0 (GPU 0, compute capability 9.0):\n  cuda:0" in describe(found)
 
 
 def test_a_backend_asked_for_shows() -> None:

@@ -15,7 +15,7 @@ from agreement import (
 from conftest import BACKENDS
 from layouts import channels_last, contiguous, sliced
 
-from fastkd.kernels import native
+from fastkd.kernels import compiled
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="native is not under test")
 
@@ -25,13 +25,13 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1
 
 def names():
     """Of this machine's, or of the best known one so that a missing module fails the tests."""
-    module = native.load()
+    module = compiled.load()
     return module.isas() if not isinstance(module, str) else ["avx512"]
 
 
 @pytest.fixture(params=names())
 def isa(request):
-    module = native.load()
+    module = compiled.load()
     assert not isinstance(module, str), module
     best = module.isa()
     module.set_isa(request.param)
@@ -41,16 +41,16 @@ def isa(request):
 
 
 def test_the_best_is_in_use():
-    assert native.load().isa() == native.load().isas()[0]
+    assert compiled.load().isa() == compiled.load().isas()[0]
 
 
 def test_the_baseline_runs_everywhere():
-    assert native.load().isas()[-1] == "baseline"
+    assert compiled.load().isas()[-1] == "baseline"
 
 
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="mmx"):
-        native.load().set_isa("mmx")
+        compiled.load().set_isa("mmx")
 
 
 @pytest.mark.parametrize("layout", [contiguous, sliced])

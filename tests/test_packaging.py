@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_nvcc import toolkit
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]
 # Nothing of these may reach an install from outside: not fastkd, nor what its build must bring.
 NOT_LENT = ("fastkd", "__editable__", "pip", "setuptools", "pybind11", "cmake", "ninja")
+NO_NVCC = "/no/such/nvcc"
 NO_COMPILER = "CPU kernels: left out: no C++ compiler was found"
 
 
@@ -47,7 +49,8 @@ def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("FASTKD_", "PYTHON", "CMAKE_")) and name not in ("CC", "CXX")
+        if not name.startswith(("FASTKD_", "PYTHON", "CMAKE_", "CUDA", "NVCC"))
+        and name not in ("CC", "CXX")
     }
     return subprocess.run(
         command,
@@ -96,7 +99,7 @@ def install(environment: Environment, sources: Path, **variables: str) -> Enviro
 @pytest.fixture(scope="module")
 def compiled(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = fresh_environment(tmp_path_factory.mktemp("compiled"))
-    return install(environment, sdist, FASTKD_BUILD="cpu")
+    return install(environment, sdist, CUDACXX=NO_NVCC)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +115,10 @@ def no_compiler(environment: Environment) -> dict[str, str]:
 
 def test_sdist_holds_every_kernel_source(sdist: Path) -> None:
     def sources(root: Path) -> set[Path]:
-        return {file.relative_to(root) for file in root.glob("csrc/**/*") if file.is_file()}
+        files = (file for file in root.glob("csrc/**/*") if file.is_file())
+        return {file.relative_to(root) for file in files if file.suffix != ".pyc"}
 
-    assert Path("csrc/CMakeLists.txt") in sources(sdist)
+    assert {Path("csrc/CMakeLists.txt"), Path("csrc/cuda/hint.cu")} <= sources(sdist)
     assert sources(sdist) == sources(ROOT)
 
 
@@ -122,6 +126,11 @@ def test_install_compiles_the_kernels(compiled: Environment) -> None:
     assert compiled.install is not None
     assert compiled.install.returncode == 0, compiled.install.stdout
     assert len(compiled.modules) == 1, compiled.install.stdout
+    note = (compiled.package / "_build.txt").read_text()
+    assert all(line in compiled.install.stdout for line in note.splitlines())
+    assert note.startswith(
+        f"CPU kernels: compiled\nCUDA kernels: left out: {NO_NVCC} does not run: No such file"
+    )
 
 
 def test_installed_package_runs_its_kernels_from_anywhere(compiled: Environment) -> None:
@@ -198,7 +207,9 @@ def test_failing_compiler_leaves_pure_python_and_its_error(sdist: Path) -> None:
     ("variables", "message"),
     [
         ({"FASTKD_BUILD": "cpu", "CXX": "/no/such/compiler"}, "compiling failed"),
-        ({"FASTKD_BUILD": "cuda"}, "the CUDA kernels arrive in a later version"),
+        ({"FASTKD_BUILD": "cuda", "CUDACXX": NO_NVCC}, f"{NO_NVCC} does not run: No such file"),
+        ({"FASTKD_BUILD": "cuda", "CUDACXX": "/bin/false"}, "/bin/false fails"),
+        ({"FASTKD_BUILD": "cuda", "CUDACXX": "/bin/true"}, "/bin/true does not tell its release"),
         ({"FASTKD_BUILD": "gpu"}, "must be one of auto, none, cpu, cuda; got 'gpu'"),
     ],
 )
@@ -208,6 +219,13 @@ def test_demand_that_cannot_be_met_fails(
     done = build(sdist, **variables)
     assert done.returncode != 0
     assert message in done.stdout
+
+
+def test_architectures_are_checked_before_anything_is_compiled(sdist: Path, tmp_path: Path) -> None:
+    compiler = toolkit(tmp_path, "13.0")
+    done = build(sdist, CUDACXX=str(compiler), FASTKD_CUDA_ARCHS="hopper")
+    assert done.returncode != 0
+    assert "fastkd: FASTKD_CUDA_ARCHS must be a list of 80, 90; got 'hopper'" in done.stdout
 
 
 def test_none_compiles_nothing(sdist: Path, tmp_path: Path) -> None:

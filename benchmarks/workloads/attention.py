@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.workloads.workload import Argument, Shape, Workload, tensors
+from benchmarks.workloads.workload import Argument, Shape, Workload, tensors, total
 from fastkd.dispatch import Backend
 
 
@@ -24,7 +24,7 @@ def paper_loss(student: Argument, teacher: Argument, *, channel_dim: int = 1) ->
 def _norms(to_map: Callable[[Tensor], Tensor], student: Argument, teacher: Argument) -> Tensor:
     pairs = zip(tensors(student), tensors(teacher), strict=True)
     differences = (to_map(s) - to_map(t) for s, t in pairs)
-    return sum((d.norm(dim=1).mean() for d in differences), torch.zeros(())) / 2
+    return total([d.norm(dim=1).mean() for d in differences]) / 2
 
 
 def released_loss(student: Argument, teacher: Argument, *, distance: str) -> Tensor:
@@ -35,7 +35,7 @@ def released_loss(student: Argument, teacher: Argument, *, distance: str) -> Ten
         return F.normalize(features.float().pow(2).mean(1).flatten(1))
 
     pairs = zip(tensors(student), tensors(teacher), strict=True)
-    return sum((F.mse_loss(released_map(s), released_map(t)) for s, t in pairs), torch.zeros(()))
+    return total([F.mse_loss(released_map(s), released_map(t)) for s, t in pairs])
 
 
 def max_loss(student: Argument, teacher: Argument, *, kind: str) -> Tensor:

@@ -65,14 +65,6 @@ Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
   return row;
 }
 
-double divisor_of(const Tensor& features, Reduction reduction) {
-  const double all = double(features.numel()), batch = double(features.sizes[0]);
-  const double divisor = reduction == Reduction::mean        ? all
-                         : reduction == Reduction::batchmean ? batch
-                                                             : 1;
-  return divisor > 0 ? divisor : 1;
-}
-
 }  // namespace
 
 void soft_target_forward(const Tensor& student, const Tensor& teacher, Labels labels, void* loss,

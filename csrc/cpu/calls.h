@@ -9,7 +9,6 @@
 
 namespace fastkd::calls {
 
-using Tensors = std::vector<Tensor>;
 using Labels = const int64_t*;
 using Winners = std::vector<int32_t*>;
 

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "../tensor.h"
+#include "../reduction.h"
 
 namespace fastkd {
-
-enum class Reduction : int { none = 0, sum = 1, mean = 2, batchmean = 3 };
 
 struct SoftTargetParameters {
   double temperature;

@@ -231,7 +231,8 @@ class AttentionTransfer(Fused):
                 to = for_grad_output(
                     gradients,
                     grad_output,
-                    lambda to: rescale(to, grad_output, features, slopes, winners, p),
+                    p.backend,
+                    lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (len(needed) - len(found))

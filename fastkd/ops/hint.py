@@ -92,7 +92,7 @@ def backward(
 
 @define(
     "hint_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] students, "
-    f"Tensor[] teachers, {_PARAMETERS}) -> ()",
+    f"Tensor[] teachers, bool in_place, {_PARAMETERS}) -> ()",
     lambda *_: None,
     Parameters,
 )
@@ -101,10 +101,16 @@ def rescale(
     grad_output: Tensor,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
+    in_place: bool,
     p: Parameters,
 ) -> None:
-    """Forward's gradients for another scalar `grad_output`, computed again in their place."""
-    kernels(p.backend, "hint").hint_backward(grad_output, students, teachers, gradients, p)
+    """Forward's gradients for another scalar `grad_output`, computed again.
+
+    `in_place` says that they hold those for a `grad_output` of 1.
+    """
+    kernels(p.backend, "hint").hint_backward(
+        grad_output, students, teachers, gradients, p, in_place=in_place
+    )
 
 
 class Hint(Fused):
@@ -152,7 +158,8 @@ class Hint(Fused):
                 to = for_grad_output(
                     gradients,
                     grad_output,
-                    lambda to: rescale(to, grad_output, students, teachers, p),
+                    p.backend,
+                    lambda to, in_place: rescale(to, grad_output, students, teachers, in_place, p),
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (2 * count - len(found))

@@ -34,8 +34,8 @@ class Operator:
         self.parameters = parameters
 
     def __call__(self, *args: Any) -> Any:
-        parameters = args[-self.parameters :]
-        others = args[: -self.parameters]
+        first = len(args) - self.parameters
+        others, parameters = args[:first], args[first:]
         if nobody_listens(others):
             return self.implementation(*args)
         return self.overload(*others, *itertools.chain(*parameters))
@@ -176,22 +176,37 @@ def is_final(grad_output: Tensor) -> bool:
     )
 
 
+@define(
+    "multiply(Tensor(a!)[] gradients, Tensor grad_output, str backend) -> ()",
+    lambda *_: None,
+)
+def multiply(gradients: Sequence[Tensor], grad_output: Tensor, backend: str) -> None:
+    """Gradients in float32 or float64 that take a scalar `grad_output` by multiplication."""
+    kernels(backend, "multiply").multiply(gradients, grad_output)
+
+
 def for_grad_output(
-    gradients: Sequence[Tensor], grad_output: Tensor, rescale: Callable[[list[Tensor]], None]
+    gradients: Sequence[Tensor],
+    grad_output: Tensor,
+    backend: str,
+    rescale: Callable[[list[Tensor], bool], None],
 ) -> list[Tensor]:
     """Forward's gradients, which are for a scalar `grad_output` of 1, for this one.
 
-    They are changed in place, by `rescale` where multiplication will not do (see `scales`); where
-    the graph is retained, new ones are made.
+    They are changed in place, by `rescale(gradients, True)` where multiplication will not do (see
+    `scales`); where the graph is retained, new ones are made, by `rescale(new, False)`.
     """
     if torch.compiler.is_compiling():
         return [(g * grad_output).to(g.dtype) for g in gradients]
     keeps_graph = _keeps_graph()
-    if scales(*gradients):
-        return [g * grad_output if keeps_graph else g.mul_(grad_output) for g in gradients]
-    to = [torch.empty_like(g) for g in gradients] if keeps_graph else list(gradients)
-    rescale(to)
-    return to
+    if not scales(*gradients):
+        to = [torch.empty_like(g) for g in gradients] if keeps_graph else list(gradients)
+        rescale(to, not keeps_graph)
+        return to
+    if keeps_graph:
+        return [g * grad_output for g in gradients]
+    multiply(gradients, grad_output, backend)
+    return list(gradients)
 
 
 class _DifferentiateOnce(torch.autograd.Function):

@@ -190,7 +190,8 @@ class SoftTarget(Fused):
                 (to,) = for_grad_output(
                     [gradient],
                     grad_output,
-                    lambda to: rescale(to[0], grad_output, student, *others, p),
+                    p.backend,
+                    lambda to, _: rescale(to[0], grad_output, student, *others, p),
                 )
                 gradients = to, None
             else:

@@ -31,11 +31,14 @@ def attention_map(
 
 def unit(raw: Tensor, eps: float) -> Tensor:
     """Each row over its L2 norm, or over `eps` where that is larger; zeros stay zeros."""
-    # Relative to its largest element, a row has a norm whose squares cannot overflow.
-    largest = raw.detach().amax(1, keepdim=True)
+    return raw / norm(raw, 2.0).clamp_min(max(eps, torch.finfo(raw.dtype).tiny))
+
+
+def norm(rows: Tensor, order: float) -> Tensor:
+    """The norm of each row, `(rows, 1)`: relative to its largest element no power overflows."""
+    largest = rows.detach().abs().amax(1, keepdim=True)
     scale = largest.masked_fill(~((largest > 0) & largest.isfinite()), 1)
-    norm = torch.linalg.vector_norm(raw / scale, dim=1, keepdim=True) * scale
-    return raw / norm.clamp_min(max(eps, torch.finfo(raw.dtype).tiny))
+    return torch.linalg.vector_norm(rows / scale, ord=order, dim=1, keepdim=True) * scale
 
 
 def attention_transfer_loss(
@@ -69,7 +72,7 @@ def attention_transfer_loss(
     for student, teacher in zip(students, teachers, strict=True):
         difference = maps(student) - maps(teacher)
         if distance == "norm":
-            rows.append(beta / 2 * torch.linalg.vector_norm(difference, ord=order, dim=1))
+            rows.append(beta / 2 * norm(difference, order).squeeze(1))
         else:
             rows.append(beta * difference.square().mean(dim=1))
     losses = torch.stack(rows)

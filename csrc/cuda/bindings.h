@@ -1,0 +1,49 @@
+// The CUDA kernels' part of the boundary with Python. The last two arguments of each function are
+// the device's index and the stream.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include "../tensor_caster.h"
+#include "kernels.h"
+
+namespace fastkd::cuda {
+
+inline void bind(pybind11::module_& m) {
+  using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("cuda_problem", problem, unlocked());
+  m.attr("cuda_scratch_bytes") = kScratchBytes;
+  m.def(
+      "cuda_hint_scratch_bytes",
+      [](const Tensors& students, const Tensors& teachers, const Tensors& gradients,
+         int arithmetic) {
+        return hint_scratch_bytes(students, teachers, gradients, DType(arithmetic));
+      },
+      unlocked());
+  m.def(
+      "cuda_hint_forward",
+      [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
+         const Tensors& gradients, uintptr_t scratch, double scale, int reduction, int device,
+         uintptr_t stream) {
+        hint_forward(students, teachers, loss, gradients, reinterpret_cast<void*>(scratch), scale,
+                     Reduction(reduction), {device, stream});
+      },
+      unlocked());
+  m.def(
+      "cuda_hint_backward",
+      [](const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
+         const Tensors& gradients, bool in_place, double scale, int reduction, int device,
+         uintptr_t stream) {
+        hint_backward(grad_output, students, teachers, gradients, in_place, scale,
+                      Reduction(reduction), {device, stream});
+      },
+      unlocked());
+  m.def(
+      "cuda_multiply",
+      [](const Tensors& gradients, const Tensor& grad_output, int device, uintptr_t stream) {
+        multiply(gradients, grad_output, {device, stream});
+      },
+      unlocked());
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,84 @@
+// What kernels build on: storage types, accesses of 16 bytes, shared memory. All that nvcc alone
+// understands is here; without it the same sources run on the host (tests/cuda_on_host).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../tensor.h"
+
+namespace fastkd::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// A kernel's shared memory, as one struct.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) char shared[];
+  return *reinterpret_cast<T*>(shared);
+#else
+  return *static_cast<T*>(cuda_on_host::shared_memory());
+#endif
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class S>
+__device__ __forceinline__ S narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+constexpr int kAccess = 16;  // bytes that one lane moves at a time
+
+// N elements that are read and written together, 16 bytes at a time.
+template <class S, int N>
+struct alignas(kAccess) Vector {
+  static_assert(sizeof(S) * N % kAccess == 0);
+  S values[N];
+};
+
+template <int N, class S>
+__device__ __forceinline__ Vector<S, N> load(const S* p) {
+#ifndef __CUDACC__
+  cuda_on_host::check_aligned(p, kAccess);
+#endif
+  return *reinterpret_cast<const Vector<S, N>*>(p);
+}
+
+template <int N, class S>
+__device__ __forceinline__ void store(const Vector<S, N>& v, S* p) {
+#ifndef __CUDACC__
+  cuda_on_host::check_aligned(p, kAccess);
+#endif
+  *reinterpret_cast<Vector<S, N>*>(p) = v;
+}
+
+// f(null pointers of two storage types), for all but float64.
+template <class F>
+inline void with_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f16:
+      return f(static_cast<__half*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,90 @@
+// How a kernel is started: its grid, block, cluster, shared memory and stream, and what went wrong.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernels.h"
+
+namespace fastkd::cuda {
+
+inline void check(cudaError_t status, const char* doing) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that nobody else is blamed for it
+  throw std::runtime_error(std::string("CUDA, ") + doing + ": " + cudaGetErrorString(status));
+}
+
+// A stream of a device, which is the current one while this lives.
+class Stream {
+ public:
+  explicit Stream(const Place& place)
+      : device(place.device), handle(reinterpret_cast<cudaStream_t>(place.stream)) {
+    check(cudaGetDevice(&previous_), "asking for the device");
+    if (device != previous_) check(cudaSetDevice(device), "choosing the device");
+  }
+  ~Stream() {
+    if (device != previous_) cudaSetDevice(previous_);
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  const int device;
+  const cudaStream_t handle;
+
+ private:
+  int previous_ = 0;
+};
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;  // blocks that share their shared memory
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream,
+            Arguments&&... arguments) {
+  constexpr size_t always_there = 48 << 10;
+  if (grid.shared_bytes > always_there)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
+          "asking for shared memory");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(grid.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream.handle;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
+        "launching a kernel");
+}
+
+// As many blocks of a kernel, of one size, as the device runs at a time.
+template <auto kernel>
+int64_t resident_blocks(int threads, size_t shared_bytes, const Stream& stream) {
+  static std::array<std::atomic<int64_t>, 64> known{};  // the questions take a microsecond
+  const bool is_known = size_t(stream.device) < known.size();
+  if (is_known && known[size_t(stream.device)] > 0) return known[size_t(stream.device)];
+  int processors = 0, each = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, stream.device),
+        "counting multiprocessors");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes),
+        "asking for the occupancy");
+  const int64_t blocks = int64_t(processors) * each;
+  if (is_known) known[size_t(stream.device)] = blocks;
+  return blocks;
+}
+
+}  // namespace fastkd::cuda

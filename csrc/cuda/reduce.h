@@ -1,0 +1,69 @@
+// Sums over a warp, a block and a grid, in an order that does not change from run to run.
+#pragma once
+
+#include <mutex>
+#include <unordered_map>
+
+#include "device.h"
+#include "launch.h"
+
+namespace fastkd::cuda {
+
+// The sum over the warp, in every lane.
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// The sum over the block, in every thread. `warps` has one element for each warp of the block, and
+// is free again when the last thread has returned and the next barrier is passed.
+__device__ __forceinline__ double block_sum(double x, double* warps) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  double sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += warps[warp];
+  return sum;
+}
+
+// A grid finds its last block by drawing numbers. Kernels of one stream follow one another, so they
+// share a counter, which the last block leaves at 0 for the next kernel.
+constexpr int kCounters = 1024;
+static __device__ unsigned counters[kCounters];
+
+// Where a launch draws: counters[slot], or memory of its own where slot is negative.
+struct Tickets {
+  int slot;
+  unsigned* own;
+};
+
+// A captured graph may be replayed beside anything, so its launches count in memory of their own,
+// which is set to 0 each time. cudaStreamPerThread is one handle for many streams.
+inline Tickets tickets(const Stream& stream, unsigned* own) {
+  static std::mutex mutex;
+  static std::unordered_map<cudaStream_t, int> slots;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream.handle, &capture), "asking for a capture");
+  if (capture == cudaStreamCaptureStatusNone && stream.handle != cudaStreamPerThread) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const int slot = slots.try_emplace(stream.handle, int(slots.size())).first->second;
+    if (slot < kCounters) return {slot, nullptr};
+  }
+  check(cudaMemsetAsync(own, 0, sizeof(unsigned), stream.handle), "clearing a counter");
+  return {-1, own};
+}
+
+// Whether this is the last block of the grid to come here, in every thread of the block; it sees
+// what thread 0 of each block wrote before. `answer` lies in shared memory.
+__device__ __forceinline__ bool is_last_block(const Tickets& tickets, bool& answer) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    unsigned* counter = tickets.slot < 0 ? tickets.own : counters + tickets.slot;
+    answer = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return answer;
+}
+
+}  // namespace fastkd::cuda

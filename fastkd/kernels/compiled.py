@@ -1,0 +1,56 @@
+"""The compiled module, which knows nothing of torch, and what it sees of tensors.
+
+The module is `fastkd._native`; the environment variable FASTKD_NATIVE_PATH names another build of
+it. It is loaded when a call first needs it.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The compiled module, or why it cannot be loaded."""
+    path = os.environ.get("FASTKD_NATIVE_PATH")
+    try:
+        if not path:
+            return importlib.import_module("fastkd._native")
+        spec = importlib.util.spec_from_file_location("fastkd._native", path)
+        if spec is None or spec.loader is None:
+            return f"FASTKD_NATIVE_PATH={path} is no Python module"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ModuleNotFoundError:
+        return "this installation was built without the compiled module"
+    except (ImportError, OSError) as error:
+        return f"the compiled module does not load ({error})"
+
+
+def loaded() -> Any:
+    """The compiled module, for a call that `refuse` has found nothing against."""
+    module = load()
+    assert not isinstance(module, str), module
+    return module
+
+
+def view(t: Tensor | None) -> Any:
+    """What the module sees of a tensor, which the caller keeps alive."""
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride())
+
+
+def views(*tensors: Tensor | None) -> list[Any]:
+    """What the module sees of several."""
+    return [
+        None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride()) for t in tensors
+    ]

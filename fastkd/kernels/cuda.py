@@ -1,0 +1,99 @@
+"""Hands CUDA tensors to the compiled module, on the current stream of their device."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastkd.dispatch import Facts, Refusal
+from fastkd.kernels.compiled import DTYPES, REDUCTIONS, loaded, view, views
+from fastkd.kernels.refusals import USE_REFERENCE
+from fastkd.reference.precision import compute_dtype
+
+if TYPE_CHECKING:
+    from fastkd.ops import hint as hint_ops
+
+_LOSSES = frozenset({"hint_loss"})
+
+# Private to torch; the public way makes a Stream object first.
+_raw_stream: Any = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
+)
+
+
+def refuse(module: Any, facts: Facts) -> Refusal | None:
+    """Why the compiled module does not serve a call on a CUDA device, or None if it does."""
+    if torch.version.hip is not None:
+        return Refusal("the compiled module is for NVIDIA's GPUs, not AMD's", expected=True)
+    if facts.loss not in _LOSSES:
+        return Refusal(f"this release has no CUDA kernels for {facts.loss}", USE_REFERENCE)
+    archs = module.cuda_archs()
+    if not archs:
+        return Refusal(
+            "the compiled module was built without CUDA kernels",
+            "`python -m fastkd.info` tells why; with a CUDA compiler, reinstall fastkd with "
+            "FASTKD_BUILD=cuda.",
+        )
+    problem = module.cuda_problem(torch.device(facts.device).index)
+    if problem:
+        return Refusal(
+            f"the compiled module's CUDA kernels, for compute capability {', '.join(archs)}, do "
+            f"not run on {facts.device} ({problem})",
+            "Reinstall fastkd with FASTKD_BUILD=cuda where this GPU and driver are.",
+        )
+    return None
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    index = tensor.get_device()
+    return index, _raw_stream(index)
+
+
+def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:
+    """Multiply each gradient in place by a scalar, which is read on the device."""
+    loaded().cuda_multiply(views(*gradients), view(grad_output), *_place(grad_output))
+
+
+def hint_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    loss: Tensor,
+    gradients: Sequence[Tensor],
+    p: "hint_ops.Parameters",
+) -> None:
+    """Fill the loss, and the students' gradients if there are any."""
+    module, reduction = loaded(), REDUCTIONS[p.reduction]
+    pairs = views(*students), views(*teachers)
+    to = views(*gradients)
+    size = module.cuda_scratch_bytes
+    if p.reduction == "none":
+        size = module.cuda_hint_scratch_bytes(*pairs, to, DTYPES[loss.dtype])
+    scratch = torch.empty(size, dtype=torch.uint8, device=loss.device)
+    module.cuda_hint_forward(
+        *pairs, view(loss), to, scratch.data_ptr(), p.scale, reduction, *_place(loss)
+    )
+
+
+def hint_backward(
+    grad_output: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    p: "hint_ops.Parameters",
+    in_place: bool = False,
+) -> None:
+    """Fill the gradients that are wanted, of students and then of teachers."""
+    grad_output = grad_output.to(compute_dtype(*students, *teachers)).contiguous()
+    loaded().cuda_hint_backward(
+        view(grad_output),
+        views(*students),
+        views(*teachers),
+        views(*gradients),
+        in_place,
+        p.scale,
+        REDUCTIONS[p.reduction],
+        *_place(grad_output),
+    )

@@ -1,0 +1,109 @@
+"""What is demanded of each CUDA kernel, and what is wrong with one."""
+
+from typing import NamedTuple
+
+
+class Demand(NamedTuple):
+    """Of the kernels whose names begin so."""
+
+    name: str
+    shared: str = ""  # the struct in fastkd::cuda that is the kernel's dynamic shared memory
+    # How often, at least, 16 bytes are read and written at a time.
+    loads: int = 0
+    stores: int = 0
+
+
+# The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
+# line without a kernel.
+DEMANDS = {
+    "hint": [
+        # Scattered elements, and arithmetic in float64.
+        Demand("hint_kernel<Any", shared="Shared"),
+        # Student, teacher and gradient; where dtypes differ, one takes two accesses for the
+        # other's one. Three or more of each are in flight.
+        Demand("hint_kernel<", shared="Shared", loads=9, stores=3),
+        Demand("hint_rows_kernel<"),
+    ],
+    "multiply": [Demand("multiply_kernel<", loads=4, stores=4)],
+    "problem": [Demand("any_kernel")],
+}
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: int
+    threads: int  # of a block, at most
+    registers: int  # of a thread
+    shared_bytes: int  # of a block, static and dynamic
+    stack: int  # bytes of local memory of a thread
+    spills: int  # bytes, of which so many are stored and loaded again
+    loads: int  # of 16 bytes at a time
+    stores: int
+
+
+class Chip(NamedTuple):
+    """What one multiprocessor can hold."""
+
+    warps: int
+    blocks: int
+    shared_kib: int
+
+
+CHIPS = {
+    80: Chip(64, 32, 164),
+    86: Chip(48, 16, 100),
+    89: Chip(48, 24, 100),
+    90: Chip(64, 32, 228),
+    100: Chip(64, 32, 228),
+    120: Chip(48, 24, 100),
+}
+
+
+def occupancy(kernel: Kernel) -> float:
+    """The share of a chip's warps that can be resident."""
+    chip = CHIPS[kernel.architecture]
+    warps = _up(kernel.threads, 32) // 32
+    # Each quarter of a multiprocessor has 16,384 registers for warps of its own.
+    by_registers = 4 * (16384 // _up(kernel.registers * 32, 256)) // warps
+    # The system takes 1 KiB of each block's shared memory.
+    by_shared = chip.shared_kib * 1024 // (_up(kernel.shared_bytes, 128) + 1024)
+    return min(chip.warps // warps, chip.blocks, by_registers, by_shared) * warps / chip.warps
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def demand_of(source: str, kernel: str) -> Demand | None:
+    matching = (d for d in DEMANDS.get(source, []) if kernel.startswith(d.name))
+    return next(matching, None)
+
+
+def problems(source: str, kernels: list[Kernel]) -> list[str]:
+    """What is wrong with the kernels of a source, on one architecture."""
+    found = []
+    met = set()
+    for kernel in kernels:
+        found += memory_problems(kernel.name, kernel.stack, kernel.spills)
+        demand = demand_of(source, kernel.name)
+        if demand is None:
+            found.append(f"{kernel.name}: tests/cuda_check/kernels.py does not speak of it")
+            continue
+        met.add(demand)
+        for what, there_are, least in (
+            ("loads", kernel.loads, demand.loads),
+            ("stores", kernel.stores, demand.stores),
+        ):
+            if there_are < least:
+                found.append(f"{kernel.name}: {there_are} {what} of 16 bytes, not {least}")
+    absent = [demand.name for demand in DEMANDS.get(source, []) if demand not in met]
+    return found + [f"{name}: not in {source}.cu" for name in absent]
+
+
+def memory_problems(kernel: str, stack: int, spills: int) -> list[str]:
+    found = []
+    if stack:
+        found.append(f"{kernel}: a stack frame of {stack} bytes")
+    if spills:
+        found.append(f"{kernel}: spills ({spills})")
+    return found

@@ -1,0 +1,57 @@
+"""Reads what ptxas and cuobjdump say. Kernels go by their symbols."""
+
+import re
+
+
+def usage(ptxas: str) -> dict[str, dict[str, int]]:
+    """What each kernel uses, from `ptxas -v`."""
+    found = {}
+    for part in ptxas.split("Compiling entry function '")[1:]:
+        # A function that is not inlined has a line of its own.
+        frames = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        registers = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        if not frames or registers is None:
+            raise ValueError(f"ptxas does not tell what a kernel uses:\n{part}")
+        found[part.partition("'")[0]] = {
+            "registers": int(registers[1]),
+            "shared_bytes": int(shared[1]) if shared else 0,
+            "stack": sum(int(stack) for stack, _, _ in frames),
+            "spills": sum(int(stores) + int(loads) for _, stores, loads in frames),
+        }
+    return found
+
+
+def threads(elf: str) -> dict[str, int]:
+    """The __launch_bounds__ of the kernels that have any, from `cuobjdump -elf`."""
+    found = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+(\w+) (\w+) (\w+)", section)
+        if bounds:
+            x, y, z = (int(size, 16) for size in bounds.groups())
+            found[section.split(maxsplit=1)[0]] = x * y * z
+    return found
+
+
+def accesses(sass: str) -> dict[str, dict[str, int]]:
+    """How often each kernel moves 16 bytes at a time, from `cuobjdump -sass`."""
+    found = {}
+    for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        found[function.split(maxsplit=1)[0]] = {
+            "loads": _count(r"LDG|LDGSTS", function),
+            "stores": _count("STG", function),
+        }
+    return found
+
+
+def _count(instruction: str, code: str) -> int:
+    widths = re.findall(rf"\b(?:{instruction})\.[.\w]*\.(128|256)\b", code)
+    return sum(int(width) // 128 for width in widths)
+
+
+def sizes(elf: str, prefix: str) -> dict[str, int]:
+    """Of the variables with a prefix, from `cuobjdump -elf`."""
+    line = rf"^\s*\w+\s+\w+\s+(\w+)\s.*\s{prefix}(\w+)$"
+    return {name: int(size, 16) for size, name in re.findall(line, elf, flags=re.MULTILINE)}

@@ -1,0 +1,9 @@
+// The CUDA kernels on the host, behind the same boundary with Python as in the real module. Tensors
+// on the CPU pass for those of a device.
+#include "bindings.h"
+#include "cuda_on_host.h"
+
+PYBIND11_MODULE(_native, m) {
+  fastkd::cuda::bind(m);
+  m.def("set_schedule", cuda_on_host::set_schedule, "The seed of the threads' order from now on.");
+}

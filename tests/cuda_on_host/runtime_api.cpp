@@ -1,0 +1,262 @@
+// One device, which looks like a Hopper chip with few multiprocessors.
+#include "runtime_api.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "grid.h"
+
+namespace {
+
+using cuda_on_host::volume;
+
+constexpr unsigned kMaxThreads = 1024;  // of a block
+constexpr int kThreadsPerMultiprocessor = 2048;
+constexpr size_t kSharedMemory = 48 << 10;      // of a block that has not asked for more,
+constexpr size_t kMaxSharedMemory = 227 << 10;  // and of one that has
+constexpr size_t kSharedMemoryPerMultiprocessor = 228 << 10;
+constexpr size_t kReservedPerBlock = 1 << 10;
+constexpr unsigned kPortableCluster = 8, kMaxCluster = 16;
+constexpr int kMaxOccupancy = 2;
+
+struct Limits {
+  size_t shared_memory = kSharedMemory;
+  unsigned cluster = kPortableCluster;
+};
+
+std::mutex mutex;  // of all that follows, and of the fibers: one launch at a time
+std::map<const void*, Limits> limits;
+int multiprocessors = 2;
+uint64_t seed = 0, launches = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+struct Description {
+  cudaError_t error;
+  const char *name, *text;
+};
+constexpr Description descriptions[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+     "invalid configuration argument"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge",
+     "too many blocks in cooperative launch"},
+    {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "cluster misconfiguration"},
+};
+
+const Description& describe(cudaError_t error) {
+  return *std::find_if(std::begin(descriptions), std::end(descriptions) - 1,
+                       [&](const Description& one) { return one.error == error; });
+}
+
+cudaError_t remember(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+struct Attributes {
+  dim3 cluster;
+  bool cooperative = false;
+};
+
+cudaError_t read_attributes(const cudaLaunchConfig_t& config, Attributes& attributes) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttributeValue& value = config.attrs[i].val;
+    switch (config.attrs[i].id) {
+      case cudaLaunchAttributeIgnore:
+      case cudaLaunchAttributeProgrammaticStreamSerialization:
+        break;
+      case cudaLaunchAttributeCooperative:
+        attributes.cooperative = value.cooperative;
+        break;
+      case cudaLaunchAttributeClusterDimension:
+        attributes.cluster = dim3(value.clusterDim.x, value.clusterDim.y, value.clusterDim.z);
+        break;
+      default:
+        return cudaErrorInvalidValue;
+    }
+  }
+  return cudaSuccess;
+}
+
+bool within(const dim3& size, uint64_t x, uint64_t y, uint64_t z) {
+  return 0 < size.x && size.x <= x && 0 < size.y && size.y <= y && 0 < size.z && size.z <= z;
+}
+
+int occupancy(uint64_t threads, size_t shared_bytes) {
+  const uint64_t blocks =
+      std::min<uint64_t>(kThreadsPerMultiprocessor / threads,
+                         kSharedMemoryPerMultiprocessor / (shared_bytes + kReservedPerBlock));
+  return int(std::min<uint64_t>(blocks, kMaxOccupancy));
+}
+
+cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, Attributes& attributes) {
+  if (const cudaError_t error = read_attributes(config, attributes)) return error;
+  const dim3 &grid = config.gridDim, &block = config.blockDim, &cluster = attributes.cluster;
+  if (!within(block, kMaxThreads, kMaxThreads, 64) || volume(block) > kMaxThreads)
+    return cudaErrorInvalidConfiguration;
+  if (!within(grid, 0x7fffffff, 0xffff, 0xffff)) return cudaErrorInvalidConfiguration;
+  const Limits& limit = limits[kernel];
+  if (config.dynamicSmemBytes > limit.shared_memory) return cudaErrorInvalidValue;
+  if (!within(cluster, kMaxCluster, kMaxCluster, kMaxCluster) || volume(cluster) > limit.cluster)
+    return cudaErrorInvalidClusterSize;
+  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
+    return cudaErrorInvalidClusterSize;
+  const int resident = multiprocessors * occupancy(volume(block), config.dynamicSmemBytes);
+  if (attributes.cooperative && volume(grid) > uint64_t(resident))
+    return cudaErrorCooperativeLaunchTooLarge;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+namespace cuda_on_host {
+
+void set_schedule(uint64_t new_seed) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  seed = new_seed;
+  launches = 0;
+}
+
+void set_multiprocessors(int count) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  multiprocessors = count;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& run) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Attributes attributes;
+  if (const cudaError_t error = check(config, kernel, attributes)) return remember(error);
+  const uint64_t schedule = Random(seed).next() + launches++;
+  Grid({config.gridDim, config.blockDim, attributes.cluster, config.dynamicSmemBytes,
+        attributes.cooperative},
+       run, schedule)
+      .run();
+  return cudaSuccess;
+}
+
+}  // namespace cuda_on_host
+
+const char* cudaGetErrorName(cudaError_t error) { return describe(error).name; }
+
+const char* cudaGetErrorString(cudaError_t error) { return describe(error).text; }
+
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return remember(cudaErrorInvalidDevice);
+  const auto answer = [&](size_t is) {
+    *value = int(is);
+    return cudaSuccess;
+  };
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      return answer(kMaxThreads);
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      return answer(kSharedMemory);
+    case cudaDevAttrWarpSize:
+      return answer(warpSize);
+    case cudaDevAttrMultiProcessorCount:
+      return answer(size_t(multiprocessors));
+    case cudaDevAttrL2CacheSize:
+      return answer(50 << 20);
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return answer(kThreadsPerMultiprocessor);
+    case cudaDevAttrComputeCapabilityMajor:
+      return answer(9);
+    case cudaDevAttrComputeCapabilityMinor:
+      return answer(0);
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return answer(kSharedMemoryPerMultiprocessor);
+    case cudaDevAttrCooperativeLaunch:
+    case cudaDevAttrClusterLaunch:
+      return answer(1);
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return answer(kMaxSharedMemory);
+  }
+  return remember(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Limits& limit = limits[kernel];
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize:
+      if (value < 0 || size_t(value) > kMaxSharedMemory) return remember(cudaErrorInvalidValue);
+      limit.shared_memory = size_t(value);
+      return cudaSuccess;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed:
+      limit.cluster = value ? kMaxCluster : kPortableCluster;
+      return cudaSuccess;
+  }
+  return remember(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Limits& limit = limits[kernel];
+  *attributes = {};
+  attributes->maxThreadsPerBlock = kMaxThreads;
+  attributes->numRegs = 32;
+  attributes->ptxVersion = attributes->binaryVersion = 90;
+  attributes->maxDynamicSharedSizeBytes = int(limit.shared_memory);
+  attributes->nonPortableClusterSizeAllowed = limit.cluster > kPortableCluster;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (threads <= 0) return remember(cudaErrorInvalidValue);
+  const bool fits =
+      unsigned(threads) <= kMaxThreads && shared_bytes <= limits[kernel].shared_memory;
+  *blocks = fits ? occupancy(uint64_t(threads), shared_bytes) : 0;
+  return cudaSuccess;
+}
+
+// A cluster that may be launched always fits, however few multiprocessors there are.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Attributes attributes;
+  if (const cudaError_t error = check(*config, kernel, attributes)) return remember(error);
+  const uint64_t blocks =
+      uint64_t(multiprocessors) * occupancy(volume(config->blockDim), config->dynamicSmemBytes);
+  *clusters = int(std::max<uint64_t>(1, blocks / volume(attributes.cluster)));
+  return cudaSuccess;
+}

@@ -1,0 +1,15 @@
+// Small kernels on which the shim itself is tested.
+#include "shim_test.h"
+
+PYBIND11_MODULE(_shim_test, m) {
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
+  m.def("set_schedule", &cuda_on_host::set_schedule);
+  m.def("set_multiprocessors", &cuda_on_host::set_multiprocessors);
+  define_barriers(m);
+  define_primitives(m);
+  define_errors(m);
+}

@@ -1,0 +1,128 @@
+// What is refused: launches, and kernels that misuse what they call.
+#include <string>
+
+#include "shim_test.h"
+
+namespace {
+
+__global__ void write_after_end_kernel() {
+  int* other = cuda_on_host::map_shared(shared<int>(), 1 - cuda_on_host::cluster_rank());
+  cuda_on_host::cluster_sync();
+  *other = 1;
+}
+
+__global__ void empty_kernel() {}
+
+__global__ void garbage_kernel(float* got) { *got = *shared<float>(); }
+
+__global__ void overrun_kernel() { shared<char>()[64] = 1; }
+
+__global__ void divergent_barrier_kernel() {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    cuda_on_host::cluster_sync();
+}
+__global__ void absent_lane_kernel() {
+  if (threadIdx.x == 5)
+    __syncthreads();
+  else
+    __shfl_xor_sync(0xffffffff, 1, 1);
+}
+__global__ void ended_lane_kernel() {
+  if (threadIdx.x != 5) __shfl_xor_sync(0xffffffff, 1, 1);
+}
+__global__ void outside_mask_kernel() {
+  if (threadIdx.x < 4) __shfl_sync(0xf, 1, 5);
+}
+__global__ void left_out_kernel() { __syncwarp(0xfffffffe); }
+__global__ void odd_width_kernel() { __shfl_sync(0xffffffff, 1, 0, 12); }
+__global__ void mixed_barriers_kernel() {
+  threadIdx.x < 32 ? __syncthreads() : void(__syncthreads_or(1));
+}
+__global__ void wait_alone_kernel() { cuda_on_host::cluster_wait(); }
+__global__ void arrive_twice_kernel() {
+  cuda_on_host::cluster_arrive();
+  cuda_on_host::cluster_arrive();
+}
+__global__ void map_elsewhere_kernel() {
+  int local = 0;
+  cuda_on_host::map_shared(&local, 0);
+}
+__global__ void map_too_far_kernel() { cuda_on_host::map_shared(shared<int>(), 2); }
+__global__ void misaligned_kernel() {
+  __ldg(reinterpret_cast<const float4*>(shared<float>() + threadIdx.x));
+}
+
+void misuse(const std::string& what) {
+  const std::pair<const char*, void (*)()> kernels[] = {
+      {"overrun", overrun_kernel},
+      {"divergent barrier", divergent_barrier_kernel},
+      {"absent lane", absent_lane_kernel},
+      {"ended lane", ended_lane_kernel},
+      {"outside mask", outside_mask_kernel},
+      {"left out", left_out_kernel},
+      {"odd width", odd_width_kernel},
+      {"mixed barriers", mixed_barriers_kernel},
+      {"wait alone", wait_alone_kernel},
+      {"arrive twice", arrive_twice_kernel},
+      {"map elsewhere", map_elsewhere_kernel},
+      {"map too far", map_too_far_kernel},
+      {"misaligned", misaligned_kernel},
+      {"write after end", write_after_end_kernel},
+  };
+  for (const auto& [name, kernel] : kernels)
+    if (what == name) return Launch{2, 64, 64, 2}(kernel);
+  throw std::invalid_argument(what);
+}
+
+const char* launch_error(unsigned blocks, unsigned threads, unsigned shared_bytes, unsigned cluster,
+                         bool cooperative, int allowed_shared, bool non_portable) {
+  for (const auto& [attribute, value] :
+       {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, allowed_shared),
+        std::pair(cudaFuncAttributeNonPortableClusterSizeAllowed, int(non_portable))})
+    if (const cudaError_t error = cudaFuncSetAttribute(empty_kernel, attribute, value))
+      return cudaGetErrorName(error);
+  Launch launch{blocks, threads, shared_bytes, cluster};
+  launch.cooperative = cooperative;
+  return cudaGetErrorName(launch.status(empty_kernel));
+}
+
+py::dict occupancy(int threads, unsigned shared_bytes, unsigned cluster) {
+  int device = -1, multiprocessors = 0, blocks = 0, clusters = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, empty_kernel, threads, shared_bytes);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  const cudaLaunchConfig_t config{
+      dim3(cluster), dim3(unsigned(threads)), shared_bytes, nullptr, &attribute, 1};
+  cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config);
+  return py::dict(py::arg("multiprocessors") = multiprocessors, py::arg("blocks") = blocks,
+                  py::arg("clusters") = clusters);
+}
+
+float garbage() {
+  float got = 0;
+  Launch{1, 1, sizeof(float)}(garbage_kernel, &got);
+  return got;
+}
+
+}  // namespace
+
+void define_errors(py::module_& m) {
+  m.def("misuse", &misuse);
+  m.def("garbage", &garbage);
+  m.def("launch_error", &launch_error, py::kw_only(), py::arg("blocks") = 1,
+        py::arg("threads") = 32, py::arg("shared_bytes") = 0, py::arg("cluster") = 1,
+        py::arg("cooperative") = false, py::arg("allowed_shared") = 48 << 10,
+        py::arg("non_portable") = false);
+  m.def("occupancy", &occupancy);
+  m.def("last_errors", [] {
+    py::list errors;
+    for (const auto get : {cudaPeekAtLastError, cudaGetLastError, cudaGetLastError})
+      errors.append(cudaGetErrorName(get()));
+    return errors;
+  });
+}

@@ -1,0 +1,231 @@
+"""What half an hour on a GPU is for, in 8 minutes: builds, tests, sanitizers and benchmarks.
+
+python -m tests.gpu_check --out DIR
+
+Parts of one stage run side by side, stages one after another, whatever became of those before.
+DIR receives a log of each part, the tests' results as JUnit XML, the benchmarks' records, and
+summary.json; a table of all parts is printed last.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Seconds to say something once the time is up.
+GRACE = 3.0
+
+# Those whose tests follow FASTKD_TEST_DEVICE.
+ON_THE_DEVICE = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("hint", "soft_target", "distillation", "attention", "extreme_logits", "autograd"),
+        *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
+    )
+)
+# One needs a network, one more time than there is, and one the GPU.
+NOT_ON_THE_CPU = ("packaging", "examples", "cuda")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, the seconds that it may take, and a program without which it is skipped."""
+
+    name: str
+    command: list[str]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part ended, and the last line that it printed."""
+
+    part: str
+    status: Literal["ok", "failed", "timed out", "skipped"]
+    seconds: float
+    line: str
+
+
+def stages(out: Path, capability: str) -> list[list[Part]]:
+    """Everything, in its order. Nothing runs beside what is timed."""
+    return [
+        [Part("environment", ["bash", "-c", _ENVIRONMENT], 20)],
+        [_build(capability)],
+        [
+            Part("info", [sys.executable, "-m", "fastkd.info"], 60),
+            *(
+                _tests(out, f"hints by {backend}", [*ON_THE_DEVICE, "-k", "hint"], backend)
+                for backend in ("native", "triton", "reference")
+            ),
+            _tests(out, "cuda", ["tests/test_cuda.py"], "native,triton,reference"),
+            _tests(out, "other losses", [*ON_THE_DEVICE, "-k", "not hint"], "reference"),
+            _tests_on_the_cpu(out),
+            *map(_sanitizer, ("memcheck", "racecheck")),
+            _smoke(out),
+        ],
+        # One after the other, so that one that is cut short leaves the other its results.
+        *([_hint_benchmarks(out, dtype)] for dtype in ("float32", "bfloat16")),
+    ]
+
+
+_ENVIRONMENT = f"""
+nvidia-smi
+nvcc --version; cmake --version; ninja --version; {sys.executable} --version
+{sys.executable} -c "import torch, triton; print('torch', torch.__version__, 'CUDA', \
+torch.version.cuda, 'Triton', triton.__version__); print(torch.cuda.get_device_properties())"
+"""
+
+
+def _build(capability: str) -> Part:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {"FASTKD_BUILD": "cuda", "FASTKD_CUDA_ARCHS": capability}
+    return Part("build", command, 115, environment)
+
+
+def _tests(
+    out: Path, name: str, chosen: list[str], backends: str, device: str = "cuda", workers: int = 3
+) -> Part:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command.append(f"--junitxml={out / _file(f'tests {name}')}.xml")
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    environment = {
+        "FASTKD_TEST_BACKENDS": backends,
+        "FASTKD_TEST_DEVICE": device,
+        "OMP_NUM_THREADS": "2",
+    }
+    return Part(f"tests: {name}", command, 155, environment)
+
+
+def _tests_on_the_cpu(out: Path) -> Part:
+    ignored = [f"--ignore=tests/test_{name}.py" for name in NOT_ON_THE_CPU]
+    return _tests(out, "on the CPU", ["tests", *ignored], "native,reference", "cpu", workers=6)
+
+
+def _sanitizer(tool: str) -> Part:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    command += [sys.executable, str(Path(__file__).with_name("selection.py")), "native"]
+    # Torch's own allocator would hide what lies beyond a tensor.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(tool, command, 155, environment, needs="compute-sanitizer")
+
+
+def _benchmarks(name: str, out: Path, limit: float, *options: str) -> Part:
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--output", str(out)]
+    return Part(f"benchmarks: {name}", [*command, *options], limit)
+
+
+def _hint_benchmarks(out: Path, dtype: str) -> Part:
+    options = ("--filter", "hint_loss", "--dtype", dtype, "--seconds", "0.7")
+    return _benchmarks(f"hints, {dtype}", out / dtype, 86, *options)
+
+
+def _smoke(out: Path) -> Part:
+    """The other losses have no kernels on a GPU to be measured yet."""
+    options = ("--quick", "--filter", "soft", "attention", "--contenders", "eager", "reference")
+    return _benchmarks("other losses, smoke test", out / "smoke", 155, *options)
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).replace("--", "-")
+
+
+def run(part: Part, out: Path) -> Result:
+    """To its end, or to that of its time, then with all that it has started."""
+    if part.needs and not shutil.which(part.needs):
+        return Result(part.name, "skipped", 0.0, f"{part.needs} is not on PATH")
+    start = time.monotonic()
+    log = out / f"{_file(part.name)}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env=os.environ | part.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = "failed" if process.wait(part.limit) else "ok"
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+            # pytest then tells what it has found so far.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            # What it leaves behind would disturb the parts to come.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Result(part.name, status, round(time.monotonic() - start, 1), _last_line(log))
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip(" =\t") for line in log.read_text(errors="replace").splitlines()]
+    return next(filter(None, reversed(lines)), "")
+
+
+def run_all(todo: list[list[Part]], out: Path, say: Callable[[str], None] = print) -> list[Result]:
+    results = []
+
+    def finish(part: Part) -> Result:
+        result = run(part, out)
+        say(f"{part.name}: {result.status}")
+        return result
+
+    for stage in todo:
+        with ThreadPoolExecutor(len(stage)) as pool:
+            results += pool.map(finish, stage)
+        # After each stage, in case somebody stops this program.
+        summary = json.dumps([asdict(result) for result in results], indent=1)
+        (out / "summary.json").write_text(summary + "\n")
+    return results
+
+
+def table(results: list[Result]) -> str:
+    width = max(len(result.part) for result in results)
+    return "\n".join(
+        f"{r.part:<{width}}  {r.status:<9}  {r.seconds:>5.0f} s  {r.line[:90]}" for r in results
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    out = parser.parse_args(arguments).out.resolve()
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here")
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    out.mkdir(parents=True, exist_ok=True)
+    # Workers of one run draw the same inputs, and may do so again.
+    os.environ.setdefault("FASTKD_TEST_SEED", str(secrets.randbelow(2**32)))
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    results = run_all(stages(out, capability), out)
+    print(table(results), flush=True)
+    return 1 if {r.status for r in results} & {"failed", "timed out"} else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
