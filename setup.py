@@ -10,6 +10,7 @@ FASTKD_BUILD says what to compile:
 FASTKD_CUDA_ARCHS narrows what the CUDA kernels are compiled for, such as "80;90".
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -87,13 +88,12 @@ class NativeBuild(build_ext):
 
         # Ninja and pybind11 are named each time: CMake's cache may hold the folders of an isolated
         # build that is long gone. It must not hold an nvcc that is not asked for.
-        ninja = next(file.locate() for file in metadata.files("ninja") if file.stem == "ninja")
         # A folder for each compiler: CMake forgets its other settings when the compiler changes.
         build = Path(self.build_temp, re.sub(r"\W+", "-", compiler))
         os.environ["CXX"] = compiler
         self.cmake(
             *("-S", "csrc", "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-            f"-DCMAKE_MAKE_PROGRAM={Path(ninja).resolve()}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja()}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
@@ -104,11 +104,12 @@ class NativeBuild(build_ext):
         self.cmake("--build", str(build))
 
     def cmake(self, *args):
-        from cmake import CMAKE_BIN_DIR
-
-        command = [str(Path(CMAKE_BIN_DIR, "cmake")), *args]
         done = subprocess.run(
-            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            [cmake(), *args],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
         self.announce(done.stdout, logging.ERROR if done.returncode else logging.INFO)
         if done.returncode:
@@ -124,6 +125,31 @@ def cxx_compiler():
     if compiler is None:
         raise LeftOutError(NO_COMPILER)
     return compiler
+
+
+# pip brings both of these for a build; without pip there may be those of the system.
+
+
+def ninja():
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = next(file.locate() for file in metadata.files("ninja") if file.stem == "ninja")
+        return str(Path(found).resolve())
+    return on_path("ninja")
+
+
+def cmake():
+    with contextlib.suppress(ImportError):
+        from cmake import CMAKE_BIN_DIR
+
+        return str(Path(CMAKE_BIN_DIR, "cmake"))
+    return on_path("cmake")
+
+
+def on_path(program):
+    found = shutil.which(program)
+    if found is None:
+        raise LeftOutError(f"{program} was not found; pip install {program}")
+    return found
 
 
 def cuda():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +69,9 @@ def test_keeps_its_runtime_to_itself(module: Path) -> None:
     symbols = subprocess.check_output(["nm", "-D", "--defined-only", module], text=True)
     assert "PyInit__native" in symbols
     assert "cuda" not in symbols
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_is_loaded_and_not_usable(module: Path) -> None:
+    ask = "from fastkd.kernels import compiled; print(compiled.loaded().cuda_problem(0))"
+    assert run("-c", ask, FASTKD_NATIVE_PATH=str(module)).startswith("CUDA, ")

@@ -40,4 +40,7 @@ void set_schedule(uint64_t seed);
 
 void set_multiprocessors(int count);
 
+// Whether streams say that they are being captured into a graph. Launches run all the same.
+void set_capturing(bool is_capturing);
+
 }  // namespace cuda_on_host

@@ -3,7 +3,7 @@
 Loaded by `pytest -p cuda_on_host.plugin`; FASTKD_NATIVE_PATH names the module that is built here.
 Tensors on the CPU pass for those of a GPU: all of Python but the choice of device and stream, and
 all of the kernels, are the real ones. Every test runs under several schedules of the GPU's threads,
-drawn from FASTKD_TEST_SEED.
+drawn from FASTKD_TEST_SEED, and under the last of them as if into a CUDA graph.
 """
 
 import random
@@ -28,3 +28,4 @@ def schedule(request):
 
     seed = random.Random(f"{SEED} {request.node.nodeid}").getrandbits(64)
     compiled.loaded().set_schedule(seed)
+    compiled.loaded().set_capturing(request.param == _SCHEDULES - 1)

@@ -28,6 +28,7 @@ struct Limits {
 std::mutex mutex;  // of all that follows, and of the fibers: one launch at a time
 std::map<const void*, Limits> limits;
 int multiprocessors = 2;
+bool capturing = false;
 uint64_t seed = 0, launches = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -125,6 +126,8 @@ void set_multiprocessors(int count) {
   multiprocessors = count;
 }
 
+void set_capturing(bool is_capturing) { capturing = is_capturing; }
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& run) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -197,7 +200,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
