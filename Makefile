@@ -32,9 +32,11 @@ help:  ## Say what there is to make
 demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
 	$(BIN)/python examples/distill.py $(ARGS)
 
-test: .venv/native cuda-on-host  ## Run the tests; without ARGS, then those of the GPU's kernels
+# With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.
+test: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run the tests, also of the GPU's kernels
+
+test-cpu: .venv/native cuda-on-host
 	$(BIN)/pytest tests $(ARGS)
-	$(if $(ARGS),,$(MAKE) -j2 --output-sync test-triton test-cuda)
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
 	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton $(BIN)/pytest tests -k hint
@@ -68,16 +70,15 @@ bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Left out: what runs no kernel in this process, and torch.compile, which runs the same kernels.
-sanitize: .venv/installed  ## Run the kernels' tests under ASan and UBSan
-	$(MAKE) -j2 --output-sync sanitize-cpu sanitize-cuda
+sanitize: sanitize-cpu sanitize-cuda  ## Run the kernels' tests under ASan and UBSan
 
-sanitize-cpu: .venv/installed  ## The same, of the CPU's kernels alone
+sanitize-cpu: .venv/installed
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
 	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
 	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest tests -k 'not compile' --ignore tests/test_cuda_on_host.py $(UNSANITIZED) $(ARGS)
 
-sanitize-cuda: .venv/installed  ## The same, of the CUDA kernels alone, on the CPU
+sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
 	$(SANITIZED) FASTKD_SHIM_TEST_PATH="$$(ls build/cuda_on_host_sanitized/_shim_test*.so)" \
 	    $(BIN)/pytest tests/test_cuda_on_host.py
@@ -102,5 +103,5 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo test test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
+.PHONY: help demo test test-cpu test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
     sanitize sanitize-cpu sanitize-cuda clean

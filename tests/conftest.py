@@ -26,6 +26,9 @@ if DEVICE != "cpu":
     torch.backends.cudnn.allow_tf32 = False
 
 SEED = int(os.environ.get("FASTKD_TEST_SEED") or secrets.randbelow(2**32))
+# The workers of pytest-xdist must collect the same tests, some of whose names show numbers.
+os.environ["FASTKD_TEST_SEED"] = str(SEED)
+torch.manual_seed(SEED)
 
 
 def pytest_report_header():

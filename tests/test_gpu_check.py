@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,13 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_check import __main__ as gpu_check
-from gpu_check.__main__ import GRACE, Part, run, run_all, stages, table
+from gpu_check.__main__ import GRACE, Part, hear_interrupts, run, run_all, stages, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code, name="part", limit=30.0, **others):
     return Part(name, [sys.executable, "-c", code], limit, **others)
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    hear_interrupts()
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_how_a_part_ends(tmp_path):

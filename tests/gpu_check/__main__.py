@@ -183,6 +183,11 @@ def _last_line(log: Path) -> str:
     return next(filter(None, reversed(lines)), "")
 
 
+def hear_interrupts() -> None:
+    """A shell's background jobs do not, nor would the parts that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_all(todo: list[list[Part]], out: Path, say: Callable[[str], None] = print) -> list[Result]:
     results = []
 
@@ -216,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here")
+    hear_interrupts()
     capability = "{}{}".format(*torch.cuda.get_device_capability())
     out.mkdir(parents=True, exist_ok=True)
     # Workers of one run draw the same inputs, and may do so again.
