@@ -39,6 +39,17 @@ def test_weights(backend, dtype, weights):
     check_distillation(student, teacher, labels, backend, soft_weight=soft, hard_weight=hard)
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (5, 7), (5, 300), (5, 1100), (16, 5, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_terms_that_are_off(backend, dtype, shape):
+    """Not even the NaN of a student that excludes every class."""
+    student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=dtype)
+    student[1] = -math.inf
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+    keywords = {"soft_weight": 0.0, "hard_weight": 0.0, "dim": 1}
+    check_distillation(student, teacher, labels, backend, **keywords)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
 def test_weight_0_switches_an_infinite_term_off(backend, weights, smoothing):

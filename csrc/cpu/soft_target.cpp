@@ -69,6 +69,17 @@ void forward_side_by_side(const Tensors& t, const Rows<3>& rows, const Plan<A>& 
   });
 }
 
+// Where both terms are switched off nothing is left of a gradient, NaN neither.
+template <class A, int N>
+void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradient, int side) {
+  if (gradient == nullptr || plan.soft_gradient != 0 || plan.hard_gradient != 0) return;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    int64_t offsets[N];
+    rows.offsets(row, offsets);
+    zero_row<A>(*gradient, offsets[side], rows.class_stride[side], rows.classes);
+  }
+}
+
 // Without a table the statistics are forgotten.
 template <class A>
 void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
@@ -94,6 +105,7 @@ void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
         forward_side_by_side<A, S>(t, rows, plan, labels, table, threads);
     });
   }
+  zero_if_off(plan, rows, t.gradient, 2);
   reduce(table, rows.count, plan, p, loss);
 }
 
@@ -118,6 +130,8 @@ void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels
     backward_row(t, plan, offsets, rows.class_stride, labels ? labels[row] : 0,
                  table + row * kCount, by_row ? factors[row] : factors[0]);
   });
+  zero_if_off(plan, rows, t.gradient, 2);
+  zero_if_off(plan, rows, t.to_teacher, 3);
 }
 
 bool in_double(const Tensor& a, const Tensor& b) {

@@ -44,13 +44,13 @@ def loaded() -> Any:
     return module
 
 
-def view(t: Tensor | None) -> Any:
-    """What the module sees of a tensor, which the caller keeps alive."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride())
-
-
 def views(*tensors: Tensor | None) -> list[Any]:
-    """What the module sees of several."""
+    """What the module sees of tensors, which the caller keeps alive."""
     return [
         None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride()) for t in tensors
     ]
+
+
+def view(t: Tensor) -> Any:
+    """The same of one."""
+    return views(t)[0]

@@ -26,7 +26,7 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
     usage = listings.usage(
         _run(
             *(compiler, *nvcc.FLAGS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"),
-            *("-o", cubin, str(_with_sizes(source))),
+            *("-o", cubin, str(_with_sizes(source, architecture))),
         )
     )
     elf = _run(_CUOBJDUMP, "-elf", cubin)
@@ -43,14 +43,15 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
     return sorted(kernels)
 
 
-def _with_sizes(source: Path) -> Path:
+def _with_sizes(source: Path, architecture: int) -> Path:
     """The source, and variables as large as its kernels' shared memory, which launches choose."""
     structs = sorted({demand.shared for demand in DEMANDS.get(source.stem, []) if demand.shared})
     lines = [f'#include "{source}"', 'extern "C" {']
     lines += [
         f"__device__ char {_SIZE_OF}{name}[sizeof(fastkd::cuda::{name})];" for name in structs
     ]
-    sized = FOLDER / source.name
+    # One for each architecture: these are compiled side by side.
+    sized = FOLDER / f"{source.stem}.sm_{architecture}.cu"
     sized.write_text("\n".join([*lines, "}", ""]))
     return sized
 
