@@ -4,6 +4,9 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 OUT ?= build/gpu_check
 
+# With -j, Ninja would ask make for its turn, through files that are not handed down to it.
+unexport MAKEFLAGS
+
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
