@@ -54,3 +54,8 @@ def views(*tensors: Tensor | None) -> list[Any]:
 def view(t: Tensor) -> Any:
     """The same of one."""
     return views(t)[0]
+
+
+def as_buffer(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, and in the precision of the loss."""
+    return grad_output.to(dtype).contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd.dispatch import Facts, Refusal
-from fastkd.kernels.compiled import DTYPES, REDUCTIONS, loaded, view, views
+from fastkd.kernels.compiled import DTYPES, REDUCTIONS, as_buffer, loaded, view, views
 from fastkd.kernels.refusals import USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
@@ -86,7 +86,7 @@ def hint_backward(
     in_place: bool = False,
 ) -> None:
     """Fill the gradients that are wanted, of students and then of teachers."""
-    grad_output = grad_output.to(compute_dtype(*students, *teachers)).contiguous()
+    grad_output = as_buffer(grad_output, compute_dtype(*students, *teachers))
     loaded().cuda_hint_backward(
         view(grad_output),
         views(*students),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd.dispatch import Facts, Refusal
 from fastkd.kernels import cuda
-from fastkd.kernels.compiled import REDUCTIONS, load, loaded, view, views
+from fastkd.kernels.compiled import REDUCTIONS, as_buffer, load, loaded, view, views
 from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
@@ -41,11 +41,6 @@ def refuse(facts: Facts) -> Refusal | None:
 def _addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
     """Of the winners that go with the slopes; 0 where the kind of map has none."""
     return [w.data_ptr() for w in winners] or [0] * len(slopes)
-
-
-def _grad_output(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, and in the precision of the loss."""
-    return grad_output.to(dtype).contiguous()
 
 
 # Parameter objects are immutable, and a training run uses a handful.
@@ -98,7 +93,7 @@ def soft_target_backward(
     p: "soft_target_ops.Parameters",
 ) -> None:
     """Fill the gradients that are wanted."""
-    grad_output = _grad_output(grad_output, statistics.dtype)
+    grad_output = as_buffer(grad_output, statistics.dtype)
     if labels is not None:
         labels = labels.contiguous()
     loaded().soft_target_backward(
@@ -156,7 +151,7 @@ def attention_backward(
     p: "attention_ops.MapParameters",
 ) -> None:
     """Fill the features' gradients."""
-    grad_output = _grad_output(grad_output, slopes[0].dtype)
+    grad_output = as_buffer(grad_output, slopes[0].dtype)
     loaded().attention_backward(
         view(grad_output),
         views(*features),
@@ -200,7 +195,7 @@ def hint_backward(
     """
     if not grad_output.is_cpu:
         return cuda.hint_backward(grad_output, students, teachers, gradients, p, in_place)
-    grad_output = _grad_output(grad_output, compute_dtype(*students, *teachers))
+    grad_output = as_buffer(grad_output, compute_dtype(*students, *teachers))
     loaded().hint_backward(
         view(grad_output),
         views(*students),
