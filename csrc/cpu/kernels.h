@@ -19,8 +19,9 @@ struct SoftTargetParameters {
 };
 
 // Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py). After
-// those of the last row come the parts of the loss, (hard, KL).
+// those of the last row come the parts of the loss, (hard, KL), and the number of rows that count.
 enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
+constexpr int kParts = 3;
 
 struct SoftTargetKernels {
   // loss is a scalar, or one per row; statistics and gradient may be absent.

@@ -88,7 +88,7 @@ void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
   const Rows<3> rows({t.student, t.teacher, &gradient}, p.dim);
   const Plan<A> plan(rows.count, rows.classes, labels, p);
   const int threads = threads_for(rows.count * rows.classes, p.threads);
-  Array<A> own(table == nullptr ? rows.count * kCount + 2 : 0);
+  Array<A> own(table == nullptr ? rows.count * kCount + kParts : 0);
   if (table == nullptr) table = own.data();
   bool gathers = t.student->dtype != t.teacher->dtype;
   for (int64_t stride : rows.class_stride) gathers |= stride != 1;

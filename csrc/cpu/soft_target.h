@@ -24,6 +24,7 @@ struct Plan {
   Exp<A> softened, sharp;      // exp(x / T), exp(x)
   double inverse_temperature;  // as `softened` has it
   double smoothing;
+  int64_t kept;                         // rows that are not ignored
   double divisor;                       // of the reduction
   double soft_gradient, hard_gradient;  // of q − p, and of q₁ − target
 
@@ -35,8 +36,8 @@ struct Plan {
         softened(1 / p.temperature),
         sharp(1),
         inverse_temperature(softened.rate),
-        smoothing(p.label_smoothing) {
-    int64_t kept = rows;
+        smoothing(p.label_smoothing),
+        kept(rows) {
     for (int64_t row = 0; hard && row < rows; ++row) kept -= labels[row] == ignore_index;
     divisor = p.reduction == Reduction::batchmean ? double(kept)
               : p.reduction == Reduction::mean    ? double(kept) * double(classes)
@@ -111,6 +112,7 @@ void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParamet
   A* parts = table + rows * kCount;
   parts[0] = A(hard);
   parts[1] = A(soft);
+  parts[2] = A(plan.kept);
 }
 
 }  // namespace fastkd::FASTKD_ISA

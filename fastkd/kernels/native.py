@@ -69,6 +69,8 @@ def soft_target_forward(
     p: "soft_target_ops.Parameters",
 ) -> None:
     """Fill the loss, and those that are wanted of the rows' statistics and the gradient."""
+    if not student.is_cpu:
+        return cuda.soft_target_forward(student, teacher, labels, loss, statistics, gradient, p)
     if labels is not None:
         labels = labels.contiguous()
     sides = views(student, teacher, gradient)
@@ -91,8 +93,16 @@ def soft_target_backward(
     to_student: Tensor | None,
     to_teacher: Tensor | None,
     p: "soft_target_ops.Parameters",
+    in_place: bool = False,
 ) -> None:
-    """Fill the gradients that are wanted."""
+    """Fill the gradients that are wanted.
+
+    `in_place` says that they are those for a `grad_output` of 1: on a GPU they stay where it is 1.
+    """
+    if not student.is_cpu:
+        return cuda.soft_target_backward(
+            grad_output, student, teacher, labels, statistics, to_student, to_teacher, p, in_place
+        )
     grad_output = as_buffer(grad_output, statistics.dtype)
     if labels is not None:
         labels = labels.contiguous()

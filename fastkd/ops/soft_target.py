@@ -26,8 +26,9 @@ from fastkd.reference.precision import compute_dtype
 
 # Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
 # temperature 1, the KL divergence and the cross-entropy. All that backward needs of a row. After
-# the last row come the parts of the loss, `(hard, KL)`.
+# the last row come the parts of the loss, `(hard, KL)`, and the number of rows that count.
 STATISTICS = 7
+PARTS = 3
 
 _PARAMETERS = (
     "float temperature, float soft_weight, float hard_weight, float label_smoothing, "
@@ -63,7 +64,7 @@ def _outputs(
     statistics = None
     if with_statistics:
         count = student.numel() // student.shape[p.dim]
-        statistics = student.new_empty(count * STATISTICS + 2, dtype=dtype)
+        statistics = student.new_empty(count * STATISTICS + PARTS, dtype=dtype)
     gradient = torch.empty_like(student) if with_gradient else None
     return student.new_empty(rows, dtype=dtype), statistics, gradient
 
@@ -129,7 +130,7 @@ def backward(
 
 @define(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, Tensor teacher, "
-    f"Tensor? labels, Tensor statistics, {_PARAMETERS}) -> ()",
+    f"Tensor? labels, Tensor statistics, bool in_place, {_PARAMETERS}) -> ()",
     lambda *_: None,
     Parameters,
 )
@@ -140,11 +141,15 @@ def rescale(
     teacher: Tensor,
     labels: Tensor | None,
     statistics: Tensor,
+    in_place: bool,
     p: Parameters,
 ) -> None:
-    """Forward's gradient for another scalar `grad_output`, computed again in its place."""
+    """The student's gradient for a scalar `grad_output`, computed from the inputs.
+
+    `in_place` says that `gradient` holds forward's, for a `grad_output` of 1.
+    """
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output, student, teacher, labels, statistics, gradient, None, p
+        grad_output, student, teacher, labels, statistics, gradient, None, p, in_place
     )
 
 
@@ -191,7 +196,7 @@ class SoftTarget(Fused):
                     [gradient],
                     grad_output,
                     p.backend,
-                    lambda to, _: rescale(to[0], grad_output, student, *others, p),
+                    lambda to, in_place: rescale(to[0], grad_output, student, *others, in_place, p),
                 )
                 gradients = to, None
             else:
@@ -217,4 +222,4 @@ def soft_target_parts(
         loss, statistics = SoftTarget.record(student, teacher, labels, True, p)
     else:
         loss, statistics, _ = forward(student, teacher, labels, True, False, p)
-    return loss, statistics[-2], statistics[-1]
+    return loss, statistics[-3], statistics[-2]
