@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks --help`."""
 
 import argparse
+import contextlib
 import datetime
 import platform
 import sys
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import fastkd
 from benchmarks import report
-from benchmarks.contenders import BACKENDS, CONTENDERS, explain, lineup
+from benchmarks.contenders import BACKENDS, CONTENDERS, lineup, refusal
 from benchmarks.cpu import Cpu
 from benchmarks.cuda import Cuda
 from benchmarks.measure import Device, measure
@@ -45,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="default: eager, compile and the kernels of fastkd that a loss has here",
+        help="default: eager, compile, the kernels that a loss has here, Liger-Kernel's on a GPU",
     )
     parser.add_argument(
         "--seconds", type=_positive, help="of timing for each workload (3; 0.2 with --quick)"
@@ -83,7 +84,8 @@ def chosen(options: argparse.Namespace) -> list[tuple[Workload, torch.dtype]]:
         (workload.shrunk(_QUICK_FRACTION) if options.quick else workload, dtype)
         for workload in WORKLOADS
         for dtype in map(_DTYPES.__getitem__, dict.fromkeys(options.dtype))
-        if dtype in workload.dtypes
+        if options.device in workload.devices
+        and dtype in workload.dtypes
         and any(t in f"{workload.loss} {workload.family} {workload.name}".lower() for t in wanted)
     ]
 
@@ -98,7 +100,7 @@ def jobs(options: argparse.Namespace, device: Device) -> list[Job]:
     for name in options.contenders or ["native"]:
         if name in taking_part:
             continue
-        reason = explain(*todo[0][:2], device.name, name).reasons[name]
+        reason = refusal(name, *todo[0][:2], device.name)
         if options.contenders:
             raise SystemExit(f"{name} cannot run here: {reason}")
         print(f"{name} is not measured: {reason}", file=sys.stderr)
@@ -106,6 +108,7 @@ def jobs(options: argparse.Namespace, device: Device) -> list[Job]:
 
 
 def run(todo: list[Job], device: Device, options: argparse.Namespace) -> list[Case]:
+    """All of it, or what was measured when Ctrl-C or a time limit cut it short."""
     seconds = options.seconds or (0.2 if options.quick else 3.0)
     columns = (
         BarColumn(bar_width=20),
@@ -113,8 +116,9 @@ def run(todo: list[Job], device: Device, options: argparse.Namespace) -> list[Ca
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    cases = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    cases: list[Case] = []
+    progress = Progress(*columns, console=Console(stderr=True))
+    with contextlib.suppress(KeyboardInterrupt), progress:
         task = progress.add_task("", total=len(todo))
         for workload, dtype, contenders in todo:
             label = f"{workload.loss} {workload.name} {str(dtype).removeprefix('torch.')}"
@@ -192,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"the machine is busy (load {machine['load']:.1f}): figures will be noisy")
     before = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
     cases = run(todo, device, options)
-    after = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
+    cut_short = len(cases) < len(todo)
+    # Whoever cut it short will not wait for long.
+    after = before if cut_short else device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
     record = Record(
         schema=SCHEMA,
         device=device.name,
@@ -201,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         machine=machine,
         versions=versions(device),
         options=_shown(options),
-        complete=is_complete(options) and subject == "native",
+        complete=is_complete(options) and subject == "native" and not cut_short,
         subject=subject,
         # The better of the two: no share is flattered by a noisy minute.
         copy_bandwidth={kind: max(before[kind], after[kind]) for kind in before},
@@ -212,8 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
     stem = options.output / (device.name if record.complete else f"{device.name}-partial")
     record.save(stem.with_suffix(".json"))
     console.print(f"\nwritten to {stem}.json", highlight=False)
-    draw(record, stem.with_suffix(".png"), console)
     problems = report.complaints(record)
+    if cut_short:
+        problems.append(f"cut short: {len(cases)} of {len(todo)} workloads were measured")
+    else:
+        draw(record, stem.with_suffix(".png"), console)
     for problem in problems:
         console.print(problem, style="red", highlight=False)
     return 1 if problems else 0

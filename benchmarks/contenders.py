@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from benchmarks import liger
 from benchmarks.workloads import Workload
 from fastkd.dispatch import Explanation
 
@@ -36,6 +37,7 @@ CONTENDERS: dict[str, Build] = {
     "eager": _eager,
     "compile": _compiled,
     **{backend: _fused(backend) for backend in BACKENDS},
+    **liger.CONTENDERS,
 }
 
 
@@ -49,6 +51,16 @@ def explain(
     )
 
 
+def refusal(name: str, workload: Workload, dtype: torch.dtype, device: str) -> str | None:
+    """Why a contender cannot take part, or None if it can."""
+    if name in liger.CONTENDERS:
+        return liger.refusal(name, workload, device)
+    if name not in BACKENDS:
+        return None
+    found = explain(workload, dtype, device, name)
+    return None if found.chosen else found.reasons[name]
+
+
 def lineup(
     workload: Workload, dtype: torch.dtype, device: str, wanted: list[str] | None
 ) -> list[str]:
@@ -58,8 +70,9 @@ def lineup(
     """
 
     def can(name: str) -> bool:
-        return name not in BACKENDS or explain(workload, dtype, device, name).chosen is not None
+        return refusal(name, workload, dtype, device) is None
 
     if wanted is not None:
         return list(filter(can, dict.fromkeys(wanted)))
-    return ["eager", "compile", *(list(filter(can, KERNELS)) or ["reference"])]
+    kernels = list(filter(can, KERNELS)) or ["reference"]
+    return ["eager", "compile", *kernels, *filter(can, liger.CONTENDERS)]

@@ -80,7 +80,8 @@ GPU_LEGEND = (
     "where there is one, else of ms. A graph of more than the L2 holds finds it flushed; of less, "
     "20 steps run one after another and find their inputs there. float32 products are true "
     "float32, not TF32, for every contender. Losses without kernels on the GPU are served by the "
-    "reference, and it is what their ratios are about."
+    "reference, and it is what their ratios are about. liger is Liger-Kernel's KL divergence, and "
+    "cross-entropy, behind torch's softmax; liger_jsd is its Jensen-Shannon divergence with beta 0."
 )
 
 

@@ -7,6 +7,7 @@
 #include <omp.h>
 #endif
 
+#include "arguments.h"
 #include "cpu/calls.h"
 #include "tensor_caster.h"
 
@@ -32,13 +33,6 @@ calls::Winners winners_at(const std::vector<Address>& addresses) {
   return winners;
 }
 
-struct SoftTarget : SoftTargetParameters {
-  SoftTarget(double temperature, double soft_weight, double hard_weight, double label_smoothing,
-             int64_t ignore_index, int reduction, int dim, int threads)
-      : SoftTargetParameters{temperature,  soft_weight,          hard_weight, label_smoothing,
-                             ignore_index, Reduction(reduction), dim,         threads} {}
-};
-
 struct Map : MapParameters {
   Map(int kind, double p, double eps, int channel_dim, int threads)
       : MapParameters{MapKind(kind), p, eps, channel_dim, threads} {}
@@ -60,8 +54,7 @@ struct Hint : calls::HintParameters {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled kernels of fastkd; see fastkd.kernels.native.";
 
-  py::class_<SoftTarget>(m, "SoftTarget")
-      .def(py::init<double, double, double, double, int64_t, int, int, int>());
+  bind_arguments(m);
   py::class_<Map>(m, "Map").def(py::init<int, double, double, int, int>());
   py::class_<Transfer>(m, "Transfer").def(py::init<int, double, double, int>());
   py::class_<Hint>(m, "Hint").def(py::init<double, int, int>());
@@ -70,7 +63,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "soft_target_forward",
       [](const Tensor& student, const Tensor& teacher, Address labels, Address loss,
-         Address statistics, const Tensor& gradient, const SoftTarget& p) {
+         Address statistics, const Tensor& gradient, const SoftTargetArguments& p) {
         calls::soft_target_forward(student, teacher, at<const int64_t>(labels), at<void>(loss),
                                    at<void>(statistics), gradient, p);
       },
@@ -79,7 +72,7 @@ PYBIND11_MODULE(_native, m) {
       "soft_target_backward",
       [](const Tensor& grad_output, const Tensor& student, const Tensor& teacher, Address labels,
          Address statistics, const Tensor& to_student, const Tensor& to_teacher,
-         const SoftTarget& p) {
+         const SoftTargetArguments& p) {
         calls::soft_target_backward(grad_output, student, teacher, at<const int64_t>(labels),
                                     at<const void>(statistics), to_student, to_teacher, p);
       },

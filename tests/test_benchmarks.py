@@ -24,27 +24,50 @@ from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
 from benchmarks.workloads import WORKLOADS  # noqa: E402
 from fastkd.dispatch import Explanation  # noqa: E402
 
-CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.dtypes]
+DEVICES = ("cpu", "cuda")
+ALL_CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.dtypes]
+CASES = [(workload, dtype) for workload, dtype in ALL_CASES if "cpu" in workload.devices]
 SMALL = WORKLOADS[0].shrunk(16)
 FLOAT = torch.float32
 
 
-def test_every_public_loss_has_a_workload():
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_public_loss_has_a_workload(device):
     public = {
         name
         for name in fastkd.__all__
         if inspect.isfunction(getattr(fastkd, name))
         and getattr(fastkd, name).__module__.startswith("fastkd.losses.")
     }
-    assert public == {workload.loss for workload in WORKLOADS}
+    assert public == {w.loss for w in WORKLOADS if device in w.devices}
 
 
-def test_workloads_are_told_apart_by_family_and_name():
-    assert len({(w.family, w.name) for w in WORKLOADS}) == len(WORKLOADS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_workloads_are_told_apart_by_family_and_name(device):
+    names = [(w.family, w.name) for w in WORKLOADS if device in w.devices]
+    assert len(set(names)) == len(names)
+
+
+def test_the_committed_record_has_the_workloads_of_the_cpu():
+    record = Record.load(ROOT / "benchmarks" / "results" / "cpu.json")
+    recorded = [(c.family, c.workload, c.dtype, c.headline) for c in record.cases]
+    assert recorded == [
+        (w.family, w.name, str(dtype).removeprefix("torch."), w.headline) for w, dtype in CASES
+    ]
+
+
+def test_workloads_of_a_gpu_leave_room_for_every_contender():
+    """Bytes for each logit: inputs and gradient, a float64 gradient, and five in float32."""
+    logits = [(w, dtype) for w, dtype in ALL_CASES if "cuda" in w.devices and "soft" in w.family]
+    most = max(
+        torch.Size(w.student[0]).numel() * (3 * dtype.itemsize + 8 + 5 * 4) for w, dtype in logits
+    )
+    assert most < 70 * 2**30
 
 
 @pytest.mark.parametrize(
-    ("workload", "dtype"), [pytest.param(w, d, id=f"{w.loss}-{w.name}-{d}") for w, d in CASES]
+    ("workload", "dtype"),
+    [pytest.param(w, d, id=f"{w.loss}-{w.name}-{d}-{'-'.join(w.devices)}") for w, d in ALL_CASES],
 )
 def test_eager_statement_is_the_loss_that_fastkd_computes(workload, dtype):
     small = workload.shrunk(10**6)
@@ -278,7 +301,12 @@ def test_only_a_whole_run_may_stand_in_the_documentation():
 
 
 def test_workloads_follow_the_options():
-    assert len(cli.chosen(cli.parse([]))) == len(CASES)
+    assert cli.chosen(cli.parse([])) == CASES
+    large = cli.chosen(cli.parse(["--device", "cuda", "--filter", "(8192,128256)"]))
+    assert [(w.loss, dtype) for w, dtype in large] == [
+        ("soft_target_loss", torch.bfloat16),
+        ("distillation_loss", torch.bfloat16),
+    ]
     options = ["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]
     chosen = cli.chosen(cli.parse(options))
     assert [(w.name, dtype) for w, dtype in chosen] == [
@@ -309,7 +337,6 @@ def some_kernels(monkeypatch):
         return Explanation(workload.loss, name if can else None, {name: "no kernels"})
 
     monkeypatch.setattr(contenders, "explain", explain)
-    monkeypatch.setattr(cli, "explain", explain)
 
 
 def test_all_kernels_take_part_and_the_reference_where_there_are_none(some_kernels, capsys):
@@ -327,6 +354,21 @@ def test_all_kernels_take_part_and_the_reference_where_there_are_none(some_kerne
     assert jobs["attention_map"] == ["triton", "eager"]
     cli.jobs(cli.parse(["--filter", "map"]), Cpu())
     assert capsys.readouterr().err == "native is not measured: no kernels\n"
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+    cases = iter([measured(["eager"])])
+
+    def one_and_no_more(*arguments):
+        if case := next(cases, None):
+            return case
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure", one_and_no_more)
+    options = ["--quick", "--filter", "(64,100)", "--contenders", "eager"]
+    assert cli.main([*options, "--output", str(tmp_path)]) == 1
+    record = Record.load(tmp_path / "cpu-partial.json")
+    assert (len(record.cases), record.complete) == (1, False)
 
 
 def test_every_workload_can_be_explained():

@@ -67,6 +67,7 @@ PROPERTIES = SimpleNamespace(
 def gpu(monkeypatch):
     """A `Cuda` whose tensors are on the CPU, and whose GPU is the two classes above."""
     monkeypatch.setattr(Event, "clock", 0.0)
+    modes = []
     fakes = {
         "Event": Event,
         "CUDAGraph": Graph,
@@ -76,6 +77,7 @@ def gpu(monkeypatch):
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "get_device_properties": lambda: PROPERTIES,
         "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda mode: modes.append(mode),
         "memory_allocated": lambda: 100,
         "max_memory_allocated": lambda: 350,
         "reset_peak_memory_stats": lambda: None,
@@ -85,7 +87,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Cuda, "name", "cpu")
     monkeypatch.setattr(cuda, "_COPY_BYTES", 1 << 10)
-    return Cuda()
+    gpu = Cuda()
+    gpu.modes = modes
+    return gpu
 
 
 def test_gpu_times_leave_preparation_and_flush_out(gpu):
@@ -117,15 +121,28 @@ def test_gpu_graph_time_is_of_one_step(gpu, ideal_bytes, steps):
     def prepare():
         prepared[:] = [True]
 
-    Graph.steps = -cuda._CAPTURE_WARMUPS
+    Graph.steps = -cuda._CAPTURE_WARMUPS - 1
     assert gpu.graph_seconds(prepare, step, ideal_bytes) == 1.0
     assert Graph.steps == steps
+
+
+def test_what_waits_for_the_gpu_is_not_captured(gpu, monkeypatch):
+    """It fails before the capture does."""
+
+    def step():
+        if gpu.modes and gpu.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: pytest.fail("captured"))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        gpu.graph_seconds(lambda: None, step, 1000)
+    assert gpu.modes == ["error", "default"]
 
 
 def test_gpu_memory_machine_and_copy(gpu):
     assert gpu.peak_extra_bytes(lambda: None, lambda: None) == 250
     assert gpu.machine()["capability"] == "9.0"
-    assert set(gpu.versions()) == {"cuda", "triton"}
+    assert set(gpu.versions()) == {"cuda", "triton", "liger-kernel"}
     assert 0 <= gpu.host_seconds(lambda: None, lambda: None) < 1
     gpu._between_events = lambda step: (step(), 4.0)[1]
     assert gpu.copy_bandwidth(0) == {"warm": 2 * 1024 / 4.0}

@@ -128,6 +128,13 @@ def test_each_kernel_has_its_demand_and_each_demand_its_kernel():
     assert len(problems("another", [kernel()])) == 1
 
 
+def test_a_kernel_may_be_empty_before_an_architecture(monkeypatch):
+    lines = [Demand("row<", loads=4, since=90)]
+    monkeypatch.setattr(kernels, "DEMANDS", {"loss": lines})
+    assert problems("loss", [kernel(architecture=89, loads=0)]) == []
+    assert problems("loss", [kernel(architecture=90, loads=0)]) != []
+
+
 # As cuda_occupancy.h of CUDA 13.0 has it; in the order: nothing, registers, shared memory, blocks.
 @pytest.mark.parametrize(
     ("changes", "warps"),

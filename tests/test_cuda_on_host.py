@@ -37,6 +37,7 @@ def shim(built):
     built.set_schedule(torch.initial_seed())
     yield built
     built.set_multiprocessors(2)
+    built.set_capability(9, 0)
 
 
 def wrong(shim, expected, call, *args, **kwargs):
@@ -86,7 +87,7 @@ def ring(blocks, threads, cluster):
 
 
 @pytest.mark.parametrize("map_early", [False, True])
-@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
 def test_cluster(shim, cluster, map_early):
     expected = ring(16, 64, cluster)
     assert wrong(shim, expected, shim.ring, 16, 64, cluster, map_early=map_early) == 0
@@ -135,6 +136,49 @@ def test_address_sanitizer_knows_the_ends_of_shared_memory(shim, call):
         check=False,
     )
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr
+
+
+def words(*shape):
+    return torch.randint(2**32, shape).numpy().astype(np.uint32)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_copies(shim, size, depth):
+    x = words(7, 64, size // 4)
+    assert wrong(shim, x, shim.staged, x, depth, depth) == 0
+    for zeros in range(1, size + 1):
+        expected = x.copy()
+        expected.view(np.uint8)[..., size - zeros :] = 0
+        np.testing.assert_array_equal(shim.staged(x, depth, depth, zeros=zeros), expected)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("step", ["wait", "commit", "before_read", "before_reuse"])
+def test_missing_step_of_copies_shows(shim, step, depth):
+    x = words(7, 64, 4)
+    assert wrong(shim, x, shim.staged, x, depth, depth, **{step: False}) > 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_waiting_for_too_few_copies_shows(shim, depth):
+    x = words(7, 64, 4)
+    assert wrong(shim, x, shim.staged, x, depth, depth + 1) > 0
+
+
+def test_no_more_than_8_groups_of_copies_are_left(shim):
+    x = words(12, 64, 1)
+    assert wrong(shim, x, shim.staged, x, 8, 9) == 0
+    assert wrong(shim, x, shim.staged, x, 7, 8) > 0
+
+
+def test_copies_arrive_early_or_late(shim):
+    """Before the source changes or after it, and with the wait at the latest."""
+    seen = set()
+    for seed in SEEDS:
+        shim.set_schedule(seed)
+        seen.add(tuple("never" if np.isnan(x) else int(x) for x in shim.changed()))
+    assert seen == {(1, 1, 1), ("never", 2, 2), ("never", "never", 2)}
 
 
 def test_last_block(shim):
@@ -273,6 +317,15 @@ THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
         ("map elsewhere", rf"{THREAD}: map_shared of what is not in the block's shared memory"),
         ("map too far", rf"{THREAD}: map_shared to block 2 of a cluster of 2"),
         ("misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 16 bytes"),
+        ("copy 12 bytes", rf"{THREAD}: __pipeline_memcpy_async of 12 bytes"),
+        ("copy too many zeros", rf"{THREAD}: __pipeline_memcpy_async zeroes 5 of 4 bytes"),
+        *(
+            (what, rf"{THREAD}: .*_async to what is not in the block's shared memory")
+            for what in ("copy elsewhere", "copy overrun", "copy to another block")
+        ),
+        ("copy from shared", rf"{THREAD}: __pipeline_memcpy_async from shared memory"),
+        ("copy to misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 16 bytes"),
+        ("copy from misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 8 bytes"),
     ],
 )
 def test_misuse_raises(shim, what, message):
@@ -314,10 +367,109 @@ def test_launch_errors(shim, launch, error):
     assert shim.last_errors() == [error, error, "cudaSuccess"]
 
 
-def test_occupancy(shim):
-    assert shim.occupancy(256, 0, 1) == {"multiprocessors": 2, "blocks": 2, "clusters": 4}
-    shim.set_multiprocessors(6)
-    assert shim.occupancy(256, 0, 4) == {"multiprocessors": 6, "blocks": 2, "clusters": 3}
+@pytest.mark.parametrize(
+    "multiprocessors, configuration, occupancy",
+    [
+        (2, (256, 0, 1), (2, 4)),
+        (6, (256, 0, 4), (2, 3)),
+        (8, (512, 128 * KIB, 4), (1, 2)),  # shared memory for one block
+        (8, (512, 100 * KIB, 4), (2, 4)),
+        (8, (512, 113 * KIB, 4), (2, 4)),
+        (8, (512, 113 * KIB + 1, 4), (1, 2)),
+        (132, (512, 128 * KIB, 8), (1, 16)),
+        (132, (512, 128 * KIB, 16, True), (1, 8)),
+        (132, (512, 128 * KIB, 16), (1, "cudaErrorInvalidClusterSize")),
+        (132, (512, 128 * KIB, 9), (1, "cudaErrorInvalidClusterSize")),
+        (132, (512, 128 * KIB, 12, True), (1, 11)),
+        (132, (512, 128 * KIB, 17, True), (1, "cudaErrorInvalidClusterSize")),
+        (2, (512, 128 * KIB, 16, True), (1, 1)),  # what may be launched fits
+        (2, (1025, 0, 2), (0, "cudaErrorInvalidConfiguration")),
+    ],
+)
+def test_occupancy(shim, multiprocessors, configuration, occupancy):
+    shim.set_multiprocessors(multiprocessors)
+    assert shim.occupancy(*configuration) == occupancy
+
+
+def test_occupancy_of_clusters_needs_their_size(shim):
+    assert shim.occupancy(256, 0, 0) == (2, "cudaErrorInvalidClusterSize")
+
+
+@pytest.mark.parametrize(
+    "capability, threads, shared_kib, most",
+    [
+        ((8, 0), 2048, 164, 0),
+        ((8, 6), 1536, 100, 0),
+        ((8, 9), 1536, 100, 0),
+        ((9, 0), 2048, 228, 16),
+        ((10, 0), 2048, 228, 16),
+        ((12, 0), 1536, 100, 8),
+    ],
+)
+def test_capability(shim, capability, threads, shared_kib, most):
+    """Limits of each chip; `most` blocks make a cluster."""
+    shim.set_capability(*capability)
+    assert shim.device() == {
+        "multiprocessors": 2,
+        "major": capability[0],
+        "minor": capability[1],
+        "threads": threads,
+        "shared_bytes": shared_kib * KIB,
+        "shared_bytes_of_block": (shared_kib - 1) * KIB,
+        "clusters": int(most > 0),
+    }
+    assert shim.occupancy(1024, 0, 1)[0] == threads // 1024
+    assert shim.occupancy(32, 49 * KIB, 1)[0] == (2 if shared_kib >= 100 else 1)
+    assert shim.occupancy(32, (shared_kib - 1) * KIB, 1)[0] == 1
+    assert shim.occupancy(32, shared_kib * KIB, 1)[0] == 0
+
+    at_most = (shared_kib - 1) * KIB
+    assert shim.launch_error(shared_bytes=at_most, allowed_shared=at_most) == "cudaSuccess"
+    assert shim.launch_error(allowed_shared=at_most + 1) == "cudaErrorInvalidValue"
+
+    for cluster in (1, 2, 8, 16):
+        _, clusters = shim.occupancy(32, 0, cluster, True)
+        assert clusters == (
+            max(1, 4 // cluster) if cluster <= most else "cudaErrorInvalidClusterSize"
+        )
+    for cluster in (2, 8, 16):
+        error = shim.launch_error(blocks=cluster, cluster=cluster, non_portable=True)
+        assert error == ("cudaSuccess" if cluster <= most else "cudaErrorInvalidClusterSize")
+    assert shim.launch_error(blocks=3) == "cudaSuccess"
+
+
+def test_unknown_capability_raises(shim):
+    with pytest.raises(ValueError, match=r"no chip of capability 3\.5"):
+        shim.set_capability(3, 5)
+    assert shim.device()["major"] == 9
+
+
+def test_a_new_chip_forgets_what_kernels_asked_for(shim):
+    shim.launch_error(allowed_shared=200 * KIB, non_portable=True)
+    shim.set_capability(8, 6)
+    assert shim.allowed() == (48 * KIB, False)
+
+
+@pytest.mark.parametrize("kind, dtype", [("float", np.float32), ("double", np.float64)])
+def test_numbers(shim, kind, dtype):
+    x = np.array([0.3, 1, 7.5, 0, -0.7, -np.inf, np.inf, np.nan], dtype)
+    with np.errstate(all="ignore"):
+        expected = [np.exp(x), np.exp2(x), np.log(x), np.log2(x), np.fmax(x, 1), np.fmin(x, 1)]
+        expected += [x * x + 1, 1 / np.sqrt(x), np.abs(x), np.isfinite(x), np.isnan(x)]
+    got = getattr(shim, f"numbers_{kind}")(x)
+    np.testing.assert_allclose(got, np.stack(expected, -1), rtol=4 * np.finfo(x.dtype).eps)
+
+
+def test_functions_of_floats(shim):
+    pairs = shim.float_pairs(np.array([0.3, 1, 7.5, 0, -0.7, np.inf, np.nan]))
+    np.testing.assert_array_equal(pairs[..., 0], pairs[..., 1])
+
+
+def test_accesses_with_a_hint(shim):
+    floats, integers = values(64, 4).astype(np.float32), words(64, 4)
+    floats_got, integers_got = shim.hints(floats, integers)
+    np.testing.assert_array_equal(floats_got, floats[:, ::-1])
+    np.testing.assert_array_equal(integers_got, integers[:, ::-1])
 
 
 EVERY = np.arange(2**16, dtype=np.uint16)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_check import __main__ as gpu_check
-from gpu_check.__main__ import GRACE, Part, hear_interrupts, run, run_all, stages, table
+from gpu_check.__main__ import FUSED, GRACE, Part, hear_interrupts, run, run_all, stages, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +92,8 @@ def test_the_stages_end_within_eight_minutes_and_time_alone(tmp_path):
         assert len(stage) == 1 or not any(is_timed)
     files = [arg for part in parts for arg in part.command if arg.startswith("tests/")]
     assert [name for name in files if not (ROOT / name).exists()] == []
+    order = [part.name for part in parts if part.name.startswith("benchmarks: ")][1:]
+    assert order == [f"benchmarks: {x}, {d}" for x in FUSED for d in ("bfloat16", "float32")]
     builds = [part for part in parts if part.name == "build"]
     assert builds[0].environment == {"FASTKD_BUILD": "cuda", "FASTKD_CUDA_ARCHS": "90"}
 

@@ -1,7 +1,9 @@
 """Soft targets, alone and with the hard labels, on logits."""
 
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def distillation_loss(
 
 
 def _logits(
-    family: str, temperature: float, shape: Shape, *, dim: int = -1, headline: bool = False
+    family: str, temperature: float, shape: Shape, *, dim: int = -1, **others: Any
 ) -> Workload:
     return Workload(
         "soft_target_loss",
@@ -43,11 +45,11 @@ def _logits(
         soft_target_loss,
         title="" if dim == -1 else f"dim={dim}",
         keywords={"temperature": temperature, "dim": dim},
-        headline=headline,
+        **others,
     )
 
 
-def _distillation(shape: Shape, *, headline: bool = False) -> Workload:
+def _distillation(shape: Shape, **others: Any) -> Workload:
     return Workload(
         "distillation_loss",
         "soft and hard targets",
@@ -55,16 +57,22 @@ def _distillation(shape: Shape, *, headline: bool = False) -> Workload:
         (shape,),
         distillation_loss,
         keywords={"temperature": 4.0},
-        headline=headline,
         labels=True,
+        **others,
     )
 
 
 _vision = partial(_logits, "vision", 4.0)
 _language = partial(_logits, "language", 2.0)
 
-# Vocabularies of language models; beyond the first, with fewer rows than in training, so that eager
-# PyTorch works within 8 GB.
+_CPU: dict[str, Any] = {"devices": ("cpu",)}
+_GPU: dict[str, Any] = {"devices": ("cuda",)}
+# Training at this size has its logits in bfloat16.
+_LARGE: dict[str, Any] = {**_GPU, "dtypes": (torch.bfloat16,)}
+
+# Vocabularies of language models. On the CPU those beyond the first have fewer rows than in
+# training, so that eager PyTorch works within 8 GB; a GPU gets the rows of a training step, and
+# needs 43 GB for the largest.
 WORKLOADS = (
     _vision((64, 100)),
     _vision((128, 100)),
@@ -72,12 +80,18 @@ WORKLOADS = (
     _vision((512, 1000)),
     _vision((128, 21841)),
     _vision((2, 19, 64, 128), dim=1),
-    _language((1024, 32000), headline=True),
-    _language((4096, 32000)),
-    _language((512, 128256)),
-    _language((256, 151936), headline=True),
-    _language((128, 262144)),
+    _language((1024, 32000), headline=True, **_CPU),
+    _language((4096, 32000), **_CPU),
+    _language((512, 128256), **_CPU),
+    _language((256, 151936), headline=True, **_CPU),
+    _language((128, 262144), **_CPU),
+    _language((4096, 32000), headline=True, **_GPU),
+    _language((8192, 128256), headline=True, **_LARGE),
+    _language((8192, 151936), **_LARGE),
+    _language((2048, 262144), **_LARGE),
     _distillation((128, 100)),
     _distillation((256, 1000), headline=True),
-    _distillation((1024, 32000)),
+    _distillation((1024, 32000), **_CPU),
+    _distillation((4096, 32000), **_GPU),
+    _distillation((8192, 128256), **_LARGE),
 )

@@ -66,7 +66,8 @@ class Workload:
 
     `eager` takes the arguments of the fastkd function. `fused` stands in for that function where
     it returns no loss. The reads of the student are those of the best possible kernel: in one
-    forward and backward, and where one sample fits the on-chip memory next to a core.
+    forward and backward, and where one sample fits the on-chip memory next to a core. `devices`
+    are those that it is measured on.
     """
 
     loss: str
@@ -84,6 +85,7 @@ class Workload:
     memory_format: torch.memory_format = torch.contiguous_format
     student_reads: int = 1
     student_reads_on_chip: int = 1
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def name(self) -> str:

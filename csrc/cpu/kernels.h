@@ -3,25 +3,9 @@
 
 #include <cstdint>
 
-#include "../reduction.h"
+#include "../soft_target.h"
 
 namespace fastkd {
-
-struct SoftTargetParameters {
-  double temperature;
-  double soft_weight;
-  double hard_weight;
-  double label_smoothing;
-  int64_t ignore_index;
-  Reduction reduction;
-  int dim;  // of the classes, counted from the front
-  int threads;
-};
-
-// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py). After
-// those of the last row come the parts of the loss, (hard, KL), and the number of rows that count.
-enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
-constexpr int kParts = 3;
 
 struct SoftTargetKernels {
   // loss is a scalar, or one per row; statistics and gradient may be absent.

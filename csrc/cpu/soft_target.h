@@ -95,20 +95,18 @@ void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classe
 // Rows to losses, in an order that no thread changes.
 template <class A>
 void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
-  // A weight of 0 switches its term off, also where the term is infinite.
-  const auto weigh = [](double weight, double value) { return weight == 0 ? 0 : weight * value; };
   double soft = 0, hard = 0;
   for (int64_t row = 0; row < rows; ++row) {
     const double kl = table[row * kCount + kKl], ce = table[row * kCount + kCe];
     if (p.reduction == Reduction::none)
-      loss[row] = A(weigh(p.soft_weight, kl) + weigh(p.hard_weight, ce));
+      loss[row] = A(weighted(p.soft_weight, kl) + weighted(p.hard_weight, ce));
     soft += kl;
     hard += ce;
   }
   soft /= plan.divisor;
   hard /= plan.divisor;
   if (p.reduction != Reduction::none)
-    loss[0] = A(weigh(p.soft_weight, soft) + weigh(p.hard_weight, hard));
+    loss[0] = A(weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard));
   A* parts = table + rows * kCount;
   parts[0] = A(hard);
   parts[1] = A(soft);

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "../arguments.h"
 #include "../tensor_caster.h"
 #include "kernels.h"
 
@@ -13,6 +14,28 @@ inline void bind(pybind11::module_& m) {
   using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("cuda_problem", problem, unlocked());
   m.attr("cuda_scratch_bytes") = kScratchBytes;
+  m.attr("cuda_soft_target_scratch_bytes") = kSoftTargetScratchBytes;
+  m.def(
+      "cuda_soft_target_forward",
+      [](const Tensor& student, const Tensor& teacher, uintptr_t labels, const Tensor& loss,
+         uintptr_t statistics, const Tensor& gradient, uintptr_t scratch,
+         const SoftTargetArguments& p, int device, uintptr_t stream) {
+        soft_target_forward(student, teacher, reinterpret_cast<const int64_t*>(labels), loss,
+                            reinterpret_cast<void*>(statistics), gradient,
+                            reinterpret_cast<void*>(scratch), p, {device, stream});
+      },
+      unlocked());
+  m.def(
+      "cuda_soft_target_backward",
+      [](const Tensor& grad_output, const Tensor& student, const Tensor& teacher, uintptr_t labels,
+         uintptr_t statistics, const Tensor& to_student, const Tensor& to_teacher, bool in_place,
+         const SoftTargetArguments& p, int device, uintptr_t stream) {
+        soft_target_backward(grad_output, student, teacher,
+                             reinterpret_cast<const int64_t*>(labels),
+                             reinterpret_cast<const void*>(statistics), to_student, to_teacher,
+                             in_place, p, {device, stream});
+      },
+      unlocked());
   m.def(
       "cuda_hint_scratch_bytes",
       [](const Tensors& students, const Tensors& teachers, const Tensors& gradients,

@@ -60,12 +60,24 @@ __device__ __forceinline__ Vector<S, N> load(const S* p) {
   return *reinterpret_cast<const Vector<S, N>*>(p);
 }
 
+// To global memory.
 template <int N, class S>
 __device__ __forceinline__ void store(const Vector<S, N>& v, S* p) {
-#ifndef __CUDACC__
+#ifdef __CUDACC__
+  // The compiler would take the access apart where other code writes these elements one by one.
+  uint4 words[sizeof v / kAccess];
+  memcpy(words, &v, sizeof v);
+#pragma unroll
+  for (size_t i = 0; i < sizeof v / kAccess; ++i)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(p) + i * kAccess), "r"(words[i].x), "r"(words[i].y),
+                   "r"(words[i].z), "r"(words[i].w)
+                 : "memory");
+#else
   cuda_on_host::check_aligned(p, kAccess);
-#endif
   *reinterpret_cast<Vector<S, N>*>(p) = v;
+#endif
 }
 
 // f(null pointers of two storage types), for all but float64.

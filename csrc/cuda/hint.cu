@@ -73,6 +73,11 @@ __device__ __forceinline__ double do_units(const Job& job, const Axis* axes, con
   return job.weight * total;
 }
 
+template <class S>
+__device__ Elements<S> elements(const Job& job, Side side, int64_t offset) {
+  return {job.data[side], job.dtype[side == kTeacher], offset};
+}
+
 template <class S, class T, class A>
 __device__ __forceinline__ double do_job(const Job& job, const Axis* axes, const Call<A>& call,
                                          uint32_t& unit, Square& square) {
@@ -80,23 +85,23 @@ __device__ __forceinline__ double do_job(const Job& job, const Axis* axes, const
   if constexpr (!std::is_same_v<S, Any>) {
     if (job.walk == Walk::vectors)
       return do_units(job, axes, call, unit, [&](Offsets offset, int, int length, float factor) {
-        return along_vectors(Elements<S>(job, kStudent, offset[kStudent]).data,
-                             Elements<T>(job, kTeacher, offset[kTeacher]).data,
-                             Elements<S>(job, kGradient, offset[kGradient]).data, length, factor);
+        return along_vectors(elements<S>(job, kStudent, offset[kStudent]).data,
+                             elements<T>(job, kTeacher, offset[kTeacher]).data,
+                             elements<S>(job, kGradient, offset[kGradient]).data, length, factor);
       });
     if (job.walk == Walk::transposed)
       return do_units(job, axes, call, unit,
                       [&](Offsets offset, int width, int length, float factor) {
-                        return across_square(Elements<S>(job, kStudent, offset[kStudent]).data,
-                                             Elements<T>(job, kTeacher, offset[kTeacher]).data,
-                                             Elements<S>(job, kGradient, offset[kGradient]).data,
+                        return across_square(elements<S>(job, kStudent, offset[kStudent]).data,
+                                             elements<T>(job, kTeacher, offset[kTeacher]).data,
+                                             elements<S>(job, kGradient, offset[kGradient]).data,
                                              job, width, length, factor, square);
                       });
   }
   return do_units(job, axes, call, unit, [&](Offsets offset, int width, int length, A factor) {
-    return over_elements<A, S, T>({job, kStudent, offset[kStudent]},
-                                  {job, kTeacher, offset[kTeacher]},
-                                  {job, kGradient, offset[kGradient]}, job, width, length, factor);
+    return over_elements<A>(
+        elements<S>(job, kStudent, offset[kStudent]), elements<T>(job, kTeacher, offset[kTeacher]),
+        elements<S>(job, kGradient, offset[kGradient]), job, width, length, factor);
   });
 }
 

@@ -1,62 +1,10 @@
 // The ways of a warp through a unit of the hint kernel (see hint_jobs.h).
 #pragma once
 
-#include "device.h"
 #include "hint_jobs.h"
+#include "storage.h"
 
 namespace fastkd::cuda {
-
-// One tensor, element by element.
-template <class S>
-struct Elements {
-  S* data;
-  __device__ Elements(const Job& job, Side side, int64_t offset)
-      : data(reinterpret_cast<S*>(job.data[side])) {
-    if (data != nullptr) data += offset;
-  }
-  __device__ float load(int64_t i) const { return widen(data[i]); }
-  __device__ void store(int64_t i, float x) const { data[i] = narrow<S>(x); }
-};
-
-// Storage whose dtype is not known when the kernel is compiled.
-struct Any;
-
-template <>
-struct Elements<Any> {
-  DType dtype;
-  char* data;
-  __device__ Elements(const Job& job, Side side, int64_t offset)
-      : dtype(job.dtype[side == kTeacher]), data(job.data[side]) {
-    if (data != nullptr) data += offset * size_of(dtype);
-  }
-  __device__ double load(int64_t i) const {
-    switch (dtype) {
-      case DType::f64:
-        return reinterpret_cast<const double*>(data)[i];
-      case DType::f32:
-        return reinterpret_cast<const float*>(data)[i];
-      case DType::f16:
-        return widen(reinterpret_cast<const __half*>(data)[i]);
-      default:
-        return widen(reinterpret_cast<const __nv_bfloat16*>(data)[i]);
-    }
-  }
-  __device__ void store(int64_t i, double x) const {
-    switch (dtype) {
-      case DType::f64:
-        reinterpret_cast<double*>(data)[i] = x;
-        return;
-      case DType::f32:
-        reinterpret_cast<float*>(data)[i] = float(x);
-        return;
-      case DType::f16:
-        reinterpret_cast<__half*>(data)[i] = narrow<__half>(float(x));
-        return;
-      default:
-        reinterpret_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(float(x));
-    }
-  }
-};
 
 // The walks return the lane's sum of squared differences, and write factor · (student − teacher)
 // where there is a gradient. They read before they write: the gradient may lie in the student's

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../reduction.h"
+#include "../soft_target.h"
 
 namespace fastkd::cuda {
 
@@ -17,11 +17,27 @@ struct Place {
 // the chip may be another, the driver too old.
 std::string problem(int device);
 
-// Bytes that a forward pass needs to put the sums of its blocks together.
+// Bytes that a forward pass needs to put the sums of its blocks together: hints,
 constexpr int64_t kMostBlocks = 2048;
 constexpr size_t kScratchBytes = sizeof(double) * (kMostBlocks + 1);
 
-// The same of hints with a loss for each sample.
+// and soft targets, which have two sums each, and count their rows.
+constexpr size_t kSoftTargetScratchBytes = sizeof(double) * (2 * kMostBlocks + 2);
+
+// The loss, and what is wanted of the statistics and the student's gradient for a grad_output of 1.
+// The arithmetic is that of the loss's dtype. A label that is no class makes its row NaN.
+void soft_target_forward(const Tensor& student, const Tensor& teacher, const int64_t* labels,
+                         const Tensor& loss, void* statistics, const Tensor& gradient,
+                         void* scratch, const SoftTargetParameters& p, const Place& place);
+
+// Either gradient may be absent. grad_output is a scalar, or one per row, in the loss's dtype.
+// `in_place`: the student's gradient is that for a grad_output of 1, and stays where it is 1.
+void soft_target_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
+                          const int64_t* labels, const void* statistics, const Tensor& to_student,
+                          const Tensor& to_teacher, bool in_place, const SoftTargetParameters& p,
+                          const Place& place);
+
+// Bytes that hints with a loss for each sample need instead.
 size_t hint_scratch_bytes(const Tensors& students, const Tensors& teachers,
                           const Tensors& gradients, DType arithmetic);
 

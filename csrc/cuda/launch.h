@@ -6,8 +6,11 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "kernels.h"
@@ -41,6 +44,8 @@ class Stream {
   int previous_ = 0;
 };
 
+constexpr int kSystemBytes = 1024;  // of each block's shared memory
+
 struct Grid {
   int64_t blocks;
   int threads;
@@ -48,15 +53,16 @@ struct Grid {
   int cluster = 1;  // blocks that share their shared memory
 };
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream,
-            Arguments&&... arguments) {
-  constexpr size_t always_there = 48 << 10;
-  if (grid.shared_bytes > always_there)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
-          "asking for shared memory");
-  cudaLaunchAttribute cluster{};
+inline int attribute(cudaDeviceAttr which, const Stream& stream) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, stream.device), "asking for an attribute");
+  return value;
+}
+
+// A grid as the runtime wants it; `cluster` must outlive it.
+inline cudaLaunchConfig_t config_of(const Grid& grid, const Stream& stream,
+                                    cudaLaunchAttribute& cluster) {
+  cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(grid.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -67,6 +73,28 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
   config.stream = stream.handle;
   config.attrs = &cluster;
   config.numAttrs = grid.cluster > 1;
+  return config;
+}
+
+// Lets a kernel have what it does not have by itself.
+inline void allow(const void* kernel, const Grid& grid) {
+  constexpr size_t always_there = 48 << 10;
+  constexpr int everywhere = 8;
+  if (grid.shared_bytes > always_there)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(grid.shared_bytes)),
+          "asking for shared memory");
+  if (grid.cluster > everywhere)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "asking for a large cluster");
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream,
+            Arguments&&... arguments) {
+  allow(reinterpret_cast<const void*>(kernel), grid);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = config_of(grid, stream, cluster);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
         "launching a kernel");
 }
@@ -85,6 +113,39 @@ int64_t resident_blocks(int threads, size_t shared_bytes, const Stream& stream) 
   const int64_t blocks = int64_t(processors) * each;
   if (is_known) known[size_t(stream.device)] = blocks;
   return blocks;
+}
+
+// As many clusters of a kernel as the device runs at a time; none where it cannot run it.
+template <class... Parameters>
+int64_t resident_clusters(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream) {
+  using Key = std::tuple<const void*, int, int, size_t, int>;
+  static std::mutex mutex;
+  static std::map<Key, int64_t> known;  // the questions take microseconds
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  const Key key{address, stream.device, grid.threads, grid.shared_bytes, grid.cluster};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace(key, 0);
+  if (!is_new) return found->second;
+  if (grid.shared_bytes > size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream)))
+    return 0;
+  allow(address, grid);
+  int count = 0;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute cluster;
+    Grid one = grid;
+    one.blocks = grid.cluster;
+    const cudaLaunchConfig_t config = config_of(one, stream, cluster);
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // a size that this chip does not have
+      count = 0;
+    }
+  } else {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, grid.threads,
+                                                        grid.shared_bytes),
+          "asking for the occupancy");
+    count *= attribute(cudaDevAttrMultiProcessorCount, stream);
+  }
+  return found->second = count;
 }
 
 }  // namespace fastkd::cuda

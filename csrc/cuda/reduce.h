@@ -22,6 +22,7 @@ __device__ __forceinline__ double block_sum(double x, double* warps) {
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();
   double sum = 0;
+#pragma unroll 1
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += warps[warp];
   return sum;
 }

@@ -1,5 +1,6 @@
 """Hands CUDA tensors to the compiled module, on the current stream of their device."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from fastkd.reference.precision import compute_dtype
 
 if TYPE_CHECKING:
     from fastkd.ops import hint as hint_ops
+    from fastkd.ops import soft_target as soft_target_ops
 
-_LOSSES = frozenset({"hint_loss"})
+_LOSSES = frozenset({"hint_loss", "soft_target_loss", "distillation_loss"})
 
 # Private to torch; the public way makes a Stream object first.
 _raw_stream: Any = getattr(
@@ -52,6 +54,68 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return index, _raw_stream(index)
 
 
+def _scratch(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _soft_target(p: "soft_target_ops.Parameters") -> Any:
+    return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, 0)
+
+
+def soft_target_forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    loss: Tensor,
+    statistics: Tensor | None,
+    gradient: Tensor | None,
+    p: "soft_target_ops.Parameters",
+) -> None:
+    """Fill the loss, and those that are wanted of the rows' statistics and the gradient."""
+    if labels is not None:
+        labels = labels.contiguous()
+    module = loaded()
+    scratch = _scratch(loss, module.cuda_soft_target_scratch_bytes)
+    sides = views(student, teacher, loss, gradient)
+    module.cuda_soft_target_forward(
+        *sides[:2],
+        0 if labels is None else labels.data_ptr(),
+        sides[2],
+        0 if statistics is None else statistics.data_ptr(),
+        sides[3],
+        scratch.data_ptr(),
+        _soft_target(p),
+        *_place(loss),
+    )
+
+
+def soft_target_backward(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    statistics: Tensor,
+    to_student: Tensor | None,
+    to_teacher: Tensor | None,
+    p: "soft_target_ops.Parameters",
+    in_place: bool = False,
+) -> None:
+    """Fill the gradients that are wanted."""
+    grad_output = as_buffer(grad_output, statistics.dtype)
+    if labels is not None:
+        labels = labels.contiguous()
+    loaded().cuda_soft_target_backward(
+        *views(grad_output, student, teacher),
+        0 if labels is None else labels.data_ptr(),
+        statistics.data_ptr(),
+        *views(to_student, to_teacher),
+        in_place,
+        _soft_target(p),
+        *_place(grad_output),
+    )
+
+
 def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:
     """Multiply each gradient in place by a scalar, which is read on the device."""
     loaded().cuda_multiply(views(*gradients), view(grad_output), *_place(grad_output))
@@ -71,7 +135,7 @@ def hint_forward(
     size = module.cuda_scratch_bytes
     if p.reduction == "none":
         size = module.cuda_hint_scratch_bytes(*pairs, to, DTYPES[loss.dtype])
-    scratch = torch.empty(size, dtype=torch.uint8, device=loss.device)
+    scratch = _scratch(loss, size)
     module.cuda_hint_forward(
         *pairs, view(loss), to, scratch.data_ptr(), p.scale, reduction, *_place(loss)
     )

@@ -166,7 +166,8 @@ def distillation_loss(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices differ, an argument is out of its range, or a label is
             neither a class nor `ignore_index`. On a GPU a label cannot be looked at without
-            stopping the queue: there torch's own device-side assertion reports it.
+            stopping the queue: there the kernels make the loss and the row's gradient NaN, and with
+            the reference torch's own device-side assertion reports it.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
@@ -243,7 +244,7 @@ def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -
 
 
 def _check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
-    # Compiled code and GPUs would have to wait for the answer; there the kernel or torch asserts.
+    # Compiled code and GPUs would have to wait for the answer.
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
     if labels.numel() == 0 or is_transformed(labels):

@@ -11,6 +11,7 @@ class Demand(NamedTuple):
     # How often, at least, 16 bytes are read and written at a time.
     loads: int = 0
     stores: int = 0
+    since: int = 0  # the architecture; before it the kernel is empty
 
 
 # The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
@@ -23,6 +24,23 @@ DEMANDS = {
         # other's one. Three or more of each are in flight.
         Demand("hint_kernel<", shared="Shared", loads=9, stores=3),
         Demand("hint_rows_kernel<"),
+    ],
+    "soft_target": [Demand("count_kernel")],
+    # Rows are fetched in a loop of one access for each side, and gradients written from registers.
+    "soft_target_rows": [
+        Demand("soft_target_rows_kernel<(Scope)2", loads=2, stores=4, since=90),
+        Demand("soft_target_rows_kernel<", loads=2, stores=1),
+    ],
+    "soft_target_stream": [
+        Demand("soft_target_stream_kernel<double"),
+        Demand("soft_target_stream_kernel<", loads=4, stores=1),
+    ],
+    # A warp's accesses lie side by side, and a thread's are of one element.
+    "soft_target_columns": [Demand("soft_target_columns_kernel<")],
+    "soft_target_backward": [
+        Demand("soft_target_backward_rows_kernel<double"),
+        Demand("soft_target_backward_rows_kernel<", loads=2, stores=2),
+        Demand("soft_target_backward_columns_kernel<"),
     ],
     "multiply": [Demand("multiply_kernel<", loads=4, stores=4)],
     "problem": [Demand("any_kernel")],
@@ -90,6 +108,8 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
             found.append(f"{kernel.name}: tests/cuda_check/kernels.py does not speak of it")
             continue
         met.add(demand)
+        if kernel.architecture < demand.since:
+            continue
         for what, there_are, least in (
             ("loads", kernel.loads, demand.loads),
             ("stores", kernel.stores, demand.stores),

@@ -6,10 +6,13 @@ specialised by Triton's own code, so that what is compiled is what a GPU would r
 
 import contextlib
 import functools
+import itertools
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,8 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import hint, multiply
+from fastkd.kernels.triton import hint, multiply, soft_target
 from fastkd.ops.hint import Parameters
+from fastkd.ops.soft_target import PARTS, STATISTICS
+from fastkd.ops.soft_target import Parameters as SoftTargetParameters
 from fastkd.reference.precision import compute_dtype
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,10 +44,30 @@ class Compiled(NamedTuple):
     wide_loads: bool | None  # 16 bytes at a time; None where that is not promised
 
 
+class Narrow(NamedTuple):
+    """How many accesses may move less than 16 bytes: those of numbers that are not elements."""
+
+    loads: int
+    stores: int
+
+
 class Regime(NamedTuple):
     name: str
     launch: Callable[[], None]
-    is_wide: bool = False
+    narrow: Narrow | None = None  # None where nothing is demanded
+
+
+# Of grad_output, and of a sum.
+_FEW = Narrow(1, 1)
+
+
+# The kernels that go over elements; others add up what these found.
+_ELEMENTWISE = {
+    hint.squared_difference,
+    multiply.scale,
+    soft_target.logits_forward,
+    soft_target.logits_backward,
+}
 
 
 class _Launch(NamedTuple):
@@ -70,11 +95,11 @@ def _uses(student: Tensor, teacher: Tensor) -> list[Regime]:
         hint.hint_backward(upstream, [student], [teacher], gradients, p, in_place)
 
     return [
-        Regime("forward", lambda: forward(scalar, "batchmean", gradient), True),
-        Regime("backward", lambda: backward(scalar, "sum", gradient, to_teacher), True),
-        Regime("per sample", lambda: forward(row, "none"), True),
-        Regime("in place", lambda: backward(scalar, "sum", gradient, in_place=True), True),
-        Regime("loss only", lambda: forward(scalar, "mean"), True),
+        Regime("forward", lambda: forward(scalar, "batchmean", gradient), _FEW),
+        Regime("backward", lambda: backward(scalar, "sum", gradient, to_teacher), _FEW),
+        Regime("per sample", lambda: forward(row, "none"), _FEW),
+        Regime("in place", lambda: backward(scalar, "sum", gradient, in_place=True), _FEW),
+        Regime("loss only", lambda: forward(scalar, "mean"), _FEW),
         Regime("per sample, backward", lambda: backward(row, "none", gradient, to_teacher)),
     ]
 
@@ -126,11 +151,112 @@ _GRADIENTS = {"float32": _X, "float64": _DOUBLE, "channels_last": _channels_last
 def regimes() -> Iterator[Regime]:
     for pairs in (_WIDE, _OTHERS):
         for layout, pair in pairs.items():
-            for use, launch, is_wide in _uses(*pair)[: None if layout in _THOROUGHLY else 3]:
-                yield Regime(f"{layout}, {use}", launch, is_wide and pairs is _WIDE)
+            for use, launch, narrow in _uses(*pair)[: None if layout in _THOROUGHLY else 3]:
+                yield Regime(f"{layout}, {use}", launch, narrow if pairs is _WIDE else None)
     for name, gradient in {**_GRADIENTS, "cropped": _CROPPED}.items():
         call = functools.partial(multiply.multiply, [gradient], _features())
-        yield Regime(f"{name}, multiply", call, name in _GRADIENTS)
+        yield Regime(f"{name}, multiply", call, _FEW if name in _GRADIENTS else None)
+    yield from soft_target_regimes()
+
+
+def soft_target_regimes() -> Iterator[Regime]:
+    for name, (student, teacher, dim, names) in _LOGITS.items():
+        for use, launch, narrow in _uses_of_logits(student, teacher, dim):
+            if use in names:
+                is_wide = name not in _NARROW_LOGITS
+                yield Regime(f"{name}, {use}", launch, narrow if is_wide else None)
+
+
+def _uses_of_logits(student: Tensor, teacher: Tensor, dim: int) -> list[Regime]:
+    """Of student and teacher; each is named after the use."""
+    dtype = compute_dtype(student, teacher)
+    gradient, to_teacher = torch.empty_like(student), torch.empty_like(teacher)
+    labels = student.new_empty(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.int64)
+    scalar, row = student.new_empty((), dtype=dtype), torch.empty_like(labels, dtype=dtype)
+    statistics = student.new_empty(labels.numel() * STATISTICS + PARTS, dtype=dtype)
+    soft = SoftTargetParameters(4.0, 16.0, 0.0, 0.0, -100, "batchmean", dim, "triton")
+    hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
+    by_row = soft._replace(reduction="none")
+    both = student, teacher
+
+    def forward(*args: Any) -> Callable[[], None]:
+        return functools.partial(soft_target.soft_target_forward, *both, *args)
+
+    def backward(upstream: Tensor, *args: Any) -> Callable[[], None]:
+        return functools.partial(soft_target.soft_target_backward, upstream, *both, *args)
+
+    return [
+        # Narrow are a label, its logit, the rows that count and the first logit, and statistics
+        # and sums.
+        Regime("hard", forward(labels, scalar, statistics, gradient, hard), Narrow(4, 10)),
+        Regime("soft", forward(None, scalar, None, gradient, soft), Narrow(0, 3)),
+        Regime("loss only", forward(None, scalar, None, None, soft), Narrow(0, 3)),
+        Regime("by row", forward(None, row, statistics, None, by_row), Narrow(0, 11)),
+        Regime(
+            "backward",
+            backward(scalar, labels, statistics, gradient, to_teacher, hard),
+            Narrow(9, 0),
+        ),
+        Regime(
+            "backward by row",
+            backward(row, None, statistics, gradient, to_teacher, by_row),
+            Narrow(7, 0),
+        ),
+        Regime(
+            "in place",
+            backward(scalar, labels, statistics, gradient, None, hard, True),
+            Narrow(9, 0),
+        ),
+    ]
+
+
+def _both(*shape: int, dtype: torch.dtype = float32) -> tuple[Tensor, Tensor]:
+    x = _features(*shape, dtype=dtype)
+    return x, x
+
+
+_USES = {"hard", "soft", "loss only", "by row", "backward", "backward by row", "in place"}
+_MAPS = _features(8, 19, 64, 64)
+
+# Both sides, the dimension of the classes, and the uses that are compiled.
+_LOGITS: dict[str, tuple[Tensor, Tensor, int, set[str]]] = {
+    "1,000 classes": (*_both(512, 1000), 1, _USES),
+    "1,000 classes, bfloat16": (*_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
+    "1,000 classes, float16 and float32": (
+        _features(512, 1000, dtype=float16),
+        _features(512, 1000),
+        1,
+        {"hard"},
+    ),
+    "4,096 classes": (*_both(512, 4096), 1, {"hard", "soft"}),
+    "4,096 classes, bfloat16": (*_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
+    "32,000 classes": (*_both(512, 32000), 1, {"hard", "loss only"}),
+    "32,000 classes, bfloat16": (*_both(512, 32000, dtype=bfloat16), 1, {"hard", "backward"}),
+    "2,048 classes, float64": (*_both(512, 2048, dtype=float64), 1, {"hard", "backward"}),
+    "5,000 classes, float64": (*_both(512, 5000, dtype=float64), 1, {"hard"}),
+    "10 classes": (*_both(512, 10), 1, {"hard", "backward"}),
+    "33 classes, bfloat16": (*_both(512, 33, dtype=bfloat16), 1, {"hard"}),
+    "50,257 classes, bfloat16": (*_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
+    "rows side by side": (_MAPS, _MAPS, 1, {"hard", "soft", "backward"}),
+    "rows side by side, bfloat16": (*_both(8, 150, 65, 65, dtype=bfloat16), 1, {"hard"}),
+    "rows side by side and apart": (_MAPS, _channels_last(_MAPS), 1, {"hard"}),
+    "far apart": (
+        _features(9, 2**31, dtype=bfloat16)[:, :500],
+        _features(500, 2**31)[:, :9].t(),
+        1,
+        {"hard"},
+    ),
+}
+# Of which some elements are accessed less than 16 bytes at a time.
+_NARROW_LOGITS = {
+    "10 classes",
+    "33 classes, bfloat16",
+    "50,257 classes, bfloat16",
+    "rows side by side",
+    "rows side by side, bfloat16",
+    "rows side by side and apart",
+    "far apart",
+}
 
 
 @contextlib.contextmanager
@@ -165,25 +291,25 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 def compile_all(capabilities: Sequence[int]) -> list[Compiled]:
     """Each kernel of each regime, once where several regimes share it."""
-    found, seen = [], set()
+    jobs = []
     for regime in regimes():
         launches: list[_Launch] = []
         with _caught(launches):
             regime.launch()
-        for launch in launches:
-            for capability in capabilities:
-                kernel = _compile(launch, capability)
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    found.append(_inspected(regime, launch, capability, kernel))
-    return found
+        jobs += list(itertools.product([regime], launches, capabilities))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(lambda job: _compile(*job[1:]), jobs)
+        unique: dict[str, tuple[Any, ...]] = {}
+        for job, kernel in zip(jobs, kernels, strict=True):
+            unique.setdefault(kernel.hash, (*job, kernel))
+        return list(pool.map(lambda job: _inspected(*job), unique.values()))
 
 
 def _inspected(regime: Regime, launch: _Launch, capability: int, kernel: Any) -> Compiled:
     cubin = kernel.asm["cubin"]
     usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _cuobjdump("--dump-resource-usage", cubin)))
     code = _cuobjdump("-sass", cubin)
-    is_wide = regime.is_wide and launch.kernel is not hint.add_up
+    narrow = regime.narrow if launch.kernel in _ELEMENTWISE else None
     return Compiled(
         launch.kernel.__name__,
         regime.name,
@@ -192,14 +318,14 @@ def _inspected(regime: Regime, launch: _Launch, capability: int, kernel: Any) ->
         kernel.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
         int(usage["STACK"]),
-        _are_wide(code) if is_wide else None,
+        None if narrow is None else _are_wide(code, narrow),
     )
 
 
-def _are_wide(code: str) -> bool:
-    """Whether the only narrower accesses are one load, of grad_output, and one store, of a sum."""
-    for kind in ("LDG", "STG"):
+def _are_wide(code: str, narrow: Narrow) -> bool:
+    """Whether no more accesses move less than 16 bytes than may."""
+    for kind, most in zip(("LDG", "STG"), narrow, strict=True):
         accesses = re.findall(rf"\b{kind}\.[.\w]*", code)
-        if sum([not access.endswith(".128") for access in accesses]) > 1:
+        if sum([not access.endswith(".128") for access in accesses]) > most:
             return False
     return "LDG.E.128" in code

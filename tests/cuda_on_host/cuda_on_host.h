@@ -27,6 +27,11 @@ T* map_shared(T* p, unsigned rank) {
   return static_cast<T*>(map_shared_address(p, rank));
 }
 
+// Counters in shared memory, as the chip counts bytes that one block writes into another: any block
+// of the cluster raises one, and only what waits for that many goes on then.
+void raise(unsigned* counter);
+void wait_for(unsigned* counter, unsigned least);
+
 // The chip stops a kernel at an address that is not a multiple of the access; the host would not.
 void misaligned(const void* p, size_t bytes);
 inline void check_aligned(const void* p, size_t bytes) {
@@ -39,6 +44,9 @@ inline void check_aligned(const void* p, size_t bytes) {
 void set_schedule(uint64_t seed);
 
 void set_multiprocessors(int count);
+
+// Makes the device of this chip the current one.
+void set_capability(int major, int minor);
 
 // Whether streams say that they are being captured into a graph. Launches run all the same.
 void set_capturing(bool is_capturing);

@@ -20,6 +20,7 @@ enum class Primitive {
   any,
   all,
   cluster_wait,
+  wait_for,
 };
 
 // Waits for the block; the number of its threads that came with `predicate`.
@@ -199,6 +200,13 @@ auto max(A a, B b) -> std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithm
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline float rsqrt(float x) { return rsqrtf(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+
+inline float __int2float_rn(int x) { return float(x); }
+inline float __uint2float_rn(unsigned x) { return float(x); }

@@ -2,6 +2,8 @@
 #pragma once
 
 // The standard library comes first: what follows takes names that it may use inside.
+#include <math.h>  // kernels call exp and isnan without std::, of floats too
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

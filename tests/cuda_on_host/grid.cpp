@@ -75,6 +75,7 @@ Grid::Grid(const Shape& shape, const std::function<void()>& kernel, uint64_t see
   weight_of_warp_ = second - first;
   weight_of_thread_ = Ready::levels - 1 - second;
   atomics_to_a_switch_ = 2u << random.below(8);
+  copy_delay_ = 1u << 2 * random.below(6);
 
   to_come_.resize(volume(shape.grid) / volume(shape.cluster));
   for (unsigned i = 0; i < to_come_.size(); ++i) {
@@ -176,6 +177,7 @@ void Grid::wake(Thread& thread) {
 }
 
 void Grid::maybe_switch() {
+  let_copies_arrive();
   if (random.below(atomics_to_a_switch_) != 0) return;
   thread->level = random.below(Ready::levels);
   ready_.push(*thread);
@@ -222,7 +224,8 @@ const char* name_of(Primitive primitive) {
   static const char* const names[] = {"nothing",          "__syncthreads",   "__syncthreads_count",
                                       "__syncwarp",       "__shfl_sync",     "__shfl_up_sync",
                                       "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
-                                      "__any_sync",       "__all_sync",      "cluster_wait"};
+                                      "__any_sync",       "__all_sync",      "cluster_wait",
+                                      "wait_for"};
   return names[int(primitive)];
 }
 
@@ -232,6 +235,10 @@ std::string name_of(const Thread& thread) {
            ")";
   };
   return "block " + list(thread.block->index) + ", thread " + list(thread.index);
+}
+
+void fail(const Thread& thread, const std::string& what) {
+  throw std::runtime_error(name_of(thread) + ": " + what);
 }
 
 }  // namespace cuda_on_host

@@ -4,7 +4,8 @@
 // out before. The order is unfair: blocks, warps and threads have levels, drawn from the seed, and
 // what is ready on the highest level runs. So some run as far ahead as the barriers let them while
 // others have not begun, and where a barrier is missing they read what is not there yet, or
-// overwrite what is still needed.
+// overwrite what is still needed. Asynchronous copies arrive as late as their thread's waits let
+// them, or earlier.
 #pragma once
 
 #include <exception>
@@ -42,7 +43,10 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
 
   char* data() const { return data_; }
-  size_t size() const { return size_; }
+  bool holds(const void* p, size_t bytes) const {
+    const auto offset = uintptr_t(p) - uintptr_t(data_);
+    return offset <= size_ && bytes <= size_ - offset;
+  }
   void expire();
   bool written_since_expiry() const;
 
@@ -55,6 +59,14 @@ struct Warp;
 struct Block;
 struct Cluster;
 
+// An asynchronous copy that has not arrived. What its thread does not wait for, never does.
+struct Copy {
+  char* to;
+  const char* from;
+  unsigned size, zeros;  // bytes; the last ones are zeroed instead of read
+  uint64_t group;
+};
+
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   Block* block;
@@ -65,12 +77,17 @@ struct Thread {
   bool ended = false;
 
   Primitive waits_at = Primitive::none;
-  unsigned mask;         // of a warp primitive: who takes part,
-  uint64_t value;        // what this thread came with,
-  unsigned source;       // whose value it wants,
-  uint64_t answer;       // and what it gets; of a block's barrier, the number of predicates
-  bool arrived = false;  // at the cluster's barrier, without having waited there yet
-  uint64_t phase;        // of the cluster's barrier, when it arrived
+  unsigned mask;            // of a warp primitive: who takes part,
+  uint64_t value;           // what this thread came with,
+  unsigned source;          // whose value it wants,
+  uint64_t answer;          // and what it gets; of a block's barrier, the number of predicates
+  bool arrived = false;     // at the cluster's barrier, without having waited there yet
+  uint64_t phase;           // of the cluster's barrier, when it arrived
+  const unsigned* counter;  // of a wait for one,
+  unsigned least;           // and what it must have reached
+
+  std::vector<Copy> copies;
+  uint64_t copy_group = 0;  // of the copies to come
 };
 
 struct Warp {
@@ -97,6 +114,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned live = 0, arrived = 0;  // threads
   uint64_t phase = 0;
+  std::vector<Thread*> waiting;  // for counters
 };
 
 // The threads that can go on.
@@ -141,6 +159,7 @@ class Grid {
   void wake(Thread& thread);
   void draw_levels(Block&);
   void maybe_switch();
+  void let_copies_arrive();  // some of this thread's
 
   Random random;
 
@@ -155,6 +174,7 @@ class Grid {
   const std::function<void()>& kernel_;
   unsigned weight_of_block_, weight_of_warp_, weight_of_thread_;
   unsigned atomics_to_a_switch_;
+  unsigned copy_delay_;            // 1: none
   std::vector<unsigned> to_come_;  // clusters
   std::vector<std::unique_ptr<Cluster>> resident_;
   size_t resident_blocks_ = 0;
@@ -167,5 +187,6 @@ void leave_meetings(Thread&);
 
 const char* name_of(Primitive);
 std::string name_of(const Thread&);
+[[noreturn]] void fail(const Thread&, const std::string& what);
 
 }  // namespace cuda_on_host

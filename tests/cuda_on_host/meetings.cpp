@@ -7,10 +7,6 @@
 namespace cuda_on_host {
 namespace {
 
-[[noreturn]] void fail(const Thread& thread, const std::string& what) {
-  throw std::runtime_error(name_of(thread) + ": " + what);
-}
-
 bool is_shuffle(Primitive at) { return Primitive::shfl <= at && at <= Primitive::shfl_xor; }
 
 // Threads that have ended are not waited for, as on the chip since Volta.
@@ -158,18 +154,44 @@ void cluster_wait() {
   if (self.block->cluster.phase == self.phase) Grid::current->wait(Primitive::cluster_wait);
 }
 
+void raise(unsigned* counter) {
+  maybe_switch();
+  check_aligned(counter, sizeof *counter);
+  ++*counter;
+  auto& waiting = Grid::thread->block->cluster.waiting;
+  for (size_t i = 0; i < waiting.size();) {
+    Thread& other = *waiting[i];
+    if (other.counter != counter || *counter < other.least) {
+      ++i;
+      continue;
+    }
+    waiting[i] = waiting.back();
+    waiting.pop_back();
+    Grid::current->wake(other);
+  }
+}
+
+void wait_for(unsigned* counter, unsigned least) {
+  check_aligned(counter, sizeof *counter);
+  if (*counter >= least) return;
+  Thread& self = *Grid::thread;
+  self.counter = counter;
+  self.least = least;
+  self.block->cluster.waiting.push_back(&self);
+  Grid::current->wait(Primitive::wait_for);
+}
+
 void* map_shared_address(const void* p, unsigned rank) {
   const Thread& self = *Grid::thread;
   const auto& blocks = self.block->cluster.blocks;
   const SharedMemory& mine = self.block->memory;
-  const auto offset = uintptr_t(p) - uintptr_t(mine.data());
-  if (offset > mine.size()) fail(self, "map_shared of what is not in the block's shared memory");
+  if (!mine.holds(p, 0)) fail(self, "map_shared of what is not in the block's shared memory");
   if (rank >= blocks.size())
     fail(self, "map_shared to block " + std::to_string(rank) + " of a cluster of " +
                    std::to_string(blocks.size()));
   if (blocks[rank]->live == 0)
     fail(self, "map_shared to block " + std::to_string(rank) + ", whose threads have all ended");
-  return blocks[rank]->memory.data() + offset;
+  return blocks[rank]->memory.data() + (uintptr_t(p) - uintptr_t(mine.data()));
 }
 
 void misaligned(const void* p, size_t bytes) {

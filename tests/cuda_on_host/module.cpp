@@ -4,6 +4,7 @@
 #include "cuda_on_host.h"
 
 PYBIND11_MODULE(_native, m) {
+  fastkd::bind_arguments(m);
   fastkd::cuda::bind(m);
   m.def("set_schedule", cuda_on_host::set_schedule, "The seed of the threads' order from now on.");
   m.def("set_capturing", cuda_on_host::set_capturing, "Whether launches go into a CUDA graph.");

@@ -2,8 +2,8 @@
 
 Loaded by `pytest -p cuda_on_host.plugin`; FASTKD_NATIVE_PATH names the module that is built here.
 Tensors on the CPU pass for those of a GPU: all of Python but the choice of device and stream, and
-all of the kernels, are the real ones. Every test runs under several schedules of the GPU's threads,
-drawn from FASTKD_TEST_SEED, and under the last of them as if into a CUDA graph.
+all of the kernels, are the real ones. Every test has its own schedule of the GPU's threads and its
+own kind of GPU, and one in three runs as if into a CUDA graph; FASTKD_TEST_SEED brings them back.
 """
 
 import random
@@ -11,21 +11,38 @@ import random
 import pytest
 
 from fastkd.kernels import compiled, cuda, native
+from fastkd.losses import soft_target
 
-_SCHEDULES = 3
+# Half of the tests on the device that has clusters of blocks, half on one that has none.
+_DEVICES = (0, 1)
 
 
 def pytest_configure():
-    for function in ("hint_forward", "hint_backward", "multiply"):
-        setattr(native, function, getattr(cuda, function))
-    cuda._place = lambda tensor: (0, 0)
+    for loss in ("hint", "soft_target"):
+        for function in (f"{loss}_forward", f"{loss}_backward"):
+            setattr(native, function, getattr(cuda, function))
+    native.multiply = cuda.multiply
+    native.soft_target_forward = _with_checked_labels(cuda.soft_target_forward)
 
 
-@pytest.fixture(autouse=True, params=range(_SCHEDULES))
-def schedule(request):
+def _with_checked_labels(forward):
+    """On a CPU, where these tensors are, a label that is no class is an error."""
+
+    def checked(student, teacher, labels, loss, statistics, gradient, p):
+        if labels is not None:
+            soft_target._check_label_range(labels, student.shape[p.dim], p.ignore_index)
+        forward(student, teacher, labels, loss, statistics, gradient, p)
+
+    return checked
+
+
+@pytest.fixture(autouse=True)
+def schedule(request, monkeypatch):
     # Imported late: conftest is not yet importable when plugins are.
     from conftest import SEED
 
-    seed = random.Random(f"{SEED} {request.node.nodeid}").getrandbits(64)
-    compiled.loaded().set_schedule(seed)
-    compiled.loaded().set_capturing(request.param == _SCHEDULES - 1)
+    draw = random.Random(f"{SEED} {request.node.nodeid}")
+    device = draw.choice(_DEVICES)
+    monkeypatch.setattr(cuda, "_place", lambda tensor: (device, 0))
+    compiled.loaded().set_schedule(draw.getrandbits(64))
+    compiled.loaded().set_capturing(draw.random() < 1 / 3)

@@ -9,7 +9,9 @@ PYBIND11_MODULE(_shim_test, m) {
 #endif
   m.def("set_schedule", &cuda_on_host::set_schedule);
   m.def("set_multiprocessors", &cuda_on_host::set_multiprocessors);
+  m.def("set_capability", &cuda_on_host::set_capability);
   define_barriers(m);
+  define_copies(m);
   define_primitives(m);
   define_errors(m);
 }

@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void define_barriers(py::module_&);
+void define_copies(py::module_&);
 void define_primitives(py::module_&);
 void define_errors(py::module_&);
 
@@ -32,11 +33,12 @@ struct Launch {
   template <class... Parameters, class... Arguments>
   cudaError_t status(void (*kernel)(Parameters...), Arguments... arguments) const {
     cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {cluster, 1, 1};
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = cooperative;
-    const cudaLaunchConfig_t config{grid, block, shared_bytes, nullptr, attributes, 2};
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = cooperative;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {cluster, 1, 1};
+    const unsigned used = cluster == 1 ? 1 : 2;
+    const cudaLaunchConfig_t config{grid, block, shared_bytes, nullptr, attributes, used};
     return cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 

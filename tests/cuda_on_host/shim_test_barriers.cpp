@@ -60,6 +60,7 @@ __global__ void ring_kernel(int* got, bool before_read, bool before_exit, bool m
 Array<int> ring(int blocks, int threads, int cluster, bool before_read, bool before_exit,
                 bool map_early) {
   Array<int> got({blocks, threads});
+  cudaFuncSetAttribute(ring_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   Launch{unsigned(blocks), unsigned(threads), unsigned(threads * sizeof(int)), unsigned(cluster)}(
       ring_kernel, got.mutable_data(), before_read, before_exit, map_early);
   return got;

@@ -1,6 +1,7 @@
 // What is refused: launches, and kernels that misuse what they call.
 #include <string>
 
+#include "cuda_pipeline.h"
 #include "shim_test.h"
 
 namespace {
@@ -54,6 +55,32 @@ __global__ void misaligned_kernel() {
   __ldg(reinterpret_cast<const float4*>(shared<float>() + threadIdx.x));
 }
 
+alignas(16) float source[16];
+
+__global__ void copy_12_bytes_kernel() { __pipeline_memcpy_async(shared<float>(), source, 12); }
+__global__ void copy_too_many_zeros_kernel() {
+  __pipeline_memcpy_async(shared<float>(), source, 4, 5);
+}
+__global__ void copy_elsewhere_kernel() {
+  alignas(16) float local[4];
+  __pipeline_memcpy_async(local, source, 16);
+}
+__global__ void copy_overrun_kernel() { __pipeline_memcpy_async(shared<float>() + 16, source, 4); }
+__global__ void copy_to_another_block_kernel() {
+  const unsigned other = 1 - cuda_on_host::cluster_rank();
+  __pipeline_memcpy_async(cuda_on_host::map_shared(shared<float>(), other), source, 4);
+  cuda_on_host::cluster_sync();
+}
+__global__ void copy_from_shared_kernel() {
+  __pipeline_memcpy_async(shared<float>(), shared<float>() + 4, 16);
+}
+__global__ void copy_to_misaligned_kernel() {
+  __pipeline_memcpy_async(shared<float>() + 2, source, 16);
+}
+__global__ void copy_from_misaligned_kernel() {
+  __pipeline_memcpy_async(shared<float>(), source + 1, 8);
+}
+
 void misuse(const std::string& what) {
   const std::pair<const char*, void (*)()> kernels[] = {
       {"overrun", overrun_kernel},
@@ -69,6 +96,14 @@ void misuse(const std::string& what) {
       {"map elsewhere", map_elsewhere_kernel},
       {"map too far", map_too_far_kernel},
       {"misaligned", misaligned_kernel},
+      {"copy 12 bytes", copy_12_bytes_kernel},
+      {"copy too many zeros", copy_too_many_zeros_kernel},
+      {"copy elsewhere", copy_elsewhere_kernel},
+      {"copy overrun", copy_overrun_kernel},
+      {"copy to another block", copy_to_another_block_kernel},
+      {"copy from shared", copy_from_shared_kernel},
+      {"copy to misaligned", copy_to_misaligned_kernel},
+      {"copy from misaligned", copy_from_misaligned_kernel},
       {"write after end", write_after_end_kernel},
   };
   for (const auto& [name, kernel] : kernels)
@@ -76,31 +111,67 @@ void misuse(const std::string& what) {
   throw std::invalid_argument(what);
 }
 
+cudaError_t allow(int shared_bytes, bool non_portable) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  return error ? error
+               : cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                      non_portable);
+}
+
 const char* launch_error(unsigned blocks, unsigned threads, unsigned shared_bytes, unsigned cluster,
                          bool cooperative, int allowed_shared, bool non_portable) {
-  for (const auto& [attribute, value] :
-       {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, allowed_shared),
-        std::pair(cudaFuncAttributeNonPortableClusterSizeAllowed, int(non_portable))})
-    if (const cudaError_t error = cudaFuncSetAttribute(empty_kernel, attribute, value))
-      return cudaGetErrorName(error);
+  if (const cudaError_t error = allow(allowed_shared, non_portable)) return cudaGetErrorName(error);
   Launch launch{blocks, threads, shared_bytes, cluster};
   launch.cooperative = cooperative;
   return cudaGetErrorName(launch.status(empty_kernel));
 }
 
-py::dict occupancy(int threads, unsigned shared_bytes, unsigned cluster) {
-  int device = -1, multiprocessors = 0, blocks = 0, clusters = 0;
+py::dict device() {
+  py::dict got;
+  int device = -1;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  for (const auto& [name, attribute] :
+       {std::pair("multiprocessors", cudaDevAttrMultiProcessorCount),
+        std::pair("major", cudaDevAttrComputeCapabilityMajor),
+        std::pair("minor", cudaDevAttrComputeCapabilityMinor),
+        std::pair("threads", cudaDevAttrMaxThreadsPerMultiProcessor),
+        std::pair("shared_bytes", cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        std::pair("shared_bytes_of_block", cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        std::pair("clusters", cudaDevAttrClusterLaunch)}) {
+    int value = -1;
+    cudaDeviceGetAttribute(&value, attribute, device);
+    got[name] = value;
+  }
+  return got;
+}
+
+// Blocks on a multiprocessor and clusters on the device, or the error's name. A cluster of 0 blocks
+// is not stated.
+py::tuple occupancy(int threads, unsigned shared_bytes, unsigned cluster, bool non_portable) {
+  int blocks = 0, clusters = 0;
+  allow(int(shared_bytes), non_portable);
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, empty_kernel, threads, shared_bytes);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
-  const cudaLaunchConfig_t config{
-      dim3(cluster), dim3(unsigned(threads)), shared_bytes, nullptr, &attribute, 1};
-  cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config);
-  return py::dict(py::arg("multiprocessors") = multiprocessors, py::arg("blocks") = blocks,
-                  py::arg("clusters") = clusters);
+  const cudaLaunchConfig_t config{dim3(cluster ? cluster : 1),
+                                  dim3(unsigned(threads)),
+                                  shared_bytes,
+                                  nullptr,
+                                  &attribute,
+                                  cluster ? 1u : 0u};
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config);
+  if (error) return py::make_tuple(blocks, cudaGetErrorName(error));
+  return py::make_tuple(blocks, clusters);
+}
+
+// Shared memory and clusters of more than 8 blocks.
+py::tuple allowed() {
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, empty_kernel);
+  return py::make_tuple(attributes.maxDynamicSharedSizeBytes,
+                        bool(attributes.nonPortableClusterSizeAllowed));
 }
 
 float garbage() {
@@ -118,7 +189,10 @@ void define_errors(py::module_& m) {
         py::arg("threads") = 32, py::arg("shared_bytes") = 0, py::arg("cluster") = 1,
         py::arg("cooperative") = false, py::arg("allowed_shared") = 48 << 10,
         py::arg("non_portable") = false);
-  m.def("occupancy", &occupancy);
+  m.def("device", &device);
+  m.def("allowed", &allowed);
+  m.def("occupancy", &occupancy, py::arg("threads"), py::arg("shared_bytes"), py::arg("cluster"),
+        py::arg("non_portable") = false);
   m.def("last_errors", [] {
     py::list errors;
     for (const auto get : {cudaPeekAtLastError, cudaGetLastError, cudaGetLastError})

@@ -89,6 +89,82 @@ Array<unsigned> places(std::array<unsigned, 3> grid, std::array<unsigned, 3> blo
   return counts;
 }
 
+constexpr int kFunctions = 9;
+
+template <class T>
+__global__ void numbers_kernel(const T* values, T* got) {
+  static_assert(std::is_same_v<decltype(exp(T()) + exp2(T()) + log(T()) + log2(T())), T>);
+  const T x = values[threadIdx.x];
+  const T all[kFunctions] = {exp(x),        exp2(x),         log(x),   log2(x), fmax(x, T(1)),
+                             fmin(x, T(1)), fma(x, x, T(1)), rsqrt(x), abs(x)};
+  T* mine = got + threadIdx.x * (kFunctions + 2);
+  for (int i = 0; i < kFunctions; ++i) mine[i] = all[i];
+  mine[kFunctions] = isfinite(x);
+  mine[kFunctions + 1] = isnan(x);
+}
+
+template <class T>
+Array<T> numbers(Array<T> values) {
+  Array<T> got({int(values.size()), kFunctions + 2});
+  Launch{1, unsigned(values.size())}(numbers_kernel<T>, values.data(), got.mutable_data());
+  return got;
+}
+
+// What only a float has, beside what it shares with a double.
+__global__ void float_pairs_kernel(const float* values, float* got) {
+  const float x = values[threadIdx.x];
+  const float pairs[][2] = {
+      {expf(x), exp(x)},
+      {__expf(x), exp(x)},
+      {exp2f(x), exp2(x)},
+      {logf(x), log(x)},
+      {__logf(x), log(x)},
+      {log2f(x), log2(x)},
+      {__log2f(x), log2(x)},
+      {fmaxf(x, 1), fmax(x, 1.0f)},
+      {fminf(x, 1), fmin(x, 1.0f)},
+      {fmaf(x, x, 1), fma(x, x, 1.0f)},
+      {__fmaf_rn(x, x, 1), fma(x, x, 1.0f)},
+      {rsqrtf(x), rsqrt(x)},
+      {fabsf(x), abs(x)},
+      {__frcp_rn(x), 1 / x},
+      {__int2float_rn(0x1000003), 0x1000004},
+      {__uint2float_rn(0xffffffff), 0x1p32f},
+  };
+  float* mine = got + threadIdx.x * 32;
+  for (const auto& pair : pairs) {
+    *mine++ = pair[0];
+    *mine++ = pair[1];
+  }
+}
+
+Array<float> float_pairs(Array<float> values) {
+  Array<float> got({int(values.size()), 16, 2});
+  Launch{1, unsigned(values.size())}(float_pairs_kernel, values.data(), got.mutable_data());
+  return got;
+}
+
+// Each access with a hint, of 16 bytes.
+__global__ void hints_kernel(const float4* floats, const uint4* words, float4* floats_got,
+                             uint4* words_got) {
+  const unsigned i = threadIdx.x;
+  const float4 a = i % 2 ? __ldcs(floats + i) : __ldcg(floats + i);
+  const uint4 b = i % 2 ? __ldcs(words + i) : __ldg(words + i);
+  __stcs(floats_got + i, make_float4(a.w, a.z, a.y, a.x));
+  i % 2 ? __stcs(words_got + i, make_uint4(b.w, b.z, b.y, b.x))
+        : __stcg(words_got + i, make_uint4(b.w, b.z, b.y, b.x));
+}
+
+py::tuple hints(Array<float> floats, Array<unsigned> words) {
+  Array<float> floats_got({floats.shape(0), floats.shape(1)});
+  Array<unsigned> words_got({words.shape(0), words.shape(1)});
+  Launch{1, unsigned(floats.shape(0))}(hints_kernel, reinterpret_cast<const float4*>(floats.data()),
+                                       reinterpret_cast<const uint4*>(words.data()),
+                                       reinterpret_cast<float4*>(floats_got.mutable_data()),
+                                       reinterpret_cast<uint4*>(words_got.mutable_data()));
+  return py::make_tuple(floats_got, words_got);
+}
+
 template <class To, class From, class F>
 Array<To> map(const Array<From>& from, const F& f) {
   Array<To> to(from.size());
@@ -108,6 +184,11 @@ void define_primitives(py::module_& m) {
   m.def("places", [](unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz) {
     return places({gx, gy, gz}, {bx, by, bz});
   });
+
+  m.def("numbers_float", &numbers<float>);
+  m.def("numbers_double", &numbers<double>);
+  m.def("float_pairs", &float_pairs);
+  m.def("hints", &hints);
 
   m.def("half_to_float", [](Array<unsigned short> bits) {
     return map<float>(bits, [](unsigned short x) { return __half2float(__ushort_as_half(x)); });

@@ -26,6 +26,8 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 
+_TESTS_LIMIT = 120
+
 # Seconds to say something once the time is up.
 GRACE = 3.0
 
@@ -37,8 +39,11 @@ ON_THE_DEVICE = tuple(
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
-# One needs a network, one more time than there is, and one the GPU.
-NOT_ON_THE_CPU = ("packaging", "examples", "cuda")
+# The losses that have kernels on a GPU, and what pytest knows their tests by.
+FUSED = {"logits": "soft_target or distillation or extreme", "hints": "hint"}
+ONLY_ON_A_GPU = ("tests/test_cuda.py", "tests/test_cuda_large.py")
+# One needs a network, and one more time than there is.
+NOT_ON_THE_CPU = ("tests/test_packaging.py", "tests/test_examples.py", *ONLY_ON_A_GPU)
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,28 @@ class Result:
 
 def stages(out: Path, capability: str) -> list[list[Part]]:
     """Everything, in its order. Nothing runs beside what is timed."""
+    others = f"not ({' or '.join(FUSED.values())})"
     return [
-        [Part("environment", ["bash", "-c", _ENVIRONMENT], 20)],
+        [Part("environment", ["bash", "-c", _ENVIRONMENT], 12)],
         [_build(capability)],
         [
             Part("info", [sys.executable, "-m", "fastkd.info"], 60),
             *(
-                _tests(out, f"hints by {backend}", [*ON_THE_DEVICE, "-k", "hint"], backend)
+                _tests(out, f"{losses} by {backend}", [*ON_THE_DEVICE, "-k", chosen], backend)
+                for losses, chosen in FUSED.items()
                 for backend in ("native", "triton", "reference")
             ),
-            _tests(out, "cuda", ["tests/test_cuda.py"], "native,triton,reference"),
-            _tests(out, "other losses", [*ON_THE_DEVICE, "-k", "not hint"], "reference"),
+            _tests(out, "cuda", list(ONLY_ON_A_GPU), "native,triton,reference"),
+            _tests(out, "other losses", [*ON_THE_DEVICE, "-k", others], "reference"),
             _tests_on_the_cpu(out),
-            *map(_sanitizer, ("memcheck", "racecheck")),
+            *(_sanitizer(tool, losses) for tool in ("memcheck", "racecheck") for losses in FUSED),
             _smoke(out),
         ],
-        # One after the other, so that one that is cut short leaves the other its results.
-        *([_hint_benchmarks(out, dtype)] for dtype in ("float32", "bfloat16")),
+        # One after the other, so that one that is cut short leaves the others their time.
+        [_benchmarks(out, "logits", "soft", "bfloat16", 90)],
+        [_benchmarks(out, "logits", "soft", "float32", 55)],
+        [_benchmarks(out, "hints", "hint", "bfloat16", 35)],
+        [_benchmarks(out, "hints", "hint", "float32", 35)],
     ]
 
 
@@ -95,7 +105,7 @@ torch.version.cuda, 'Triton', triton.__version__); print(torch.cuda.get_device_p
 def _build(capability: str) -> Part:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {"FASTKD_BUILD": "cuda", "FASTKD_CUDA_ARCHS": capability}
-    return Part("build", command, 115, environment)
+    return Part("build", command, 110, environment)
 
 
 def _tests(
@@ -110,36 +120,40 @@ def _tests(
         "FASTKD_TEST_DEVICE": device,
         "OMP_NUM_THREADS": "2",
     }
-    return Part(f"tests: {name}", command, 155, environment)
+    return Part(f"tests: {name}", command, _TESTS_LIMIT, environment)
 
 
 def _tests_on_the_cpu(out: Path) -> Part:
-    ignored = [f"--ignore=tests/test_{name}.py" for name in NOT_ON_THE_CPU]
+    ignored = [f"--ignore={path}" for path in NOT_ON_THE_CPU]
     return _tests(out, "on the CPU", ["tests", *ignored], "native,reference", "cpu", workers=6)
 
 
-def _sanitizer(tool: str) -> Part:
+def _sanitizer(tool: str, losses: str) -> Part:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-    command += [sys.executable, str(Path(__file__).with_name("selection.py")), "native"]
+    command += [sys.executable, str(Path(__file__).with_name("selection.py")), "native", losses]
     # Torch's own allocator would hide what lies beyond a tensor.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(tool, command, 155, environment, needs="compute-sanitizer")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    name = f"{tool}, {losses}"
+    return Part(name, command, _TESTS_LIMIT, environment, needs="compute-sanitizer")
 
 
-def _benchmarks(name: str, out: Path, limit: float, *options: str) -> Part:
+def _benchmark(out: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--output", str(out)]
-    return Part(f"benchmarks: {name}", [*command, *options], limit)
+    return [*command, *options]
 
 
-def _hint_benchmarks(out: Path, dtype: str) -> Part:
-    options = ("--filter", "hint_loss", "--dtype", dtype, "--seconds", "0.7")
-    return _benchmarks(f"hints, {dtype}", out / dtype, 86, *options)
+def _benchmarks(out: Path, losses: str, wanted: str, dtype: str, limit: float) -> Part:
+    """When its time is up, it writes what it has measured."""
+    options = ("--filter", wanted, "--dtype", dtype, "--seconds", "0.3")
+    command = _benchmark(out / f"{losses}-{dtype}", *options)
+    return Part(f"benchmarks: {losses}, {dtype}", command, limit)
 
 
 def _smoke(out: Path) -> Part:
-    """The other losses have no kernels on a GPU to be measured yet."""
-    options = ("--quick", "--filter", "soft", "attention", "--contenders", "eager", "reference")
-    return _benchmarks("other losses, smoke test", out / "smoke", 155, *options)
+    """Attention has no kernels on a GPU to be measured yet."""
+    options = ("--quick", "--filter", "attention", "--contenders", "eager", "reference")
+    command = _benchmark(out / "smoke", *options)
+    return Part("benchmarks: other losses, smoke test", command, _TESTS_LIMIT)
 
 
 def _file(name: str) -> str:

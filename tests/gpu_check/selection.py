@@ -1,10 +1,12 @@
 """Every kernel of a backend on small tensors, to be run under compute-sanitizer.
 
-python tests/gpu_check/selection.py native
+python tests/gpu_check/selection.py native logits
 """
 
 import itertools
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Whole vectors and not, several blocks and less than a warp.
 SHAPES = ((3, 40, 9, 11), (2, 64, 8, 8), (5, 3), (2, 4099))
+# A few rows of as many classes as there are kernels for, and the classes across the positions.
+CLASSES = (100, 300, 1000, 1003, 4099, 9000, 20000, 40000)
+LOGITS = (*(((4, classes), 1) for classes in CLASSES), ((2, 19, 9, 11), 1))
+LOGITS_DTYPES = (*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16))
 TOLERANCE = 1e-2  # what a half-precision gradient is rounded to; wrong addresses show at once
 
 
@@ -36,37 +42,63 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= TOLERANCE * expected.norm() + 1e-12)
 
 
-def check(student: Tensor, teacher: Tensor, backend: str, reduction: str, count: int) -> None:
-    """Against float64 on the CPU, with the gradients of the first `count` of the two."""
-    leaves = [x.detach().requires_grad_(i < count) for i, x in enumerate((student, teacher))]
+def check(loss: Callable[..., Tensor], tensors: Sequence[Tensor], backend: str, count: int) -> None:
+    """Against float64 on the CPU, with the gradients of the first `count` tensors."""
+    leaves = [x.detach().requires_grad_(i < count) for i, x in enumerate(tensors)]
     exact = [x.detach().cpu().double().requires_grad_(i < count) for i, x in enumerate(leaves)]
-    loss = fastkd.hint_loss(*leaves, reduction=reduction, backend=backend)
-    expected = fastkd.hint_loss(*exact, reduction=reduction, backend="reference")
-    assert close(loss, expected), (loss, expected)
+    found = loss(*leaves, backend=backend)
+    expected = loss(*exact, backend="reference")
+    assert close(found, expected), (found, expected)
     for grad_output in (1.0, 3.0):
         gradients, wanted = (
             torch.autograd.grad(x, y[:count], torch.full_like(x, grad_output), retain_graph=keeps)
-            for x, y, keeps in ((loss, leaves, grad_output == 1), (expected, exact, True))
+            for x, y, keeps in ((found, leaves, grad_output == 1), (expected, exact, True))
         )
-        assert all(map(close, gradients, wanted)), (student.shape, student.dtype, grad_output)
+        assert all(map(close, gradients, wanted)), (leaves[0].shape, leaves[0].dtype, grad_output)
 
 
-def main(backend: str) -> None:
-    torch.manual_seed(0)
+def draw(shape: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [torch.randn(shape).to(DEVICE, dtype) for dtype in dtypes]
+
+
+def hints(backend: str) -> int:
     runs = 0
     for dtypes, shape in itertools.product(itertools.product(DTYPES, repeat=2), SHAPES):
         if dtypes[0] != dtypes[1] and shape != SHAPES[0]:
             continue
         for layouts in itertools.product(LAYOUTS, repeat=2):
-            pair = [
-                layout(torch.randn(shape).to(DEVICE, dtype))
-                for layout, dtype in zip(layouts, dtypes, strict=True)
-            ]
-            check(*pair, backend, "mean", 1)
-            check(*pair, backend, "none", 2)
-            runs += 2
+            pair = [layout(x) for layout, x in zip(layouts, draw(shape, dtypes), strict=True)]
+            for count, reduction in enumerate(("mean", "none"), 1):
+                check(partial(fastkd.hint_loss, reduction=reduction), pair, backend, count)
+                runs += 1
+    return runs
+
+
+def distillation(student: Tensor, teacher: Tensor, *, labels: Tensor, **keywords) -> Tensor:
+    return fastkd.distillation_loss(student, teacher, labels.to(student.device), **keywords)
+
+
+def logits(backend: str) -> int:
+    runs = 0
+    for dtypes, (shape, dim) in itertools.product(LOGITS_DTYPES, LOGITS):
+        labels = torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :])
+        labels[1] = -100
+        keywords = {"temperature": 2.0, "dim": dim}
+        for layout in (LAYOUTS[0], cropped):
+            pair = [layout(x) for x in draw(shape, dtypes)]
+            for count, reduction in enumerate(("batchmean", "none"), 1):
+                soft = partial(fastkd.soft_target_loss, reduction=reduction, **keywords)
+                check(soft, pair, backend, count)
+                check(partial(distillation, labels=labels, **keywords), pair, backend, count)
+                runs += 2
+    return runs
+
+
+def main(backend: str, losses: str) -> None:
+    torch.manual_seed(0)
+    runs = {"hints": hints, "logits": logits}[losses](backend)
     print(f"{backend}: {runs} calls agree with float64")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

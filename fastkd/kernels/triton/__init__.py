@@ -7,7 +7,7 @@ import os
 from fastkd.dispatch import Facts, Refusal
 from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
 
-_LOSSES = frozenset({"hint_loss"})
+_LOSSES = frozenset({"distillation_loss", "hint_loss", "soft_target_loss"})
 _DEVICES = frozenset({"cuda", "xpu"})
 
 

@@ -1,0 +1,83 @@
+"""Liger-Kernel's losses on logits, as its users write them.
+
+They compute in float32, as the eager statements do: in bfloat16 Liger-Kernel adds up a loss in
+bfloat16.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.workloads import Workload
+
+Statement = Callable[..., Tensor]
+
+
+def kl_div(workload: Workload) -> Statement:
+    """Its KL divergence and its cross-entropy."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+
+    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=False)
+    cross_entropy = LigerCrossEntropyLoss()
+
+    def soft_target_loss(
+        student: Tensor, teacher: Tensor, *, temperature: float, dim: int = -1
+    ) -> Tensor:
+        log_q = F.log_softmax(student.float() / temperature, dim=dim)
+        p = F.softmax(teacher.float() / temperature, dim=dim)
+        return divergence(log_q, p) * temperature**2
+
+    def distillation_loss(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        *,
+        temperature: float,
+        soft_weight: float = 0.9,
+        hard_weight: float = 0.1,
+    ) -> Tensor:
+        # The cross-entropy writes its gradient over the logits: a copy, and nobody reads it after.
+        logits = student.to(torch.float32, copy=True)
+        soft = soft_target_loss(logits, teacher, temperature=temperature)
+        return hard_weight * cross_entropy(logits, labels) + soft_weight * soft
+
+    statements = {"soft_target_loss": soft_target_loss, "distillation_loss": distillation_loss}
+    return partial(statements[workload.loss], **workload.keywords)
+
+
+def jsd(workload: Workload) -> Statement:
+    """Its Jensen-Shannon divergence, which with beta 0 is the same KL divergence."""
+    from liger_kernel.transformers import LigerJSD
+
+    divergence = LigerJSD(beta=0.0)
+
+    def soft_target_loss(
+        student: Tensor, teacher: Tensor, *, temperature: float, dim: int
+    ) -> Tensor:
+        log_q = F.log_softmax(student.float() / temperature, dim=dim)
+        log_p = F.log_softmax(teacher.float() / temperature, dim=dim)
+        return divergence(log_q, log_p) * temperature**2
+
+    return partial(soft_target_loss, **workload.keywords)
+
+
+CONTENDERS = {"liger": kl_div, "liger_jsd": jsd}
+LOSSES = {"liger": ("soft_target_loss", "distillation_loss"), "liger_jsd": ("soft_target_loss",)}
+
+
+def refusal(name: str, workload: Workload, device: str) -> str | None:
+    """Why this contender cannot take part, or None if it can."""
+    if workload.loss not in LOSSES[name]:
+        return f"{name} is for {' and '.join(LOSSES[name])}, not for {workload.loss}"
+    if workload.keywords.get("dim", -1) != -1:
+        return "Liger-Kernel takes rows of logits, with the classes last"
+    if device == "cpu":
+        return "Liger-Kernel's kernels are for a GPU"
+    try:
+        import liger_kernel.transformers  # noqa: F401
+    except ImportError as missing:
+        return f"Liger-Kernel cannot be imported: {missing}"
+    return None

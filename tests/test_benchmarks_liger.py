@@ -1,0 +1,113 @@
+"""Liger-Kernel among the contenders, by a fake of it."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_benchmarks import ALL_CASES, cli, contenders, measure
+
+from benchmarks import liger
+from fastkd.dispatch import Explanation
+
+
+class FakeKLDivLoss(torch.nn.KLDivLoss):
+    """Takes its arguments as Liger-Kernel's class does."""
+
+    def __init__(self, eps=1e-10, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class FakeCrossEntropyLoss:
+    """Leaves its gradient where the logits were, as Liger-Kernel's does."""
+
+    def __call__(self, logits, labels):
+        return Overwriting.apply(logits, labels)
+
+
+class Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels):
+        loss = F.cross_entropy(logits, labels)
+        one_hot = F.one_hot(labels, logits.shape[1])
+        logits.data.copy_((logits.softmax(1) - one_hot) / len(labels))
+        ctx.save_for_backward(logits.detach())
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0].mul_(grad_output), None
+
+
+class FakeJSD:
+    """Of `(log_q, log_p)`, over the number of rows."""
+
+    def __init__(self, beta):
+        assert beta == 0
+
+    def __call__(self, log_q, log_p):
+        return (log_p.exp() * (log_p - log_q)).sum() / len(log_q)
+
+
+@pytest.fixture
+def liger_kernel(monkeypatch):
+    fake = ModuleType("liger_kernel.transformers")
+    fake.LigerKLDIVLoss, fake.LigerJSD = FakeKLDivLoss, FakeJSD
+    fake.LigerCrossEntropyLoss = FakeCrossEntropyLoss
+    parent = ModuleType("liger_kernel")
+    parent.transformers = fake
+    monkeypatch.setitem(sys.modules, "liger_kernel", parent)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+
+
+@pytest.mark.parametrize("name", liger.CONTENDERS)
+def test_liger_computes_the_same_losses(name, liger_kernel):
+    taking_part = [
+        (w, dtype) for w, dtype in ALL_CASES if contenders.refusal(name, w, dtype, "cuda") is None
+    ]
+    assert {w.loss for w, _ in taking_part} == set(liger.LOSSES[name])
+    for workload, dtype in taking_part:
+        small = workload.shrunk(workload.student[0][0] // 2)
+        inputs = small.inputs(dtype)
+        before = [x.clone() for x in inputs.batch]
+        truth = measure.Truth(small, inputs)
+        outcome = truth.judge(measure.Trial(contenders.CONTENDERS[name](small), inputs))
+        assert outcome.status == "right", outcome
+        assert all(map(torch.equal, inputs.batch, before)), "other contenders need these"
+
+
+def lineups(*arguments):
+    options = cli.parse(["--device", "cuda", *arguments])
+    todo = cli.jobs(options, SimpleNamespace(name=options.device))
+    return {f"{w.loss} {w.name}": names for w, _, names in todo}
+
+
+def test_liger_takes_part_where_it_can(liger_kernel, monkeypatch):
+    def explain(workload, dtype, device, name):
+        return Explanation(workload.loss, None, {name: "no kernels"})
+
+    monkeypatch.setattr(contenders, "explain", explain)
+    names = lineups()
+    assert names["soft_target_loss (128,100)"] == [
+        "eager", "compile", "reference", "liger", "liger_jsd",
+    ]  # fmt: skip
+    assert names["distillation_loss (128,100)"] == ["eager", "compile", "reference", "liger"]
+    assert names["soft_target_loss dim=1, (2,19,64,128)"] == ["eager", "compile", "reference"]
+    assert names["hint_loss (64,128,16,16)"] == ["eager", "compile", "reference"]
+
+    for options, reason in [
+        (("--filter", "hint"), "liger is for soft_target_loss and distillation_loss, not for hint"),
+        (("--filter", "dim=1"), "the classes last"),
+        (("--device", "cpu"), "for a GPU"),
+    ]:
+        with pytest.raises(SystemExit, match=f"liger cannot run here: .*{reason}"):
+            lineups("--contenders", "liger", *options)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    assert lineups("--filter", "(128,100)") == {
+        "soft_target_loss (128,100)": ["eager", "compile", "reference"],
+        "distillation_loss (128,100)": ["eager", "compile", "reference"],
+    }
+    with pytest.raises(SystemExit, match=r"liger_jsd cannot run here: .+ imported"):
+        lineups("--contenders", "liger_jsd")

@@ -1,0 +1,383 @@
+"""Logits at the sizes and strides where a kernel takes another form or a unit of its work ends."""
+
+import math
+
+import layouts
+import oracle
+import pytest
+import torch
+from agreement import array, assert_loss, check_distillation, check_soft_target, leaf, logits
+from conftest import DEVICE
+from test_hint_regimes import far_apart
+
+import fastkd
+from fastkd.kernels import compiled, cuda
+from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+DTYPE_PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16)]
+
+# Most classes of a form on GPUs: of a warp, a block, and clusters of 2, 4, 8 and 16 blocks.
+WARP_ROWS = (256, 1024)
+BLOCK_ROWS = 8192
+CLUSTER_ROWS = (16384, 32768, 65536, 131072, 262144)
+# Classes of each form, the last one of which streams them.
+SMALL_FORMS, LARGE_FORMS = (200, 900, 5000, 12000), (30000, 60000, 120000, 270000)
+FORMS = SMALL_FORMS + LARGE_FORMS
+
+every_form = pytest.mark.parametrize("classes", FORMS)
+every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
+every_form_of_some_pair = pytest.mark.parametrize(
+    ("classes", "dtypes"),
+    [(classes, dtypes) for classes in SMALL_FORMS for dtypes in DTYPE_PAIRS]
+    + [(classes, DTYPE_PAIRS[index % 3]) for index, classes in enumerate(LARGE_FORMS)],
+)
+
+
+def rows_of(classes):
+    """More than are worked on at a time: warps, blocks and clusters come to a second row."""
+    return 35 if classes < 2000 else 5 if classes < 50000 else 3
+
+
+def pair(rows, classes, dtypes=(F32, F32)):
+    return tuple(logits(rows, classes, dtype=dtype) for dtype in dtypes)
+
+
+def edge_labels(rows, classes, phase=0):
+    """First and last classes of what a vector, a thread, a warp or a block takes."""
+    ends = [size * 2**i - phase for size in (4, 3 * 2**10) for i in range(16)]
+    ends = [x for end in ends for x in (end - 1, end) if 0 < x < classes - 1]
+    chosen = torch.tensor(ends or [0])[torch.randint(len(ends) or 1, (rows,))]
+    chosen[0], chosen[-1] = 0, classes - 1
+    return chosen
+
+
+def check_parts(student, teacher, labels, backend, temperature, **keywords):
+    """Without a gradient, and with one."""
+    keywords["temperature"] = temperature
+    expected, _ = oracle.distillation(*map(array, (student, teacher, labels)), **keywords)
+    for requires_grad in (False, True):
+        parts = fastkd.distillation_loss(
+            leaf(student, requires_grad), teacher, labels, return_parts=True, backend=backend,
+            **keywords,
+        )  # fmt: skip
+        for part, value in zip(parts, expected, strict=True):
+            assert_loss(part, value, (student, teacher), size=temperature**2)
+
+
+@every_pair
+@pytest.mark.parametrize("most", [*WARP_ROWS, BLOCK_ROWS])
+def test_class_counts_around_a_form_of_small_rows(backend, most, dtypes):
+    for classes in (most - 8, most - 1, most, most + 1, most + 8):
+        tensors = pair(rows_of(classes), classes, dtypes)
+        labels = edge_labels(len(tensors[0]), classes)
+        labels[3] = -100
+        check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
+        check_distillation(*tensors, labels, backend, temperature=1.0, teachers=False)
+        check_distillation(*tensors, labels, backend, temperature=3.0, teachers=False)
+
+
+@every_pair
+@pytest.mark.parametrize("most", CLUSTER_ROWS)
+def test_class_counts_around_a_form_of_large_rows(backend, most, dtypes):
+    for index, classes in enumerate((most - 8, most - 1, most, most + 1, most + 8)):
+        tensors = pair(2, classes, dtypes)
+        if index % 2:
+            check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
+        else:
+            labels = edge_labels(2, classes)
+            check_distillation(*tensors, labels, backend, temperature=3.0, teachers=False)
+
+
+@pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, F32), (F64, F64), (F16, F64)])
+@pytest.mark.parametrize("classes", [257, 1025, 8193, 65537])
+def test_other_dtypes(backend, classes, dtypes):
+    tensors = pair(5, classes, dtypes)
+    labels = edge_labels(5, classes)
+    check_distillation(*tensors, labels, backend, temperature=3.0, teachers=classes < 65537)
+
+
+@every_pair
+@pytest.mark.parametrize("most", [128 * 4, 128 * 8])
+def test_gradients_of_both_sides_around_a_unit(backend, most, dtypes):
+    for classes in (most - 1, most, most + 1, 2 * most + 1):
+        tensors = pair(5, classes, dtypes)
+        labels = edge_labels(5, classes)
+        check_soft_target(*tensors, backend, logits(5), temperature=2.0, reduction="none")
+        check_distillation(*tensors, labels, backend, -2.0, temperature=2.0, label_smoothing=0.1)
+
+
+def test_gradients_of_both_sides_of_a_large_row(backend):
+    tensors = pair(2, 131073)
+    check_distillation(*tensors, edge_labels(2, 131073), backend, temperature=2.0)
+
+
+def beginning_at(x, first, width):
+    """The same rows inside of longer ones; what lies between them is NaN."""
+    wide = x.new_full((*x.shape[:-1], width), math.nan)
+    return wide[..., first : first + x.shape[-1]].copy_(x)
+
+
+@every_pair
+@pytest.mark.parametrize("classes", [250, 1021, 3001, 9001])
+def test_rows_that_begin_at_each_alignment(backend, classes, dtypes):
+    student, teacher = pair(rows_of(classes) // 2, classes, dtypes)
+    labels = edge_labels(len(student), classes)
+    # By how far apart the rows are: all at one alignment, or each at another.
+    for first, other, gap in [(1, 1, 24), (7, 7, 17), (3, 0, 24), (0, 5, 9), (2, 6, 31)]:
+        width = classes + gap + -classes % 16
+        sides = beginning_at(student, first, width), beginning_at(teacher, other, width)
+        keywords = {"temperature": 3.0, "label_smoothing": 0.1}
+        check_parts(*sides, labels, backend, **keywords)
+        check_distillation(*sides, labels, backend, teachers=first == 7, **keywords)
+
+
+@every_form_of_some_pair
+def test_odd_class_counts(backend, classes, dtypes):
+    """Rows one after the other, of which each begins at another alignment in all tensors."""
+    classes += 3
+    tensors = pair(4, classes, dtypes)
+    labels = edge_labels(4, classes, torch.randint(8, ()).item())
+    check_distillation(*tensors, labels, backend, temperature=2.0, teachers=False)
+    check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
+
+
+@every_form
+def test_classes_that_are_apart(backend, classes):
+    student, teacher = pair(2, classes, (F32, BF16))
+    labels = edge_labels(2, classes)
+    keywords = {"temperature": 2.0, "label_smoothing": 0.1, "teachers": classes < 1000}
+    check_distillation(layouts.stepped(student), teacher, labels, backend, **keywords)
+    check_distillation(student, layouts.stepped(teacher), labels, backend, **keywords)
+
+
+@every_form
+def test_one_row_for_all(backend, classes):
+    student, teacher = pair(rows_of(classes), classes)
+    labels = edge_labels(len(student), classes)
+    check_distillation(layouts.expanded(student), teacher, labels, backend, teachers=False)
+    check_soft_target(student, layouts.expanded(teacher), backend, teachers=False)
+
+
+@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 1.0), (0.1, 3.0), (1.0, 1.0)])
+@every_form
+def test_parts_with_and_without_a_gradient(backend, classes, smoothing, temperature):
+    tensors = pair(2, classes, (BF16, BF16))
+    labels = edge_labels(2, classes)
+    check_parts(*tensors, labels, backend, temperature=temperature, label_smoothing=smoothing)
+
+
+@every_form
+def test_losses_of_rows(backend, classes):
+    tensors = pair(rows_of(classes), classes)
+    check_soft_target(*tensors, backend, reduction="none", temperature=2.0, teachers=False)
+
+
+IGNORED = {
+    "the first": slice(0, 1),
+    "the last": slice(-1, None),
+    "every other": slice(0, None, 2),
+    "the others": slice(1, None, 2),
+    "all but one": slice(0, -1),
+    "all": slice(None),
+}
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+@every_form
+def test_ignored_rows(backend, classes, ignored):
+    rows = min(rows_of(classes), 5)
+    student, teacher = pair(rows, classes)
+    labels = edge_labels(rows, classes)
+    labels[ignored] = -100
+    student[ignored], teacher[ignored, -1] = math.nan, math.inf
+    check_distillation(student, teacher, labels, backend, temperature=2.0, teachers=False)
+
+
+@every_form_of_some_pair
+def test_shares_of_a_row_that_are_excluded(backend, classes, dtypes):
+    """A quarter of a row is what some blocks, warps or threads have."""
+    student, teacher = pair(6, classes, dtypes)
+    quarter = classes // 4
+    quarters = [slice(i * quarter, (i + 1) * quarter) for i in range(4)]
+    teacher[0, quarters[0]] = -math.inf
+    teacher[1, quarters[3]] = student[1, quarters[3]] = -math.inf
+    teacher[2, quarter:] = student[2, quarter:] = -math.inf
+    teacher[3, :-3] = student[3, :-3] = -math.inf
+    teacher[4, 5:] = -math.inf
+    labels = torch.tensor([0, 1, quarter - 1, classes - 1, classes - 2, 0])
+    check_distillation(student, teacher, labels, backend, temperature=2.0, teachers=False)
+    check_soft_target(student, teacher, backend, temperature=2.0, reduction="none", teachers=False)
+    student[5, quarters[2]] = -math.inf
+    check_soft_target(student, teacher, backend, temperature=2.0, teachers=False)
+
+
+@pytest.mark.parametrize("shift", [300.0, -300.0])
+@every_form
+def test_shares_of_a_row_far_from_each_other(backend, classes, shift):
+    """What one part of the row amounts to is nothing, relative to the maximum of another."""
+    student, teacher = pair(3, classes, (BF16, F32))
+    third = classes // 3
+    student[0, :third] += shift
+    teacher[1, -third:] += shift
+    student[2, third:-third] += shift
+    teacher[2, third:-third] += shift
+    labels = torch.tensor([0, third, classes - 1])
+    check_distillation(student, teacher, labels, backend, temperature=2.0, teachers=False)
+
+
+@every_form
+def test_excluded_class_of_underflowing_probability(backend, classes):
+    """The divergence is infinite and never NaN, whether the class's share of the row has the
+    maximum or another one does."""
+    student, teacher = pair(3, classes)
+    teacher[:, 1:] -= 1000
+    student[0, -1] = student[1, 1] = -math.inf
+    check_soft_target(student, teacher, backend, reduction="none", teachers=False)
+    check_soft_target(student, teacher, backend, teachers=False)
+
+
+@pytest.mark.parametrize(("side", "value"), [(0, math.nan), (1, math.nan), (0, math.inf)])
+@every_form
+def test_nan_in_one_share_of_a_row(backend, classes, side, value):
+    tensors = pair(3, classes)
+    tensors[side][1, 3 * classes // 4] = value
+    losses = fastkd.soft_target_loss(*tensors, reduction="none", backend=backend)
+    assert losses.isnan().tolist() == [False, True, False]
+    check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
+
+
+# What a GPU keeps of 32 rows side by side in shared memory, with two exponentials and with three.
+KEPT_COLUMNS = (413, 583, 619, 875)
+
+
+@every_pair
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("classes", [5, 15, 16, 17, 33])
+def test_rows_side_by_side(backend, classes, rows, dtypes):
+    # Small ones: where p is nearly 1 nothing is left of the teacher's gradient but rounding.
+    tensors = [logits(classes, rows, dtype=dtype, scale=1.0) for dtype in dtypes]
+    labels = edge_labels(rows, classes)
+    labels[1::5] = -100
+    for temperature in (1.0, 3.0):
+        check_distillation(
+            *tensors, labels, backend, dim=0, temperature=temperature, label_smoothing=0.1
+        )
+    check_soft_target(*tensors, backend, logits(rows), dim=0, reduction="none")
+
+
+@pytest.mark.parametrize("kept", KEPT_COLUMNS)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)])
+def test_as_many_classes_side_by_side_as_there_is_room_for(backend, dtypes, kept):
+    for classes in (kept, kept + 1):
+        tensors = pair(classes, 70, dtypes)
+        labels = edge_labels(70, classes)
+        labels[1::3] = -100
+        check_soft_target(*tensors, backend, dim=0, temperature=2.0, teachers=False)
+        check_distillation(*tensors, labels, backend, dim=0, temperature=2.0, teachers=False)
+
+
+@every_pair
+@pytest.mark.parametrize("shape", [(5, 20, 7, 7), (7, 30, 3, 3), (3, 900, 5, 5), (40, 9, 1, 2)])
+def test_rows_side_by_side_in_short_runs(backend, shape, dtypes):
+    student, teacher = (logits(*shape, dtype=dtype) for dtype in dtypes)
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+    labels[0] = -100
+    keywords = {"dim": 1, "temperature": 2.0}
+    check_distillation(student, teacher, labels, backend, **keywords)
+    turned = layouts.channels_last(teacher)
+    check_distillation(student, turned, labels, backend, **keywords, teachers=False)
+    check_distillation(turned, student, labels, backend, **keywords, teachers=False)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("rows", [8191, 8192, 8193, 9001])
+def test_many_labels(backend, rows, dim):
+    tensors = [x.t().contiguous() if dim == 0 else x for x in pair(rows, 3)]
+    labels = torch.randint(3, (rows,))
+    labels[torch.rand(rows) < 0.4] = -100
+    keywords = {"dim": dim, "temperature": 2.0}
+    check_distillation(*tensors, labels, backend, teachers=False, **keywords)
+    check_parts(*tensors, labels, backend, **keywords)
+    labels[:-1] = -100
+    check_parts(*tensors, labels, backend, **keywords)
+
+
+@pytest.mark.parametrize("dim", [0, 3, 7])
+def test_many_axes(backend, dim):
+    """Axes of which no two are one stretch in both tensors."""
+    shape = [2, 3, 2, 2, 3, 2, 2, 2]
+    shape[dim] = 5
+    evens_first = sorted(range(8), key=lambda axis: (axis % 2, axis))
+    student, teacher = logits(*shape), logits(*[shape[axis] for axis in evens_first])
+    teacher = teacher.permute(*[evens_first.index(axis) for axis in range(8)])
+    labels = torch.randint(5, [size for axis, size in enumerate(shape) if axis != dim])
+    check_soft_target(student, teacher, backend, dim=dim, temperature=2.0)
+    check_distillation(teacher, student, labels, backend, dim=dim, temperature=2.0)
+
+
+@pytest.mark.parametrize("distance", [2**30 + 64, 2**30 + 65])
+@pytest.mark.parametrize("shape", [(4, 20), (4, 300), (4, 2100)])
+def test_offsets_beyond_32_bits(backend, shape, distance):
+    """Over 2³¹ elements from the first to the last, of rows that are apart or of classes."""
+    far = far_apart(*shape, dtype=BF16, distance=distance)
+    near = logits(*shape, dtype=BF16)
+    turned = near.t().contiguous()
+    for student, teacher in [
+        *((far, near), (near, far), (far.t(), near.t()), (near.t(), far.t())),
+        *((far.t(), turned), (turned, far.t())),
+    ]:
+        labels = edge_labels(*student.shape)
+        check_distillation(student, teacher, labels, backend, temperature=2.0)
+        check_soft_target(student.t(), teacher.t(), backend, dim=0, temperature=2.0)
+
+
+def set_schedule(seed):
+    """Where the GPU's threads have an order of ours, this one."""
+    module = compiled.load()
+    if hasattr(module, "set_schedule"):
+        module.set_schedule(seed)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@every_form
+def test_repeated_calls_are_bitwise_equal(kernel_backend, classes, dtype):
+    rows = rows_of(classes)
+    student, teacher = pair(rows, classes, (dtype, dtype))
+    labels = edge_labels(rows, classes)
+    labels[1] = -100
+    student.requires_grad_()
+    first = None
+    for seed in range(3):
+        set_schedule(seed)
+        loss = fastkd.distillation_loss(
+            student, teacher, labels, temperature=2.0, label_smoothing=0.1, backend=kernel_backend
+        )
+        results = [loss.detach(), *torch.autograd.grad(loss, student)]
+        first = first or results
+        assert all(map(torch.equal, results, first))
+
+
+# Elsewhere such a label is an error before a kernel sees it.
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not hasattr(compiled.load(), "set_schedule"), reason="needs CUDA kernels"
+)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("wrong", [-1, "classes", 2**32 + 1])
+@every_form
+def test_labels_that_are_no_class(classes, wrong, dim):
+    student, teacher = (x.t().contiguous() if dim == 0 else x for x in pair(3, classes))
+    labels = edge_labels(3, classes)
+    labels[1] = classes if wrong == "classes" else wrong
+    parameters = Parameters(2.0, 1.0, 0.5, 0.1, -100, "none", dim, "native")
+    loss, gradient = student.new_empty(3), torch.empty_like(student)
+    statistics = student.new_empty(3 * STATISTICS + PARTS)
+    cuda.soft_target_forward(student, teacher, labels, loss, statistics, gradient, parameters)
+    again = torch.empty_like(student)
+    ones = torch.ones(3)
+    cuda.soft_target_backward(ones, student, teacher, labels, statistics, again, None, parameters)
+    wanted = [False, True, False]
+    assert loss.isnan().tolist() == wanted
+    for x in (gradient, again):
+        rows = x.movedim(dim, -1)
+        assert rows.isnan().all(-1).tolist() == rows.isnan().any(-1).tolist() == wanted
