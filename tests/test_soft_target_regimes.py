@@ -17,10 +17,13 @@ from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 DTYPE_PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16)]
 
-# Most classes of a form on GPUs: of a warp, a block, and clusters of 2, 4, 8 and 16 blocks.
-WARP_ROWS = (256, 1024)
-BLOCK_ROWS = 8192
-CLUSTER_ROWS = (16384, 32768, 65536, 131072, 262144)
+# Most classes of a form on GPUs, by pairs of dtypes: of a warp, a block and, where there are no
+# clusters, a larger block; and of clusters of 2, 4, 8 and 16 blocks, and of 16 larger ones.
+SMALL_MOST = dict(
+    zip(DTYPE_PAIRS, [(1024, 7168, 14336), (1024, 8192, 16384), (768, 6144, 12288)], strict=True)
+)
+CLUSTERS = (2, 4, 8, 16, 32)
+A_BLOCK_OF_MANY = dict(zip(DTYPE_PAIRS, (8192, 8192, 6144), strict=True))
 # Classes of each form, the last one of which streams them.
 SMALL_FORMS, LARGE_FORMS = (200, 900, 5000, 12000), (30000, 60000, 120000, 270000)
 FORMS = SMALL_FORMS + LARGE_FORMS
@@ -65,8 +68,10 @@ def check_parts(student, teacher, labels, backend, temperature, **keywords):
             assert_loss(part, value, (student, teacher), size=temperature**2)
 
 
-@every_pair
-@pytest.mark.parametrize("most", [*WARP_ROWS, BLOCK_ROWS])
+@pytest.mark.parametrize(
+    ("most", "dtypes"),
+    [(most, pair) for pair in DTYPE_PAIRS for most in (256, *SMALL_MOST[pair])],
+)
 def test_class_counts_around_a_form_of_small_rows(backend, most, dtypes):
     for classes in (most - 8, most - 1, most, most + 1, most + 8):
         tensors = pair(rows_of(classes), classes, dtypes)
@@ -77,8 +82,11 @@ def test_class_counts_around_a_form_of_small_rows(backend, most, dtypes):
         check_distillation(*tensors, labels, backend, temperature=3.0, teachers=False)
 
 
-@every_pair
-@pytest.mark.parametrize("most", CLUSTER_ROWS)
+@pytest.mark.with_clusters
+@pytest.mark.parametrize(
+    ("most", "dtypes"),
+    [(blocks * A_BLOCK_OF_MANY[pair], pair) for pair in DTYPE_PAIRS for blocks in CLUSTERS],
+)
 def test_class_counts_around_a_form_of_large_rows(backend, most, dtypes):
     for index, classes in enumerate((most - 8, most - 1, most, most + 1, most + 8)):
         tensors = pair(2, classes, dtypes)

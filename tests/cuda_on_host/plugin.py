@@ -14,7 +14,8 @@ from fastkd.kernels import compiled, cuda, native
 from fastkd.losses import soft_target
 
 # Half of the tests on the device that has clusters of blocks, half on one that has none.
-_DEVICES = (0, 1)
+_WITH_CLUSTERS = 0
+_DEVICES = (_WITH_CLUSTERS, 1)
 
 
 def pytest_configure():
@@ -43,6 +44,8 @@ def schedule(request, monkeypatch):
 
     draw = random.Random(f"{SEED} {request.node.nodeid}")
     device = draw.choice(_DEVICES)
+    if request.node.get_closest_marker("with_clusters"):
+        device = _WITH_CLUSTERS
     monkeypatch.setattr(cuda, "_place", lambda tensor: (device, 0))
     compiled.loaded().set_schedule(draw.getrandbits(64))
     compiled.loaded().set_capturing(draw.random() < 1 / 3)
