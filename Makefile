@@ -10,7 +10,7 @@ unexport MAKEFLAGS
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
-UNSANITIZED := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
+NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
     benchmarks_cuda benchmarks_liger examples cuda_check gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
@@ -27,9 +27,9 @@ test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native \
     $(BIN)/pytest -p cuda_on_host.plugin tests --ignore tests/test_isa.py -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
 FUSED := hint or soft_target or distillation or extreme
-# Sizes at which other backends' kernels change their form, and instruction sets. torch.compile is
-# left out because it calls the same kernels; in the interpreter it takes minutes.
-NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes isa)
+# What is about other backends. torch.compile is left out because it calls the same kernels; in the
+# interpreter it takes minutes.
+NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes isa cuda_on_host)
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -47,7 +47,7 @@ test-cpu: .venv/native cuda-on-host
 	$(BIN)/pytest tests $(ARGS)
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
-	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton $(BIN)/pytest tests $(NOT_TRITON) \
+	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) \
 	    -k '($(FUSED)) and not compile'
 
 test-cuda: cuda-on-host  ## Run the CUDA kernels, on the CPU
@@ -78,21 +78,22 @@ format: .venv/installed  ## Put the sources into the style that lint checks
 bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Left out: what runs no kernel in this process, torch.compile, which runs the same kernels, and of
-# the GPU's logits what varies numbers and not addresses.
+# Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; and of
+# logits what varies numbers alone (GPU), or sizes at which only a GPU's kernels change (CPU).
 sanitize: sanitize-cpu sanitize-cuda  ## Run the kernels' tests under ASan and UBSan
 
 sanitize-cpu: .venv/installed
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
 	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest tests -k 'not compile' --ignore tests/test_cuda_on_host.py $(UNSANITIZED) $(ARGS)
+	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest tests -k 'not compile' $(NO_KERNELS) $(ARGS) \
+	    --ignore tests/test_cuda_on_host.py --ignore tests/test_soft_target_regimes.py
 
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
 	$(SANITIZED) FASTKD_SHIM_TEST_PATH="$$(ls build/cuda_on_host_sanitized/_shim_test*.so)" \
 	    $(BIN)/pytest tests/test_cuda_on_host.py
-	$(SANITIZED) $(call test_on_host,build/cuda_on_host_sanitized,'(hint or regimes or distillation) and not compile') $(UNSANITIZED)
+	$(SANITIZED) $(call test_on_host,build/cuda_on_host_sanitized,'(hint or regimes or distillation) and not compile') $(NO_KERNELS)
 
 clean:  ## Remove all that make made
 	rm -rf .venv build dist demo-output *.egg-info .*_cache .hypothesis fastkd/_build.txt

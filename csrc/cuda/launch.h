@@ -76,23 +76,23 @@ inline cudaLaunchConfig_t config_of(const Grid& grid, const Stream& stream,
   return config;
 }
 
-// Lets a kernel have what it does not have by itself.
-inline void allow(const void* kernel, const Grid& grid) {
+// Lets a kernel have the shared memory and the cluster that it does not have by itself.
+inline cudaError_t allow(const void* kernel, const Grid& grid) {
   constexpr size_t always_there = 48 << 10;
   constexpr int everywhere = 8;
+  cudaError_t status = cudaSuccess;
   if (grid.shared_bytes > always_there)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(grid.shared_bytes)),
-          "asking for shared memory");
-  if (grid.cluster > everywhere)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "asking for a large cluster");
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  int(grid.shared_bytes));
+  if (status == cudaSuccess && grid.cluster > everywhere)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return status;
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream,
             Arguments&&... arguments) {
-  allow(reinterpret_cast<const void*>(kernel), grid);
+  check(allow(reinterpret_cast<const void*>(kernel), grid), "asking for a kernel's resources");
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = config_of(grid, stream, cluster);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
@@ -128,21 +128,28 @@ int64_t resident_clusters(void (*kernel)(Parameters...), const Grid& grid, const
   if (!is_new) return found->second;
   if (grid.shared_bytes > size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream)))
     return 0;
-  allow(address, grid);
   int count = 0;
+  cudaError_t status = allow(address, grid);
   if (grid.cluster > 1) {
+    // What was compiled for an older chip, and translated by the driver, knows no clusters.
+    constexpr int first_with_clusters = 90;
+    cudaFuncAttributes attributes{};
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
     cudaLaunchAttribute cluster;
     Grid one = grid;
     one.blocks = grid.cluster;
     const cudaLaunchConfig_t config = config_of(one, stream, cluster);
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    if (status == cudaSuccess && attributes.ptxVersion >= first_with_clusters)
+      status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (status != cudaSuccess) {
       cudaGetLastError();  // a size that this chip does not have
       count = 0;
     }
   } else {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, grid.threads,
-                                                        grid.shared_bytes),
-          "asking for the occupancy");
+    if (status == cudaSuccess)
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, grid.threads,
+                                                             grid.shared_bytes);
+    check(status, "asking for the occupancy");
     count *= attribute(cudaDevAttrMultiProcessorCount, stream);
   }
   return found->second = count;

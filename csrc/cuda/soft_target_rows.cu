@@ -389,12 +389,10 @@ bool launch_typed(const Call& call, const Scratch& scratch, const Stream& stream
       launch_if_it_fits<Scope::warp, S, T, held / N>(call, kWarpRowThreads, 1, scratch, stream) ||
       launch_if_it_fits<Scope::block, S, T, of_block>(call, kBlockThreads, 1, scratch, stream))
     return true;
-  if (!attribute(cudaDevAttrClusterLaunch, stream))
-    return launch_if_it_fits<Scope::block, S, T, of_block>(call, kMostThreads, 1, scratch, stream);
   for (const auto& [threads, cluster] : kClusters)
     if (launch_if_it_fits<Scope::cluster, S, T, held / N>(call, threads, cluster, scratch, stream))
       return true;
-  return false;
+  return launch_if_it_fits<Scope::block, S, T, of_block>(call, kMostThreads, 1, scratch, stream);
 }
 
 }  // namespace
