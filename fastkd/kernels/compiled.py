@@ -9,10 +9,13 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastkd.ops.soft_target import Parameters
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
@@ -54,6 +57,18 @@ def views(*tensors: Tensor | None) -> list[Any]:
 def view(t: Tensor) -> Any:
     """The same of one."""
     return views(t)[0]
+
+
+def address(t: Tensor | None) -> int:
+    """Where a contiguous tensor begins; 0 where there is none."""
+    return 0 if t is None else t.data_ptr()
+
+
+# Parameter objects are immutable, and a training run uses a handful.
+@functools.lru_cache(maxsize=256)
+def soft_target_parameters(p: "Parameters", threads: int) -> Any:
+    """As the module wants them; a GPU has no use for the threads."""
+    return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, threads)
 
 
 def as_buffer(grad_output: Tensor, dtype: torch.dtype) -> Tensor:

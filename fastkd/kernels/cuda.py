@@ -1,6 +1,5 @@
 """Hands CUDA tensors to the compiled module, on the current stream of their device."""
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,16 @@ import torch
 from torch import Tensor
 
 from fastkd.dispatch import Facts, Refusal
-from fastkd.kernels.compiled import DTYPES, REDUCTIONS, as_buffer, loaded, view, views
+from fastkd.kernels.compiled import (
+    DTYPES,
+    REDUCTIONS,
+    address,
+    as_buffer,
+    loaded,
+    soft_target_parameters,
+    view,
+    views,
+)
 from fastkd.kernels.refusals import USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
@@ -58,11 +66,6 @@ def _scratch(like: Tensor, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
-@functools.lru_cache(maxsize=256)
-def _soft_target(p: "soft_target_ops.Parameters") -> Any:
-    return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, 0)
-
-
 def soft_target_forward(
     student: Tensor,
     teacher: Tensor,
@@ -80,12 +83,12 @@ def soft_target_forward(
     sides = views(student, teacher, loss, gradient)
     module.cuda_soft_target_forward(
         *sides[:2],
-        0 if labels is None else labels.data_ptr(),
+        address(labels),
         sides[2],
-        0 if statistics is None else statistics.data_ptr(),
+        address(statistics),
         sides[3],
         scratch.data_ptr(),
-        _soft_target(p),
+        soft_target_parameters(p, 0),
         *_place(loss),
     )
 
@@ -107,11 +110,11 @@ def soft_target_backward(
         labels = labels.contiguous()
     loaded().cuda_soft_target_backward(
         *views(grad_output, student, teacher),
-        0 if labels is None else labels.data_ptr(),
+        address(labels),
         statistics.data_ptr(),
         *views(to_student, to_teacher),
         in_place,
-        _soft_target(p),
+        soft_target_parameters(p, 0),
         *_place(grad_output),
     )
 

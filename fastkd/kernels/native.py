@@ -9,7 +9,16 @@ from torch import Tensor
 
 from fastkd.dispatch import Facts, Refusal
 from fastkd.kernels import cuda
-from fastkd.kernels.compiled import REDUCTIONS, as_buffer, load, loaded, view, views
+from fastkd.kernels.compiled import (
+    REDUCTIONS,
+    address,
+    as_buffer,
+    load,
+    loaded,
+    soft_target_parameters,
+    view,
+    views,
+)
 from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
@@ -43,12 +52,6 @@ def _addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]
     return [w.data_ptr() for w in winners] or [0] * len(slopes)
 
 
-# Parameter objects are immutable, and a training run uses a handful.
-@functools.lru_cache(maxsize=256)
-def _soft_target(p: "soft_target_ops.Parameters", threads: int) -> Any:
-    return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, threads)
-
-
 @functools.lru_cache(maxsize=256)
 def _map(p: "attention_ops.MapParameters", threads: int) -> Any:
     return loaded().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim, threads)
@@ -76,11 +79,11 @@ def soft_target_forward(
     sides = views(student, teacher, gradient)
     loaded().soft_target_forward(
         *sides[:2],
-        0 if labels is None else labels.data_ptr(),
+        address(labels),
         loss.data_ptr(),
-        0 if statistics is None else statistics.data_ptr(),
+        address(statistics),
         sides[2],
-        _soft_target(p, torch.get_num_threads()),
+        soft_target_parameters(p, torch.get_num_threads()),
     )
 
 
@@ -108,10 +111,10 @@ def soft_target_backward(
         labels = labels.contiguous()
     loaded().soft_target_backward(
         *views(grad_output, student, teacher),
-        0 if labels is None else labels.data_ptr(),
+        address(labels),
         statistics.data_ptr(),
         *views(to_student, to_teacher),
-        _soft_target(p, torch.get_num_threads()),
+        soft_target_parameters(p, torch.get_num_threads()),
     )
 
 
