@@ -82,7 +82,7 @@ __device__ __forceinline__ void store(const Vector<S, N>& v, S* p) {
 
 // f(null pointers of two storage types), for all but float64.
 template <class F>
-inline void with_storage(DType dtype, const F& f) {
+constexpr void with_storage(DType dtype, const F& f) {
   switch (dtype) {
     case DType::f16:
       return f(static_cast<__half*>(nullptr));

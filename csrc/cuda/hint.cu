@@ -154,11 +154,12 @@ void launch_jobs(const Table& table, const Call<A>& call, bool in_place, unsigne
                  bool adds, const Stream& stream) {
   constexpr auto kernel = hint_kernel<S, T, A, Table>;
   const int64_t units = table.jobs[table.count - 1].last_unit;
-  const int64_t resident = resident_blocks<kernel>(kThreads, sizeof(Shared), stream);
-  const int64_t blocks = std::min({(units + kWarps - 1) / kWarps, resident, kMostBlocks});
+  Grid grid{1, kThreads, sizeof(Shared)};
+  grid.blocks = std::min(
+      {(units + kWarps - 1) / kWarps, resident_clusters(kernel, grid, stream), kMostBlocks});
   const bool sums = call.loss != nullptr && !call.by_row;
-  launch(kernel, {blocks, kThreads, sizeof(Shared)}, stream, table, call, in_place,
-         sums ? tickets(stream, counter) : Tickets{}, adds);
+  launch(kernel, grid, stream, table, call, in_place, sums ? tickets(stream, counter) : Tickets{},
+         adds);
   int64_t rows = 0;
   bool are_split = false;
   for (int j = 0; j < table.count; ++j) {

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -99,23 +97,8 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
         "launching a kernel");
 }
 
-// As many blocks of a kernel, of one size, as the device runs at a time.
-template <auto kernel>
-int64_t resident_blocks(int threads, size_t shared_bytes, const Stream& stream) {
-  static std::array<std::atomic<int64_t>, 64> known{};  // the questions take a microsecond
-  const bool is_known = size_t(stream.device) < known.size();
-  if (is_known && known[size_t(stream.device)] > 0) return known[size_t(stream.device)];
-  int processors = 0, each = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, stream.device),
-        "counting multiprocessors");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes),
-        "asking for the occupancy");
-  const int64_t blocks = int64_t(processors) * each;
-  if (is_known) known[size_t(stream.device)] = blocks;
-  return blocks;
-}
-
-// As many clusters of a kernel as the device runs at a time; none where it cannot run it.
+// As many clusters of a kernel, or blocks where a cluster is one, as the device runs at a time;
+// none where it cannot run it.
 template <class... Parameters>
 int64_t resident_clusters(void (*kernel)(Parameters...), const Grid& grid, const Stream& stream) {
   using Key = std::tuple<const void*, int, int, size_t, int>;

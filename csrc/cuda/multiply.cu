@@ -59,9 +59,9 @@ void multiply_all(const Tensors& all, DType dtype, const Tensor& grad_output,
   int64_t chunks = 0;
   const auto flush = [&] {
     if (gradients.count == 0) return;
-    const int64_t blocks = std::min(chunks, resident_blocks<kernel>(kThreads, 0, stream));
-    launch(kernel, {blocks, kThreads}, stream, gradients,
-           reinterpret_cast<const G*>(grad_output.data));
+    Grid grid{1, kThreads};
+    grid.blocks = std::min(chunks, resident_clusters(kernel, grid, stream));
+    launch(kernel, grid, stream, gradients, reinterpret_cast<const G*>(grad_output.data));
     gradients.count = 0;
     chunks = 0;
   };

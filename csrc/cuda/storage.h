@@ -11,15 +11,10 @@ struct Any;
 // f(null pointer of the storage type): S, or what the dtype says where S is Any. Not float64.
 template <class S, class F>
 __device__ __forceinline__ void as_storage(DType dtype, const F& f) {
-  if constexpr (!std::is_same_v<S, Any>) return f(static_cast<S*>(nullptr));
-  switch (dtype) {
-    case DType::f16:
-      return f(static_cast<__half*>(nullptr));
-    case DType::bf16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
+  if constexpr (std::is_same_v<S, Any>)
+    with_storage(dtype, f);
+  else
+    f(static_cast<S*>(nullptr));
 }
 
 template <class S>
