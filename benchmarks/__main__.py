@@ -2,25 +2,18 @@
 
 import argparse
 import contextlib
-import datetime
-import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import fastkd
 from benchmarks import report
 from benchmarks.contenders import BACKENDS, CONTENDERS, lineup, refusal
-from benchmarks.cpu import Cpu
-from benchmarks.cuda import Cuda
+from benchmarks.environment import open_device, origin
 from benchmarks.measure import Device, measure
 from benchmarks.record import SCHEMA, Case, Record
 from benchmarks.workloads import WORKLOADS, Workload
-from fastkd import info
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _RESULTS = Path(__file__).parent / "results"
@@ -49,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="default: eager, compile, the kernels that a loss has here, Liger-Kernel's on a GPU",
     )
     parser.add_argument(
-        "--seconds", type=_positive, help="of timing for each workload (3; 0.2 with --quick)"
+        "--seconds", type=report.positive, help="of timing for each workload (3; 0.2 with --quick)"
     )
     parser.add_argument(
         "--quick",
@@ -69,13 +62,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.device != "cpu" and options.allocator != "keep":
         parser.error("--allocator is for --device cpu")
     return options
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
-    return value
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[Workload, torch.dtype]]:
@@ -110,14 +96,8 @@ def jobs(options: argparse.Namespace, device: Device) -> list[Job]:
 def run(todo: list[Job], device: Device, options: argparse.Namespace) -> list[Case]:
     """All of it, or what was measured when Ctrl-C or a time limit cut it short."""
     seconds = options.seconds or (0.2 if options.quick else 3.0)
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
     cases: list[Case] = []
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress = report.progress()
     with contextlib.suppress(KeyboardInterrupt), progress:
         task = progress.add_task("", total=len(todo))
         for workload, dtype, contenders in todo:
@@ -138,28 +118,11 @@ def run(todo: list[Job], device: Device, options: argparse.Namespace) -> list[Ca
     return cases
 
 
-def versions(device: Device) -> dict[str, str]:
-    return {
-        "fastkd": fastkd.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **device.versions(),
-    }
-
-
 def is_complete(options: argparse.Namespace) -> bool:
     """Whether the figures may stand in the documentation."""
     return not (options.filter or options.quick or options.contenders) and (
         set(options.dtype) == set(_DTYPES) and options.allocator == "keep"
     )
-
-
-def open_device(options: argparse.Namespace) -> Device:
-    if options.device == "cpu":
-        return Cpu(options.allocator)
-    if not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no GPU here")
-    return Cuda()
 
 
 def draw(record: Record, path: Path, console: Console) -> None:
@@ -178,22 +141,21 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 150
-    found = chosen(options)
-    if not found:
+    wanted = chosen(options)
+    if not wanted:
         console.print("no workload matches; --list names them", style="red")
         return 2
     if options.list:
-        for workload, dtype in found:
+        for workload, dtype in wanted:
             name = str(dtype).removeprefix("torch.")
             console.print(f"{workload.loss} {workload.name} {name}", highlight=False)
         return 0
-    device = open_device(options)
+    device = open_device(options.device, options.allocator)
     todo = jobs(options, device)
     taking_part = [name for _, _, names in todo for name in names]
     subject = next((name for name in BACKENDS if name in taking_part), taking_part[0])
-    machine, commit = device.machine(), info.collect()["fastkd"]["commit"]
-    if machine["load"] > machine["cores"] / 4:
-        console.print(f"the machine is busy (load {machine['load']:.1f}): figures will be noisy")
+    found = origin(device, options)
+    report.warn_of_load(found["machine"], console)
     before = device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
     cases = run(todo, device, options)
     cut_short = len(cases) < len(todo)
@@ -201,12 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     after = before if cut_short else device.copy_bandwidth(0 if options.quick else _COPY_SECONDS)
     record = Record(
         schema=SCHEMA,
-        device=device.name,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        commit=commit or "unknown",
-        machine=machine,
-        versions=versions(device),
-        options=_shown(options),
+        **found,
         complete=is_complete(options) and subject == "native" and not cut_short,
         subject=subject,
         # The better of the two: no share is flattered by a noisy minute.
@@ -226,11 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         console.print(problem, style="red", highlight=False)
     return 1 if problems else 0
-
-
-def _shown(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as given; where the files went is nobody's business."""
-    return {name: value for name, value in vars(options).items() if name != "output"}
 
 
 if __name__ == "__main__":

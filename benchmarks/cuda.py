@@ -20,6 +20,8 @@ Action = Callable[[], Any]
 _COPY_BYTES = 1 << 30
 _HOST_CALLS = 20
 _REPLAYS = 20
+# A GPU has its memory busy with no more at a time, however many it is given.
+_SAMPLES_AT_A_TIME = 32
 # In one graph: an event tells time to half a microsecond.
 _SMALL_STEPS = 20
 _CAPTURE_WARMUPS = 2
@@ -101,8 +103,8 @@ class Cuda:
         return {"warm": 2 * _COPY_BYTES / statistics.median(samples)}
 
     def on_chip_bytes(self) -> int:
-        """The shared memory of a multiprocessor."""
-        return self.properties.shared_memory_per_multiprocessor
+        """One sample's part of the L2 cache, from which it can be read once more."""
+        return self.properties.L2_cache_size // _SAMPLES_AT_A_TIME
 
     def machine(self) -> dict[str, Any]:
         found = self.properties

@@ -5,7 +5,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -40,6 +40,13 @@ class Device(Protocol):
     def on_chip_bytes(self) -> int: ...
     def machine(self) -> dict[str, Any]: ...
     def versions(self) -> dict[str, str]: ...
+
+
+class Runnable(Protocol):
+    """What can be timed: a step, and what is to be done before each."""
+
+    def prepare(self) -> None: ...
+    def step(self) -> Any: ...
 
 
 class Trial:
@@ -98,7 +105,7 @@ class Truth:
             trial.prepare()
             loss = trial.step().item()
         except Exception as error:
-            return Outcome("failed", _said(error))
+            return Outcome("failed", said(error))
         leaves = trial.inputs.leaves()
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if len(gradients) < len(leaves):
@@ -111,12 +118,12 @@ class Truth:
         return Outcome("right" if within else "wrong", "", loss_error, gradient_error)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def race(
-    device: Device, trials: dict[str, Trial], seconds: float, rounds_least: int
+    device: Device, trials: Mapping[str, Runnable], seconds: float, rounds_least: int
 ) -> dict[str, list[float]]:
     """Seconds of each contender, taken in turns, in a new order each round.
 
@@ -139,6 +146,18 @@ def race(
     finally:
         gc.enable()
     return samples
+
+
+def timed(outcome: Outcome, samples: list[float]) -> Outcome:
+    q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
+    return replace(
+        outcome,
+        seconds=median,
+        seconds_q25=q25,
+        seconds_q75=q75,
+        seconds_least=min(samples),
+        repetitions=len(samples),
+    )
 
 
 def measure(
@@ -165,15 +184,7 @@ def measure(
     del truth
     progress("timing")
     for name, samples in race(device, trials, seconds, rounds_least).items():
-        q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
-        outcomes[name] = replace(
-            outcomes[name],
-            seconds=median,
-            seconds_q25=q25,
-            seconds_q75=q75,
-            seconds_least=min(samples),
-            repetitions=len(samples),
-        )
+        outcomes[name] = timed(outcomes[name], samples)
     progress("memory")
     for name, trial in trials.items():
         outcomes[name] = replace(
@@ -189,7 +200,7 @@ def measure(
             found = device.graph_seconds(trial.prepare, trial.step, ideal_bytes)
             outcomes[name] = replace(outcomes[name], graph_seconds=found)
         except Exception as error:
-            message = f"no CUDA graph: {_said(error)}"
+            message = f"no CUDA graph: {said(error)}"
             outcomes[name] = replace(outcomes[name], message=message)
     return Case(
         family=workload.family,

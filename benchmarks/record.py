@@ -80,8 +80,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One run on one machine. `subject` is the best fastkd backend that was measured."""
+class Origin:
+    """Of one run: what it was, on which machine."""
 
     schema: int
     device: str
@@ -91,12 +91,18 @@ class Record:
     versions: dict[str, str]
     options: dict[str, Any]
     complete: bool
-    subject: str
-    copy_bandwidth: dict[str, float]
-    cases: list[Case]
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Record(Origin):
+    """What the losses cost. `subject` is the best fastkd backend that was measured."""
+
+    subject: str
+    copy_bandwidth: dict[str, float]
+    cases: list[Case]
 
     @classmethod
     def load(cls, path: Path) -> "Record":

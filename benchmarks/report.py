@@ -1,11 +1,13 @@
-"""A record as tables in the terminal."""
+"""What the command lines share, and a record as tables in the terminal."""
 
+import argparse
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.record import Case, Outcome, Record, geometric_mean
+from benchmarks.record import Case, Origin, Outcome, Record, geometric_mean
 
 NONE = "–"
 
@@ -41,15 +43,43 @@ def megabytes(value: int | None) -> str:
     return f"{value / 1e6:.0f}" if value >= 1e6 else "< 1"
 
 
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
+def progress() -> Progress:
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def warn_of_load(machine: dict[str, Any], console: Console) -> None:
+    if machine["load"] > machine["cores"] / 4:
+        console.print(f"the machine is busy (load {machine['load']:.1f}): figures will be noisy")
+
+
 def heading(record: Record) -> str:
-    machine, copy = record.machine, record.copy_bandwidth
-    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    copy = record.copy_bandwidth
     bandwidth = f"copy bandwidth {copy['warm'] / 1e9:.1f} GB/s"
     if "fresh" in copy:
         bandwidth += f", into fresh memory {copy['fresh'] / 1e9:.1f} GB/s"
+    return f"{origin(record)}\n{bandwidth}"
+
+
+def origin(record: Origin) -> str:
+    """The machine, the versions, the commit and the date, in two lines."""
+    machine = record.machine
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return (
         f"{machine['device']}, {_parts(machine)}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['system']}\n{versions}; commit {record.commit}, {record.date}\n{bandwidth}"
+        f"{machine['system']}\n{versions}; commit {record.commit}, {record.date}"
     )
 
 

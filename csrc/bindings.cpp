@@ -27,23 +27,6 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-calls::Winners winners_at(const std::vector<Address>& addresses) {
-  calls::Winners winners;
-  for (Address address : addresses) winners.push_back(at<int32_t>(address));
-  return winners;
-}
-
-struct Map : MapParameters {
-  Map(int kind, double p, double eps, int channel_dim, int threads)
-      : MapParameters{MapKind(kind), p, eps, channel_dim, threads} {}
-};
-
-struct Transfer : TransferParameters {
-  Reduction reduction;
-  Transfer(int distance, double order, double beta, int reduction)
-      : TransferParameters{Distance(distance), order, beta, 1}, reduction(Reduction(reduction)) {}
-};
-
 struct Hint : calls::HintParameters {
   Hint(double scale, int reduction, int threads)
       : calls::HintParameters{scale, Reduction(reduction), threads} {}
@@ -55,8 +38,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled kernels of fastkd; see fastkd.kernels.native.";
 
   bind_arguments(m);
-  py::class_<Map>(m, "Map").def(py::init<int, double, double, int, int>());
-  py::class_<Transfer>(m, "Transfer").def(py::init<int, double, double, int>());
   py::class_<Hint>(m, "Hint").def(py::init<double, int, int>());
 
   using unlocked = py::call_guard<py::gil_scoped_release>;
@@ -79,7 +60,7 @@ PYBIND11_MODULE(_native, m) {
       unlocked());
   m.def(
       "attention_map_forward",
-      [](const Tensor& features, const Tensor& raw, Address winners, const Map& p) {
+      [](const Tensor& features, const Tensor& raw, Address winners, const MapArguments& p) {
         calls::attention_map_forward(features, raw, at<int32_t>(winners), p);
       },
       unlocked());
@@ -87,15 +68,15 @@ PYBIND11_MODULE(_native, m) {
       "attention_transfer_forward",
       [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
          const Tensors& slopes, const std::vector<Address>& winners, const Tensors& gradients,
-         const Transfer& transfer, const Map& p) {
+         const TransferArguments& transfer, const MapArguments& p) {
         calls::attention_transfer_forward(students, teachers, loss, slopes, winners_at(winners),
-                                          gradients, transfer, transfer.reduction, p);
+                                          gradients, transfer, p);
       },
       unlocked());
   m.def(
       "attention_backward",
       [](const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-         const std::vector<Address>& winners, const Tensors& gradients, const Map& p) {
+         const std::vector<Address>& winners, const Tensors& gradients, const MapArguments& p) {
         calls::attention_backward(grad_output, features, slopes, winners_at(winners), gradients, p);
       },
       unlocked());

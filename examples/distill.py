@@ -48,6 +48,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the other data are")
     add("--backend", type=_backend, help="of fastkd (default: the fastest available)")
     add("--device", type=_device, default="cpu", help="of torch (default: cpu)")
+    add("--channels-last", action="store_true", help="store images and features channels_last")
+    add("--amp", action="store_true", help="compute networks and losses under bfloat16 autocast")
     add("--seeds", type=_positive, metavar="N", help=f"students per method (default: {SEEDS})")
     add("--epochs", type=_positive, metavar="N", help="default: depends on the data")
     add(
@@ -69,9 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
 
-    results = train(
-        Trainer(data, dataclasses.replace(recipe, epochs=epochs), arguments.device), seeds
+    recipe = dataclasses.replace(
+        recipe, epochs=epochs, channels_last=arguments.channels_last, amp=arguments.amp
     )
+    results = train(Trainer(data, recipe, arguments.device), seeds)
     print_table(results)
     draw_accuracy(results, output / "accuracy.png")
     draw_attention(results, output / "attention.png")

@@ -28,6 +28,8 @@ class Recipe:
     teacher_blocks: int
     learning_rate: float = 5e-3
     threads: int | None = None  # of the CPU; None leaves torch its choice
+    channels_last: bool = False
+    amp: bool = False  # networks and losses under bfloat16 autocast
 
 
 RECIPES = {
@@ -56,6 +58,9 @@ class Trainer:
         self.normalize = Normalize(self.data.train)
         self.recipe = recipe
         self.device = device
+        self.memory_format = (
+            torch.channels_last if recipe.channels_last else torch.contiguous_format
+        )
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps = recipe.epochs * (len(data.train) // self.batch_size)
         if recipe.threads is not None:
@@ -65,8 +70,17 @@ class Trainer:
     def backends(self) -> dict[str, str]:
         """Which backend will serve each loss; raises before any work if one cannot."""
         batch = next(self._batches(1, seed=0))
-        images = self.normalize(batch.pixels)
-        return backends(self._student(0)(images), self._teacher(0)(images), batch.labels)
+        images = self.images(batch)
+        with self.autocast():
+            return backends(self._student(0)(images), self._teacher(0)(images), batch.labels)
+
+    def images(self, batch: Images) -> Tensor:
+        """The pixels as the networks take them."""
+        return self.normalize(batch.pixels).to(memory_format=self.memory_format)
+
+    def autocast(self) -> torch.autocast:
+        """Around networks and losses; backward follows what forward did."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp)
 
     def teacher(self, seed: int) -> Trained:
         network = self._teacher(seed)
@@ -92,7 +106,8 @@ class Trainer:
         network.eval()
         correct = 0
         for batch in self.data.test.batches(500):
-            predicted = network(self.normalize(batch.pixels)).logits.argmax(1)
+            with self.autocast():
+                predicted = network(self.images(batch)).logits.argmax(1)
             correct += int((predicted == batch.labels).sum())
         return 100 * correct / len(self.data.test)
 
@@ -105,7 +120,8 @@ class Trainer:
     def _network(self, widths: tuple[int, int, int], blocks: int, seed: int) -> StagedNetwork:
         torch.manual_seed(seed)
         _, channels, size, _ = self.data.train.pixels.shape
-        return residual_network(channels, size, self.data.classes, widths, blocks).to(self.device)
+        network = residual_network(channels, size, self.data.classes, widths, blocks)
+        return network.to(self.device, memory_format=self.memory_format)
 
     def _fit_hint(
         self, network: StagedNetwork, teacher: StagedNetwork, steps: int, seed: int
@@ -147,13 +163,15 @@ class Trainer:
             teacher.eval()
         loss_seconds = 0.0
         for batch in self._batches(steps, seed):
-            images = self.normalize(batch.pixels)
+            images = self.images(batch)
             if self.data.augment:
                 images = random_crop_and_flip(images)
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 target = teacher(images) if teacher is not None else NO_TEACHER
             optimizer.zero_grad()
-            loss_seconds += self._backward(network(images), target, batch.labels, loss)
+            with self.autocast():
+                output = network(images)
+            loss_seconds += self._backward(output, target, batch.labels, loss)
             optimizer.step()
             schedule.step()
             self.on_step()
@@ -179,7 +197,9 @@ class Trainer:
         cut = Output(_leaf(output.logits), [_leaf(feature) for feature in output.features])
         self._synchronize()
         start = time.perf_counter()
-        loss(cut, target, labels).backward()
+        with self.autocast():
+            value = loss(cut, target, labels)
+        value.backward()
         self._synchronize()
         seconds = time.perf_counter() - start
         ends = zip((output.logits, *output.features), (cut.logits, *cut.features), strict=True)

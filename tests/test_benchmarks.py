@@ -19,6 +19,7 @@ import fastkd  # noqa: E402
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import contenders, measure, readme, report  # noqa: E402
 from benchmarks.cpu import Cpu  # noqa: E402
+from benchmarks.environment import versions  # noqa: E402
 from benchmarks.plot import plot  # noqa: E402
 from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
 from benchmarks.workloads import WORKLOADS  # noqa: E402
@@ -90,7 +91,7 @@ def test_inputs_are_the_same_each_time_and_only_the_student_learns():
 
 @pytest.mark.parametrize("name", ["three in one call", "regressor", "channels_last"])
 def test_oracle_is_the_same_in_pieces(name, monkeypatch):
-    (workload,) = (w for w in WORKLOADS if name in w.name)
+    workload = next(w for w in WORKLOADS if name in w.name)
     small = workload.shrunk(workload.student[0][0] // 4)
     inputs = small.inputs(FLOAT)
     whole = measure.Truth(small, inputs)
@@ -189,7 +190,7 @@ def record_of(*cases: Case, **changes) -> Record:
         date="2026-01-01T00:00+00:00",
         commit="0123456789ab",
         machine=Cpu().machine(),
-        versions=cli.versions(Cpu()),
+        versions=versions(Cpu()),
         options={},
         complete=True,
         subject="native",

@@ -20,7 +20,13 @@ import data  # noqa: E402
 import distill  # noqa: E402
 from features import Output  # noqa: E402
 from formats import DataError  # noqa: E402
-from methods import METHODS, soft_targets  # noqa: E402
+from methods import (  # noqa: E402
+    ALONE,
+    ATTENTION,
+    METHODS,
+    attention_and_soft_targets,
+    soft_targets,
+)
 from models import residual_network  # noqa: E402
 from results import Spread  # noqa: E402
 from training import RECIPES, Recipe, Trainer  # noqa: E402
@@ -104,6 +110,25 @@ def test_quick_run_writes_everything(tmp_path):
         assert f"{row['accuracy']['mean']:.2f}" in run.stdout
         assert 0 < row["loss_seconds"] < row["seconds"]
     assert set(results["backends"].values()) <= {"native", "reference"}
+
+
+def test_channels_last_and_amp_reach_the_losses(tmp_path, monkeypatch):
+    seen = []
+
+    def loss(student, teacher, labels):
+        features = [*student.features, *teacher.features]
+        seen.append(student.logits.dtype == features[0].dtype == torch.bfloat16)
+        seen.append(all(x.is_contiguous(memory_format=torch.channels_last) for x in features))
+        return attention_and_soft_targets(student, teacher, labels)
+
+    monkeypatch.setattr(distill, "METHODS", (ALONE, ATTENTION._replace(loss=loss)))
+    monkeypatch.setattr(distill, "draw_attention", lambda results, path: None)
+    arguments = f"--quick --seeds 1 --epochs 2 --amp --channels-last --output {tmp_path}"
+    distill.main(arguments.split())
+    assert seen == [True, True] * 20
+    recipe = json.loads((tmp_path / "results.json").read_text())["recipe"]
+    assert recipe["amp"]
+    assert recipe["channels_last"]
 
 
 def test_options_are_honoured(tmp_path, capsys):

@@ -66,8 +66,8 @@ class Workload:
 
     `eager` takes the arguments of the fastkd function. `fused` stands in for that function where
     it returns no loss. The reads of the student are those of the best possible kernel: in one
-    forward and backward, and where one sample fits the on-chip memory next to a core. `devices`
-    are those that it is measured on.
+    forward and backward, and where one sample stays on the chip between two reads. `devices` are
+    those that it is measured on.
     """
 
     loss: str

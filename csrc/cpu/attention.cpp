@@ -52,6 +52,16 @@ void map_sample(const Tensor& features, const Positions& where, int64_t sample, 
   });
 }
 
+// Slopes by a map's positions become slopes by the features that won them.
+template <class A>
+void to_winners(const Tensor& features, const Positions& where, int64_t sample, A* slopes,
+                const int32_t* winners, const MapParameters& p) {
+  with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    slopes_of_winners(at<S>(features, sample * where.batch_stride), where, power, slopes, winners);
+  });
+}
+
 // Whether a sample is one stretch of planes, on both sides.
 bool are_planes(const Positions& from, const Positions& to) {
   return from.layout() == Layout::planar && to.layout() == Layout::planar && from.is_dense() &&
@@ -74,7 +84,7 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
     S* g = at<S>(gradient, sample * to.batch_stride);
     if (p.kind == MapKind::max_pow)
       over_chunks(count, threads, [&](int64_t first, int n) {
-        gradient_of_winners(x, from, g, to, power, first, n, scaled + first, winners + first);
+        gradient_of_winners(g, to, first, n, scaled + first, winners + first);
       });
     else if (are_planes(from, to))
       parallel_for((elements + kPiece - 1) / kPiece, threads, [&](int64_t piece) {
@@ -120,6 +130,7 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
   const Positions s(student, p.channel_dim), t(teacher, p.channel_dim);
   const Positions g(gradient ? gradient : student, p.channel_dim);
   const int64_t count = s.count;
+  const double scale = transfer.sample_scale(s.batch);
   const Shares shares(s.batch, student.numel() + teacher.numel(), p.threads);
   parallel_for(s.batch, shares.outer, [&](int64_t b) {
     A* slopes = at<A>(student_slopes, b * count);
@@ -130,7 +141,11 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
     int32_t* t_winners = teacher_winners ? teacher_winners + b * count : unwanted.data();
     map_sample(teacher, t, b, other, t_winners, p, shares.inner);
     map_sample(student, s, b, slopes, s_winners, p, shares.inner);
-    losses[b] = distance_slopes(slopes, other, count, bool(teacher_slopes), transfer, p.eps);
+    losses[b] = distance_slopes(slopes, other, count, bool(teacher_slopes), transfer, scale, p.eps);
+    if (p.kind == MapKind::max_pow) {
+      to_winners(student, s, b, slopes, s_winners, p);
+      if (teacher_slopes) to_winners(teacher, t, b, other, t_winners, p);
+    }
     if (gradient)
       gradient_sample(student, s, gradient, g, b, slopes, A(1), s_winners, p, shares.inner,
                       next_sample(student, s, teacher, t, b + 1, shares));

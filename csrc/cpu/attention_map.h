@@ -257,10 +257,19 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
   }
 }
 
-// One chunk of positions of max_pow: all goes to the winners.
+// Of one sample of max_pow: from slopes by the map to slopes by the winning features.
 template <class A, class S, int halves>
-void gradient_of_winners(const S* x, const Positions& from, S* g, const Positions& to,
-                         const Power<A, halves>& power, int64_t first, int n, const A* slopes,
+void slopes_of_winners(const S* x, const Positions& where, const Power<A, halves>& power, A* slopes,
+                       const int32_t* winners) {
+  for (int64_t i = 0; i < where.count; ++i) {
+    const A value = A(widen(x[where.offset(i) + winners[i] * where.channel_stride]));
+    slopes[i] *= power.derivative(splat<A>(value))[0];
+  }
+}
+
+// One chunk of positions of max_pow: all goes to the winners.
+template <class A, class S>
+void gradient_of_winners(S* g, const Positions& to, int64_t first, int n, const A* slopes,
                          const int32_t* winners) {
   const bool planar = to.layout() == Layout::planar;
   // Zeros first, along whichever of channels and positions lies side by side.
@@ -272,9 +281,7 @@ void gradient_of_winners(const S* x, const Positions& from, S* g, const Position
       std::memset(target, 0, to.channels * sizeof(S));
     else if (!planar)
       for (int64_t c = 0; c < to.channels; ++c) narrow(A(0), target + c * to.channel_stride);
-    const int64_t c = winners[i];
-    const A value = A(widen(x[from.offset(first + i) + c * from.channel_stride]));
-    narrow(slopes[i] * power.derivative(splat<A>(value))[0], target + c * to.channel_stride);
+    narrow(slopes[i], target + winners[i] * to.channel_stride);
   }
 }
 

@@ -92,12 +92,11 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
 
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
-                                Tensors gradients, TransferParameters transfer, Reduction reduction,
+                                Tensors gradients, const TransferParameters& transfer,
                                 const MapParameters& p) {
   expect_writing(gradients);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];
-  transfer.sample_scale = reduction == Reduction::mean && batch > 0 ? 1 / double(batch) : 1;
   std::vector<double> losses(size_t(batch), 0);
   double total = 0;
   for (size_t j = 0; j < pairs; ++j) {
@@ -108,10 +107,11 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
                                  both ? winners[pairs + j] : nullptr, gradient, transfer, p);
     for (int64_t b = 0; b < batch; ++b) {
       total += losses[size_t(b)];
-      if (reduction == Reduction::none) put(loss, int64_t(j) * batch + b, losses[size_t(b)]);
+      if (transfer.reduction == Reduction::none)
+        put(loss, int64_t(j) * batch + b, losses[size_t(b)]);
     }
   }
-  if (reduction != Reduction::none) put(loss, 0, total * transfer.sample_scale);
+  if (transfer.reduction != Reduction::none) put(loss, 0, total * transfer.sample_scale(batch));
 }
 
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,

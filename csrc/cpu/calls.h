@@ -22,7 +22,7 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
                            const MapParameters& p);
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
-                                Tensors gradients, TransferParameters transfer, Reduction reduction,
+                                Tensors gradients, const TransferParameters& transfer,
                                 const MapParameters& p);
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
                         const Winners& winners, Tensors gradients, const MapParameters& p);

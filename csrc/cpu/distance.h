@@ -113,20 +113,20 @@ double norm_of(const D& difference, int64_t count, double order, int64_t* ties) 
 // return the slopes; the teacher's only if asked for.
 template <class A>
 double distance_slopes(A* student, A* teacher, int64_t count, bool teacher_too,
-                       const TransferParameters& p, double eps) {
+                       const TransferParameters& p, double sample_scale, double eps) {
   constexpr int W = Simd<A>::width;
   const Normalised<A> s(student, count, eps), t(teacher, count, eps);
   const auto difference = [&](int64_t i, int lanes) { return s(i, lanes) - t(i, lanes); };
   Derivative<A> derivative{p.distance, p.order, 0, 0, count, 0};
   double loss;
   if (p.distance == Distance::mse) {
-    derivative.weight = p.beta * p.sample_scale;
+    derivative.weight = p.beta * sample_scale;
     loss = p.beta / double(count) * sum_over<A>(count, [&](int64_t i, int lanes) {
              const auto d = difference(i, lanes);
              return d * d;
            });
   } else {
-    derivative.weight = p.beta / 2 * p.sample_scale;
+    derivative.weight = p.beta / 2 * sample_scale;
     derivative.value = norm_of<A>(difference, count, p.order, &derivative.ties);
     loss = p.beta / 2 * derivative.value;
   }

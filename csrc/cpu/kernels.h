@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../attention.h"
 #include "../soft_target.h"
 
 namespace fastkd {
@@ -17,33 +18,16 @@ struct SoftTargetKernels {
                    const Tensor& to_teacher, const SoftTargetParameters& p);
 };
 
-enum class MapKind : int { sum_pow = 0, max_pow = 1 };
-enum class Distance : int { norm = 0, mse = 1 };
-
-struct MapParameters {
-  MapKind kind;
-  double p;
-  double eps;
-  int channel_dim;  // counted from the end where negative
-  int threads;
-};
-
-struct TransferParameters {
-  Distance distance;
-  double order;
-  double beta;
-  double sample_scale;  // 1 over the batch for the mean, otherwise 1
-};
-
 struct AttentionKernels {
   // The unnormalised map (B, positions), and the winning channels of max_pow.
   void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p);
-  // losses: one per sample. Slopes of the teacher and the gradient may be absent.
+  // losses: one per sample. Slopes of the teacher and the gradient may be absent. Those of max_pow
+  // are by the winning features.
   void (*transfer)(const Tensor& student, const Tensor& teacher, double* losses,
                    const Tensor& student_slopes, int32_t* student_winners,
                    const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
                    const TransferParameters& transfer, const MapParameters& p);
-  // grad_output is a scalar, or one per sample.
+  // grad_output is a scalar, or one per sample. With winners the features are not read.
   void (*backward)(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
                    const int32_t* winners, const Tensor& gradient, const MapParameters& p);
 };

@@ -43,6 +43,23 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Until other blocks have counted so far, in one thread; what they wrote before is then seen.
+__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned least) {
+#ifdef __CUDACC__
+  unsigned count;
+  for (;;) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(count)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    if (count >= least) return;
+    __nanosleep(64);
+  }
+#else
+  cuda_on_host::wait_until(counter, least);
+#endif
+}
+
 constexpr int kAccess = 16;  // bytes that one lane moves at a time
 
 // N elements that are read and written together, 16 bytes at a time.

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "../attention.h"
 #include "../soft_target.h"
 
 namespace fastkd::cuda {
@@ -36,6 +38,30 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
                           const int64_t* labels, const void* statistics, const Tensor& to_student,
                           const Tensor& to_teacher, bool in_place, const SoftTargetParameters& p,
                           const Place& place);
+
+// The unnormalised map, and the winning channels of max_pow. The arithmetic is that of the map's
+// dtype. Scratch memory as for no slopes at all.
+void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
+                           void* scratch, const MapParameters& p, const Place& place);
+
+// Bytes that a forward pass of attention transfer needs. There are slopes of each pair's student,
+// and of its teacher after all students' where they are wanted.
+size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs);
+
+// The loss, slopes and winners, and the students' gradients for a grad_output of 1 if there are
+// any. The arithmetic is that of the loss's dtype.
+void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
+                                const Tensor& loss, const Tensors& slopes,
+                                const std::vector<int32_t*>& winners, const Tensors& gradients,
+                                void* scratch, const TransferParameters& transfer,
+                                const MapParameters& p, const Place& place);
+
+// The gradients from slopes. grad_output is a scalar, or one per pair and sample; its dtype is the
+// arithmetic's. `in_place`: the gradients are those for a grad_output of 1, and stay as they are
+// where it is 1.
+void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
+                        const std::vector<int32_t*>& winners, const Tensors& gradients,
+                        bool in_place, const MapParameters& p, const Place& place);
 
 // Bytes that hints with a loss for each sample need instead.
 size_t hint_scratch_bytes(const Tensors& students, const Tensors& teachers,

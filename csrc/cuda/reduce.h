@@ -27,30 +27,50 @@ __device__ __forceinline__ double block_sum(double x, double* warps) {
   return sum;
 }
 
+// The same of several numbers at a time; `warps` may be in use until now.
+template <int N>
+__device__ __forceinline__ void block_sums(double (&x)[N], double (*warps)[N]) {
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] = warp_sum(x[i]);
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = x[i];
+    x[i] = 0;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += warps[warp][i];
+}
+
 // A grid finds its last block by drawing numbers. Kernels of one stream follow one another, so they
 // share a counter, which the last block leaves at 0 for the next kernel.
 constexpr int kCounters = 1024;
 static __device__ unsigned counters[kCounters];
 
-// Where a launch draws: counters[slot], or memory of its own where slot is negative.
+// Where a launch counts: a stream's counters, or memory of its own where slot is negative.
 struct Tickets {
   int slot;
   unsigned* own;
 };
 
 // A captured graph may be replayed beside anything, so its launches count in memory of their own,
-// which is set to 0 each time. cudaStreamPerThread is one handle for many streams.
-inline Tickets tickets(const Stream& stream, unsigned* own) {
+// which is set to 0 each time. cudaStreamPerThread is one handle for many streams. `count` counters
+// are needed, and there are `most` for each of `streams`.
+inline Tickets tickets(const Stream& stream, unsigned* own, size_t count = 1, size_t most = 1,
+                       int streams = kCounters) {
   static std::mutex mutex;
   static std::unordered_map<cudaStream_t, int> slots;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream.handle, &capture), "asking for a capture");
-  if (capture == cudaStreamCaptureStatusNone && stream.handle != cudaStreamPerThread) {
+  if (capture == cudaStreamCaptureStatusNone && stream.handle != cudaStreamPerThread &&
+      count <= most) {
     const std::lock_guard<std::mutex> lock(mutex);
     const int slot = slots.try_emplace(stream.handle, int(slots.size())).first->second;
-    if (slot < kCounters) return {slot, nullptr};
+    if (slot < streams) return {slot, nullptr};
   }
-  check(cudaMemsetAsync(own, 0, sizeof(unsigned), stream.handle), "clearing a counter");
+  check(cudaMemsetAsync(own, 0, count * sizeof(unsigned), stream.handle), "clearing counters");
   return {-1, own};
 }
 

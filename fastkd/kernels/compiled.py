@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fastkd.ops.attention import MapParameters, TransferParameters
     from fastkd.ops.soft_target import Parameters
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_KINDS = {"sum": 0, "sum_pow": 0, "max_pow": 1}
+_DISTANCES = {"norm": 0, "mse": 1}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 
 
@@ -64,11 +68,29 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
+    """Of the winners that go with the slopes; 0 where the kind of map has none."""
+    return [w.data_ptr() for w in winners] or [0] * len(slopes)
+
+
 # Parameter objects are immutable, and a training run uses a handful.
 @functools.lru_cache(maxsize=256)
 def soft_target_parameters(p: "Parameters", threads: int) -> Any:
     """As the module wants them; a GPU has no use for the threads."""
     return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, threads)
+
+
+@functools.lru_cache(maxsize=256)
+def map_parameters(p: "MapParameters", threads: int) -> Any:
+    """As the module wants them; a GPU has no use for the threads."""
+    return loaded().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim, threads)
+
+
+@functools.lru_cache(maxsize=256)
+def transfer_parameters(p: "TransferParameters") -> Any:
+    """As the module wants them."""
+    reduction = REDUCTIONS[p.reduction]
+    return loaded().Transfer(_DISTANCES[p.distance], p.order, p.beta, reduction)
 
 
 def as_buffer(grad_output: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,9 +11,12 @@ from fastkd.kernels.compiled import (
     DTYPES,
     REDUCTIONS,
     address,
+    addresses,
     as_buffer,
     loaded,
+    map_parameters,
     soft_target_parameters,
+    transfer_parameters,
     view,
     views,
 )
@@ -21,10 +24,20 @@ from fastkd.kernels.refusals import USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
 if TYPE_CHECKING:
+    from fastkd.ops import attention as attention_ops
     from fastkd.ops import hint as hint_ops
     from fastkd.ops import soft_target as soft_target_ops
 
-_LOSSES = frozenset({"hint_loss", "soft_target_loss", "distillation_loss"})
+# All that there are; a loss to come may have none.
+_LOSSES = frozenset(
+    {
+        "attention_map",
+        "attention_transfer_loss",
+        "distillation_loss",
+        "hint_loss",
+        "soft_target_loss",
+    }
+)
 
 # Private to torch; the public way makes a Stream object first.
 _raw_stream: Any = getattr(
@@ -162,5 +175,70 @@ def hint_backward(
         in_place,
         p.scale,
         REDUCTIONS[p.reduction],
+        *_place(grad_output),
+    )
+
+
+def attention_map_forward(
+    features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
+) -> None:
+    """Fill the unnormalised map, and the winners of max_pow."""
+    module = loaded()
+    scratch = _scratch(raw, module.cuda_attention_scratch_bytes([], 0))
+    module.cuda_attention_map_forward(
+        *views(features, raw),
+        winners.data_ptr(),
+        scratch.data_ptr(),
+        map_parameters(p, 0),
+        *_place(raw),
+    )
+
+
+def attention_transfer_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    loss: Tensor,
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    transfer: "attention_ops.TransferParameters",
+    p: "attention_ops.MapParameters",
+) -> None:
+    """Fill the loss, slopes and winners, and the gradients if there are any."""
+    module, of_slopes = loaded(), views(*slopes)
+    scratch = _scratch(loss, module.cuda_attention_scratch_bytes(of_slopes, len(students)))
+    module.cuda_attention_transfer_forward(
+        views(*students),
+        views(*teachers),
+        view(loss),
+        of_slopes,
+        addresses(winners, slopes),
+        views(*gradients),
+        scratch.data_ptr(),
+        transfer_parameters(transfer),
+        map_parameters(p, 0),
+        *_place(loss),
+    )
+
+
+def attention_backward(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    winners: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    p: "attention_ops.MapParameters",
+    in_place: bool = False,
+) -> None:
+    """Fill the features' gradients."""
+    grad_output = as_buffer(grad_output, slopes[0].dtype)
+    loaded().cuda_attention_backward(
+        view(grad_output),
+        views(*features),
+        views(*slopes),
+        addresses(winners, slopes),
+        views(*gradients),
+        in_place,
+        map_parameters(p, 0),
         *_place(grad_output),
     )

@@ -12,10 +12,13 @@ from fastkd.kernels import cuda
 from fastkd.kernels.compiled import (
     REDUCTIONS,
     address,
+    addresses,
     as_buffer,
     load,
     loaded,
+    map_parameters,
     soft_target_parameters,
+    transfer_parameters,
     view,
     views,
 )
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
     from fastkd.ops import attention as attention_ops
     from fastkd.ops import hint as hint_ops
     from fastkd.ops import soft_target as soft_target_ops
-
-_KINDS = {"sum": 0, "sum_pow": 0, "max_pow": 1}
-_DISTANCES = {"norm": 0, "mse": 1}
 
 
 def refuse(facts: Facts) -> Refusal | None:
@@ -45,16 +45,6 @@ def refuse(facts: Facts) -> Refusal | None:
             "Install a C++ compiler and reinstall fastkd; `python -m fastkd.info` tells more.",
         )
     return None if device == "cpu" else cuda.refuse(module, facts)
-
-
-def _addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
-    """Of the winners that go with the slopes; 0 where the kind of map has none."""
-    return [w.data_ptr() for w in winners] or [0] * len(slopes)
-
-
-@functools.lru_cache(maxsize=256)
-def _map(p: "attention_ops.MapParameters", threads: int) -> Any:
-    return loaded().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim, threads)
 
 
 @functools.lru_cache(maxsize=256)
@@ -122,7 +112,9 @@ def attention_map_forward(
     features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
 ) -> None:
     """Fill the unnormalised map, and the winners of max_pow."""
-    parameters = _map(p, torch.get_num_threads())
+    if not raw.is_cpu:
+        return cuda.attention_map_forward(features, raw, winners, p)
+    parameters = map_parameters(p, torch.get_num_threads())
     loaded().attention_map_forward(*views(features, raw), winners.data_ptr(), parameters)
 
 
@@ -137,21 +129,19 @@ def attention_transfer_forward(
     p: "attention_ops.MapParameters",
 ) -> None:
     """Fill the loss, slopes and winners, and the gradients if there are any."""
-    module = loaded()
-    module.attention_transfer_forward(
+    if not loss.is_cpu:
+        return cuda.attention_transfer_forward(
+            students, teachers, loss, slopes, winners, gradients, transfer, p
+        )
+    loaded().attention_transfer_forward(
         views(*students),
         views(*teachers),
         view(loss),
         views(*slopes),
-        _addresses(winners, slopes),
+        addresses(winners, slopes),
         views(*gradients),
-        module.Transfer(
-            _DISTANCES[transfer.distance],
-            transfer.order,
-            transfer.beta,
-            REDUCTIONS[transfer.reduction],
-        ),
-        _map(p, torch.get_num_threads()),
+        transfer_parameters(transfer),
+        map_parameters(p, torch.get_num_threads()),
     )
 
 
@@ -162,16 +152,24 @@ def attention_backward(
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: "attention_ops.MapParameters",
+    in_place: bool = False,
 ) -> None:
-    """Fill the features' gradients."""
+    """Fill the features' gradients.
+
+    `in_place` says that they are those for a `grad_output` of 1: on a GPU they stay where it is 1.
+    """
+    if not grad_output.is_cpu:
+        return cuda.attention_backward(
+            grad_output, features, slopes, winners, gradients, p, in_place
+        )
     grad_output = as_buffer(grad_output, slopes[0].dtype)
     loaded().attention_backward(
         view(grad_output),
         views(*features),
         views(*slopes),
-        _addresses(winners, slopes),
+        addresses(winners, slopes),
         views(*gradients),
-        _map(p, torch.get_num_threads()),
+        map_parameters(p, torch.get_num_threads()),
     )
 
 

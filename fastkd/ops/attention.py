@@ -2,7 +2,8 @@
 
 Forward reads each feature map once and keeps its *slopes*: the loss's derivative with respect to
 each position of the unnormalised map, `(B, positions)`. Backward turns slopes into the features'
-gradient with one more read. `max_pow` keeps the winning channel of each position as well.
+gradient with one more read. `max_pow` keeps the winning channel of each position as well, and its
+slopes are by the winning features: backward then reads no features.
 """
 
 import math
@@ -139,7 +140,7 @@ def backward(
     winners: Sequence[Tensor],
     p: MapParameters,
 ) -> list[Tensor]:
-    """The gradients of features, `grad_output · slope · dF/dA`.
+    """The gradients of features, `grad_output · slope · dF/dA`, for `max_pow` without `dF/dA`.
 
     `grad_output` is a scalar, or `(pairs, B)`.
     """
@@ -151,7 +152,10 @@ def backward(
 
 
 @define(
-    f"attention_rescale(Tensor(a!)[] gradients, {_BACKWARD}) -> ()", lambda *_: None, MapParameters
+    "attention_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] features, "
+    f"Tensor[] slopes, Tensor[] winners, bool in_place, {_MAP}) -> ()",
+    lambda *_: None,
+    MapParameters,
 )
 def rescale(
     gradients: Sequence[Tensor],
@@ -159,12 +163,38 @@ def rescale(
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
+    in_place: bool,
     p: MapParameters,
 ) -> None:
-    """Forward's gradients for another scalar `grad_output`, computed again in their place."""
+    """Forward's gradients for another scalar `grad_output`, computed again.
+
+    `in_place` says that they hold those for a `grad_output` of 1.
+    """
     kernels(p.backend, "attention").attention_backward(
-        grad_output, features, slopes, winners, gradients, p
+        grad_output, features, slopes, winners, gradients, p, in_place=in_place
     )
+
+
+def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParameters) -> Tensor:
+    """Slopes by a map of `max_pow` as slopes by the features that won: times `d|A|^p/dA`."""
+    dim = p.channel_dim % features.ndim
+    shape = features.shape[:dim] + (1,) + features.shape[dim + 1 :]
+    won = features.gather(dim, winners.long().view(shape)).view(slopes.shape).to(slopes.dtype)
+    return slopes * (p.p * won.abs().pow(p.p - 1) * won.sign())
+
+
+# On a GPU the gradient can follow the maps in one launch, and finds a sample of so many bytes in
+# the second-level cache; a larger one is read again by backward, for whatever `grad_output` is.
+_NEAR = 1 << 20
+
+
+def gradient_follows(students: Sequence[Tensor], p: MapParameters) -> bool:
+    """Whether the kernels compute gradients in forward, from features that are still in cache."""
+    if p.backend != "native":
+        return False
+    if students[0].is_cpu:
+        return True
+    return all([math.prod(s.shape[1:]) * s.element_size() <= _NEAR for s in students])
 
 
 class AttentionMap(Fused):
@@ -181,10 +211,10 @@ class AttentionMap(Fused):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         features, winners = ctx.saved_tensors
         with no_grad():
-            one = grad_output.new_ones(())
-            gradients = backward(
-                one, [features], [grad_output.contiguous()], [winners], ctx.parameters
-            )
+            one, slopes, p = grad_output.new_ones(()), grad_output.contiguous(), ctx.parameters
+            if p.kind == "max_pow":
+                slopes = by_winners(slopes, features, winners, p)
+            gradients = backward(one, [features], [slopes], [winners], p)
         return (*differentiate_once("attention_map", (gradients[0],), (features,)), None)
 
 
@@ -204,6 +234,7 @@ class AttentionTransfer(Fused):
             and not with_teachers
             and transfer.reduction != "none"
             and eager_gradient(*students)
+            and gradient_follows(students, p)
         )
         loss, slopes, winners, gradients = transfer_forward(
             students, teachers, with_gradients, with_teachers, transfer, p
@@ -232,7 +263,9 @@ class AttentionTransfer(Fused):
                     gradients,
                     grad_output,
                     p.backend,
-                    lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
+                    lambda to, in_place: rescale(
+                        to, grad_output, features, slopes, winners, in_place, p
+                    ),
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (len(needed) - len(found))

@@ -32,6 +32,9 @@ T* map_shared(T* p, unsigned rank) {
 void raise(unsigned* counter);
 void wait_for(unsigned* counter, unsigned least);
 
+// For a counter in global memory, which other blocks raise by atomics.
+void wait_until(const unsigned* counter, unsigned least);
+
 // The chip stops a kernel at an address that is not a multiple of the access; the host would not.
 void misaligned(const void* p, size_t bytes);
 inline void check_aligned(const void* p, size_t bytes) {

@@ -37,6 +37,7 @@ int shuffle_source(Primitive at, int argument, int width);
 
 // A moment at which the chip might run other threads.
 void maybe_switch();
+void let_waiting_go_on();  // after an atomic
 
 template <class T>
 T shuffle(Primitive at, unsigned mask, T value, int argument, int width) {
@@ -59,6 +60,7 @@ T atomically(T* p, F&& change) {
   check_aligned(p, sizeof(T));
   const T before = *p;
   *p = change(before);
+  let_waiting_go_on();
   maybe_switch();
   return before;
 }

@@ -162,6 +162,7 @@ class Grid {
   void let_copies_arrive();  // some of this thread's
 
   Random random;
+  std::vector<Thread*> waiting;  // for counters in global memory
 
  private:
   void admit();

@@ -56,6 +56,28 @@ void complete(Cluster& cluster) {
       if (thread.waits_at == Primitive::cluster_wait) Grid::current->wake(thread);
 }
 
+void wait_among(std::vector<Thread*>& waiting, const unsigned* counter, unsigned least) {
+  if (*counter >= least) return;
+  Thread& self = *Grid::thread;
+  self.counter = counter;
+  self.least = least;
+  waiting.push_back(&self);
+  Grid::current->wait(Primitive::wait_for);
+}
+
+void wake_satisfied(std::vector<Thread*>& waiting) {
+  for (size_t i = 0; i < waiting.size();) {
+    Thread& other = *waiting[i];
+    if (*other.counter < other.least) {
+      ++i;
+      continue;
+    }
+    waiting[i] = waiting.back();
+    waiting.pop_back();
+    Grid::current->wake(other);
+  }
+}
+
 uint64_t meet(Primitive at, unsigned mask, uint64_t value, unsigned source) {
   Thread& self = *Grid::thread;
   if (!(mask >> self.lane & 1))
@@ -158,27 +180,22 @@ void raise(unsigned* counter) {
   maybe_switch();
   check_aligned(counter, sizeof *counter);
   ++*counter;
-  auto& waiting = Grid::thread->block->cluster.waiting;
-  for (size_t i = 0; i < waiting.size();) {
-    Thread& other = *waiting[i];
-    if (other.counter != counter || *counter < other.least) {
-      ++i;
-      continue;
-    }
-    waiting[i] = waiting.back();
-    waiting.pop_back();
-    Grid::current->wake(other);
-  }
+  wake_satisfied(Grid::thread->block->cluster.waiting);
+}
+
+void let_waiting_go_on() {
+  if (Grid::current != nullptr) wake_satisfied(Grid::current->waiting);
 }
 
 void wait_for(unsigned* counter, unsigned least) {
   check_aligned(counter, sizeof *counter);
-  if (*counter >= least) return;
-  Thread& self = *Grid::thread;
-  self.counter = counter;
-  self.least = least;
-  self.block->cluster.waiting.push_back(&self);
-  Grid::current->wait(Primitive::wait_for);
+  wait_among(Grid::thread->block->cluster.waiting, counter, least);
+}
+
+void wait_until(const unsigned* counter, unsigned least) {
+  maybe_switch();
+  check_aligned(counter, sizeof *counter);
+  wait_among(Grid::current->waiting, counter, least);
 }
 
 void* map_shared_address(const void* p, unsigned rank) {

@@ -22,6 +22,8 @@ def pytest_configure():
     for loss in ("hint", "soft_target"):
         for function in (f"{loss}_forward", f"{loss}_backward"):
             setattr(native, function, getattr(cuda, function))
+    for part in ("map_forward", "transfer_forward", "backward"):
+        setattr(native, f"attention_{part}", getattr(cuda, f"attention_{part}"))
     native.multiply = cuda.multiply
     native.soft_target_forward = _with_checked_labels(cuda.soft_target_forward)
 

@@ -1,8 +1,10 @@
 """What half an hour on a GPU is for, in 8 minutes: builds, tests, sanitizers and benchmarks.
 
 python -m tests.gpu_check --out DIR
+python -m tests.gpu_check --out DIR --only hints logits
 
 Parts of one stage run side by side, stages one after another, whatever became of those before.
+When the time is nearly up, what is left is skipped; `--only` does it in another call.
 DIR receives a log of each part, the tests' results as JUnit XML, the benchmarks' records, and
 summary.json; a table of all parts is printed last.
 """
@@ -20,16 +22,19 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_TESTS_LIMIT = 120
+_TESTS_LIMIT = 150
 
 # Seconds to say something once the time is up.
 GRACE = 3.0
+# All in all, and what a part needs to be worth its start.
+SECONDS = 470.0
+_LEAST = 15.0
 
 # Those whose tests follow FASTKD_TEST_DEVICE.
 ON_THE_DEVICE = tuple(
@@ -39,8 +44,17 @@ ON_THE_DEVICE = tuple(
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
-# The losses that have kernels on a GPU, and what pytest knows their tests by.
-FUSED = {"logits": "soft_target or distillation or extreme", "hints": "hint"}
+TRAINING = "tests/test_train_step.py"
+# The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
+FUSED = {
+    "attention": "attention",
+    "logits": "soft_target or distillation or extreme",
+    "hints": "hint",
+}
+_WORKLOADS = {"attention": "attention", "logits": "soft", "hints": "hint"}
+# Seconds of their benchmarks in bfloat16 and float32.
+_LIMITS = {"attention": (75, 75), "logits": (90, 55), "hints": (35, 35)}
+_DTYPES = ("bfloat16", "float32")
 ONLY_ON_A_GPU = ("tests/test_cuda.py", "tests/test_cuda_large.py")
 # One needs a network, and one more time than there is.
 NOT_ON_THE_CPU = ("tests/test_packaging.py", "tests/test_examples.py", *ONLY_ON_A_GPU)
@@ -70,6 +84,12 @@ class Result:
 def stages(out: Path, capability: str) -> list[list[Part]]:
     """Everything, in its order. Nothing runs beside what is timed."""
     others = f"not ({' or '.join(FUSED.values())})"
+    timed = [
+        # One after the other, so that one that is cut short leaves the others their time.
+        [_benchmarks(out, losses, dtype, limit)]
+        for losses in FUSED
+        for dtype, limit in zip(_DTYPES, _LIMITS[losses], strict=True)
+    ]
     return [
         [Part("environment", ["bash", "-c", _ENVIRONMENT], 12)],
         [_build(capability)],
@@ -81,16 +101,15 @@ def stages(out: Path, capability: str) -> list[list[Part]]:
                 for backend in ("native", "triton", "reference")
             ),
             _tests(out, "cuda", list(ONLY_ON_A_GPU), "native,triton,reference"),
+            _tests(out, "training", [TRAINING], "native,triton"),
             _tests(out, "other losses", [*ON_THE_DEVICE, "-k", others], "reference"),
             _tests_on_the_cpu(out),
             *(_sanitizer(tool, losses) for tool in ("memcheck", "racecheck") for losses in FUSED),
-            _smoke(out),
+            _demo(out),
         ],
-        # One after the other, so that one that is cut short leaves the others their time.
-        [_benchmarks(out, "logits", "soft", "bfloat16", 90)],
-        [_benchmarks(out, "logits", "soft", "float32", 55)],
-        [_benchmarks(out, "hints", "hint", "bfloat16", 35)],
-        [_benchmarks(out, "hints", "hint", "float32", 35)],
+        *timed[: len(_DTYPES)],
+        [_training_step(out)],
+        *timed[len(_DTYPES) :],
     ]
 
 
@@ -137,23 +156,26 @@ def _sanitizer(tool: str, losses: str) -> Part:
     return Part(name, command, _TESTS_LIMIT, environment, needs="compute-sanitizer")
 
 
-def _benchmark(out: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--output", str(out)]
+def _benchmark(program: str, out: Path, *options: str) -> list[str]:
+    """When its time is up, it writes what it has measured."""
+    command = [sys.executable, "-m", program, "--device", "cuda", "--output", str(out)]
     return [*command, *options]
 
 
-def _benchmarks(out: Path, losses: str, wanted: str, dtype: str, limit: float) -> Part:
-    """When its time is up, it writes what it has measured."""
-    options = ("--filter", wanted, "--dtype", dtype, "--seconds", "0.3")
-    command = _benchmark(out / f"{losses}-{dtype}", *options)
+def _benchmarks(out: Path, losses: str, dtype: str, limit: float) -> Part:
+    options = ("--filter", _WORKLOADS[losses], "--dtype", dtype, "--seconds", "0.3")
+    command = _benchmark("benchmarks", out / f"{losses}-{dtype}", *options)
     return Part(f"benchmarks: {losses}, {dtype}", command, limit)
 
 
-def _smoke(out: Path) -> Part:
-    """Attention has no kernels on a GPU to be measured yet."""
-    options = ("--quick", "--filter", "attention", "--contenders", "eager", "reference")
-    command = _benchmark(out / "smoke", *options)
-    return Part("benchmarks: other losses, smoke test", command, _TESTS_LIMIT)
+def _training_step(out: Path) -> Part:
+    command = _benchmark("benchmarks.train_step", out / "training-step", "--seconds", "2")
+    return Part("benchmarks: training step", command, 75)
+
+
+def _demo(out: Path) -> Part:
+    command = [sys.executable, str(Path(__file__).with_name("demo.py")), str(out / "demo")]
+    return Part("demo by native and reference", command, _TESTS_LIMIT, {"OMP_NUM_THREADS": "1"})
 
 
 def _file(name: str) -> str:
@@ -202,11 +224,28 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_all(todo: list[list[Part]], out: Path, say: Callable[[str], None] = print) -> list[Result]:
+def only(todo: list[list[Part]], wanted: list[str]) -> list[list[Part]]:
+    """The parts whose names contain one of these, and what they all need."""
+    wanted = ["environment", "build", *wanted]
+    chosen = [[part for part in stage if any(x in part.name for x in wanted)] for stage in todo]
+    return list(filter(None, chosen))
+
+
+def run_all(
+    todo: list[list[Part]],
+    out: Path,
+    say: Callable[[str], None] = print,
+    seconds: float = SECONDS,
+) -> list[Result]:
     results = []
+    end = time.monotonic() + seconds - GRACE
 
     def finish(part: Part) -> Result:
-        result = run(part, out)
+        left = end - time.monotonic()
+        if left < min(_LEAST, part.limit):
+            result = Result(part.name, "skipped", 0.0, "no time was left")
+        else:
+            result = run(replace(part, limit=min(part.limit, left)), out)
         say(f"{part.name}: {result.status}")
         return result
 
@@ -230,7 +269,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    out = parser.parse_args(arguments).out.resolve()
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="only the build and parts whose names have it"
+    )
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
     import torch
 
     if not torch.cuda.is_available():
@@ -242,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("FASTKD_TEST_SEED", str(secrets.randbelow(2**32)))
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    results = run_all(stages(out, capability), out)
+    todo = stages(out, capability)
+    results = run_all(only(todo, options.only) if options.only else todo, out)
     print(table(results), flush=True)
     return 1 if {r.status for r in results} & {"failed", "timed out"} else 0
 

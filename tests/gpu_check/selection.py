@@ -4,6 +4,7 @@ python tests/gpu_check/selection.py native logits
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,13 @@ SHAPES = ((3, 40, 9, 11), (2, 64, 8, 8), (5, 3), (2, 4099))
 CLASSES = (100, 300, 1000, 1003, 4099, 9000, 20000, 40000)
 LOGITS = (*(((4, classes), 1) for classes in CLASSES), ((2, 19, 9, 11), 1))
 LOGITS_DTYPES = (*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16))
+# As hints; tokens; a sample beyond what kernels read twice from the L2 cache; more than one pair.
+MAPS = (*SHAPES[:2], (3, 33, 17), (1, 96, 61, 67))
+KINDS = (
+    {"kind": "sum"},
+    *({"kind": kind, "p": p} for kind in ("sum_pow", "max_pow") for p in (None, 1.5)),
+)
+DISTANCES = ({"distance": "mse"}, *({"order": order} for order in (None, 1.0, 3.0, math.inf)))
 TOLERANCE = 1e-2  # what a half-precision gradient is rounded to; wrong addresses show at once
 
 
@@ -38,6 +46,8 @@ LAYOUTS = (lambda x: x, channels_last, cropped)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
+    # A gradient that underflows in float16 does so in both.
+    expected = expected.to(found.dtype).double()
     found = found.detach().double().cpu()
     return bool((found - expected).norm() <= TOLERANCE * expected.norm() + 1e-12)
 
@@ -74,6 +84,50 @@ def hints(backend: str) -> int:
     return runs
 
 
+def transfer(*tensors: Tensor, **keywords) -> Tensor:
+    """Of as many pairs as there are students."""
+    half = len(tensors) // 2
+    return fastkd.attention_transfer_loss(list(tensors[:half]), list(tensors[half:]), **keywords)
+
+
+def attention_map(features: Tensor, **keywords) -> Tensor:
+    """With a loss of its own, in which every position counts."""
+    weights = torch.linspace(-1, 2, features[0, 0].numel(), dtype=torch.float64)
+    maps = fastkd.attention_map(features, **keywords)
+    return maps @ weights.to(maps)
+
+
+def attention(backend: str) -> int:
+    """Every kind in every layout and dtype, and every distance in one."""
+    runs = 0
+
+    def run(loss: Callable[..., Tensor], tensors: Sequence[Tensor], count: int) -> None:
+        nonlocal runs
+        check(loss, tensors, backend, count)
+        runs += 1
+
+    for dtype, shape, layout in itertools.product(DTYPES, MAPS, LAYOUTS):
+        if shape == MAPS[-1] and dtype not in DTYPES[::2]:
+            continue
+        for number, kind in enumerate(KINDS):
+            pair = [layout(x) for x in draw(shape, (dtype, dtype))]
+            run(partial(attention_map, **kind), pair[:1], 1)
+            # In turns, the gradients of students alone and of both sides.
+            run(partial(transfer, **kind), pair, 1 + number % 2)
+    for dtypes, (student, teacher) in itertools.product(
+        itertools.permutations(DTYPES, 2), itertools.product(LAYOUTS, repeat=2)
+    ):
+        pair = draw(SHAPES[0], dtypes)
+        run(transfer, [student(pair[0]), teacher(pair[1])], 1)
+    for distance, reduction in itertools.product(DISTANCES, ("mean", "sum", "none")):
+        students = [x for shape in MAPS[:2] for x in draw((2, *shape[1:]), DTYPES[:1])]
+        teachers = [x for shape in MAPS[:2] for x in draw((2, 7, *shape[2:]), DTYPES[:1])]
+        for count in (2, 4):
+            options = {**distance, "reduction": reduction}
+            run(partial(transfer, **options), [*students, *teachers], count)
+    return runs
+
+
 def distillation(student: Tensor, teacher: Tensor, *, labels: Tensor, **keywords) -> Tensor:
     return fastkd.distillation_loss(student, teacher, labels.to(student.device), **keywords)
 
@@ -96,7 +150,7 @@ def logits(backend: str) -> int:
 
 def main(backend: str, losses: str) -> None:
     torch.manual_seed(0)
-    runs = {"hints": hints, "logits": logits}[losses](backend)
+    runs = {"attention": attention, "hints": hints, "logits": logits}[losses](backend)
     print(f"{backend}: {runs} calls agree with float64")
 
 

@@ -7,7 +7,15 @@ import os
 from fastkd.dispatch import Facts, Refusal
 from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
 
-_LOSSES = frozenset({"distillation_loss", "hint_loss", "soft_target_loss"})
+_LOSSES = frozenset(
+    {
+        "attention_map",
+        "attention_transfer_loss",
+        "distillation_loss",
+        "hint_loss",
+        "soft_target_loss",
+    }
+)
 _DEVICES = frozenset({"cuda", "xpu"})
 
 

@@ -1,0 +1,578 @@
+// Attention maps and attention transfer: all pairs of a call in one launch.
+//
+// Blocks draw units of work in their order. What a unit waits for was drawn before it, by a block
+// that runs and waits for earlier units at most: so nobody waits forever, however few blocks there
+// are, and between units no block waits for all others.
+#include <type_traits>
+
+#include "attention_distance.h"
+#include "attention_walks.h"
+#include "launch.h"
+
+namespace fastkd::cuda {
+namespace {
+
+constexpr int kBlocksTogether = 6;  // on a multiprocessor: 80 registers are left to a thread
+
+// Of a launch: the next unit to draw, the blocks that have ended, and for each sample the units of
+// its maps, of its sums and of its slopes that are done. The last block leaves them at 0.
+constexpr int kStreams = 16;
+constexpr size_t kMostCounters = 8192;
+__device__ unsigned counters_of_streams[kStreams][kMostCounters];
+enum Counter { kDrawn, kEnded, kOfSamples };
+enum SampleCounter { kMapsDone, kSumsDone, kSlopesDone, kPerSample };
+
+constexpr size_t counters_for(int64_t samples) {
+  return size_t(kOfSamples + kPerSample * samples);
+}
+
+template <class A>
+struct Shared {
+  Pair pair;
+  MapRoom<A> map;
+  DistanceRoom distance;
+  double squares[kMapWarps][1];
+  unsigned unit;
+};
+
+template <class A>
+struct Call {
+  Transfer transfer;
+  bool is_map;    // and no distance
+  bool by_sample;
+  double* losses;  // one a sample
+  A* loss;
+  int32_t samples;
+};
+
+// A job in shared memory, by all threads. Read from the parameters, what the ways through all kinds
+// of features need would be kept in registers at once.
+template <class Job>
+__device__ __forceinline__ void bring(const Job& job, Job& shared) {
+  static_assert(sizeof(Job) % sizeof(uint32_t) == 0);
+  const auto* const from = reinterpret_cast<const uint32_t*>(&job);
+  auto* const to = reinterpret_cast<uint32_t*>(&shared);
+  for (unsigned i = threadIdx.x; i < sizeof(Job) / sizeof(uint32_t); i += kMapThreads)
+    to[i] = from[i];
+  __syncthreads();
+}
+
+// By all threads, after what they have written.
+__device__ __forceinline__ void count(unsigned* counter) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  atomicAdd(counter, 1);
+}
+
+// By all threads, before what they read.
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned least) {
+  if (threadIdx.x == 0) wait_until(counter, least);
+  __syncthreads();
+}
+
+// The units before a slot: a slot has the maps of one sample, and the rest of earlier ones.
+__device__ __forceinline__ uint32_t units_before(const Pair& pair, uint32_t slot) {
+  uint32_t units = 0;
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    const uint32_t begun = slot > pair.lag[stage] ? slot - pair.lag[stage] : 0;
+    units += (begun < pair.batch ? begun : pair.batch) * pair.units[stage];
+  }
+  return units;
+}
+
+struct Work {
+  Stage stage;
+  uint32_t sample, unit;
+};
+
+__device__ __forceinline__ Work work_of(const Pair& pair, uint32_t unit) {
+  uint32_t slot = 0, beyond = pair.batch + pair.lag[kGradient];
+  while (beyond - slot > 1) {
+    const uint32_t middle = (slot + beyond) / 2;
+    (units_before(pair, middle) <= unit ? slot : beyond) = middle;
+  }
+  Work work{kStudentMap, 0, unit - units_before(pair, slot)};
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    const bool has = slot >= pair.lag[stage] && slot - pair.lag[stage] < pair.batch;
+    const uint32_t units = has ? pair.units[stage] : 0;
+    if (work.unit < units) {
+      work.stage = Stage(stage);
+      work.sample = slot - pair.lag[stage];
+      break;
+    }
+    work.unit -= units;
+  }
+  return work;
+}
+
+template <class A, class Fold>
+__device__ void map_unit(const Pair& pair, const Axis* axes, const Work& work, bool is_map,
+                         const typename Fold::Raise& power, Shared<A>& shared) {
+  const int side = work.stage;
+  const Pass& pass = pair.maps[side];
+  const int64_t first = int64_t(work.sample) * pair.positions;
+  A* const kept = reinterpret_cast<A*>(pair.slopes[side]) + first;
+  int32_t* const winners = pair.winners[side];
+  double squares[1] = {};
+  fold_unit<A, Fold>(pass, axes, work.sample, work.unit, power, shared.map,
+                     [&](uint32_t position, const Fold& fold) {
+                       const A map = Fold::map(fold.value, power);
+                       kept[position] = is_map ? map : fold.value;
+                       if constexpr (Fold::kHasWinner)
+                         if (winners != nullptr) winners[first + position] = fold.channel;
+                       squares[0] += double(map) * double(map);
+                     });
+  if (is_map) return;
+  block_sums(squares, shared.squares);
+  const uint32_t all = pair.units[kStudentMap] + pair.units[kTeacherMap];
+  const uint32_t unit = work.unit + (side == 0 ? 0 : pair.units[kStudentMap]);
+  if (threadIdx.x == 0) pair.squares[int64_t(work.sample) * all + unit] = squares[0];
+}
+
+// Sums of a part; and, where it is the only one, all that follows from them.
+template <class A, class Fold>
+__device__ void distance_unit(const Pair& pair, const Work& work, const Call<A>& call,
+                              const typename Fold::Raise& power, DistanceRoom& room) {
+  const SampleMaps<A, Fold> maps(pair, work.sample, call.transfer, room);
+  Meeting<A> meets{call.transfer.measure, A(call.transfer.order), A(0)};
+  double* const parts = pair.sums + int64_t(work.sample) * pair.parts * kSumCount;
+  double largest = 0;
+  Sums sums{};
+  if (work.stage == kSums) {
+    if (meets.measure == Measure::any || meets.measure == Measure::infinity)
+      largest = maps.largest(pair, work.unit, power, room);
+    meets.largest = A(largest);
+    sums = maps.sums(pair, work.unit, power, meets, room);
+    if (pair.parts > 1) {
+      if (threadIdx.x > 0) return;
+      parts[work.unit * kSumCount] = sums.term;
+      parts[work.unit * kSumCount + 1] = sums.student;
+      parts[work.unit * kSumCount + 2] = sums.teacher;
+      return;
+    }
+  } else {
+#pragma unroll 1
+    for (uint32_t part = 0; part < pair.parts; ++part) {
+      sums.term += parts[part * kSumCount];
+      sums.student += parts[part * kSumCount + 1];
+      sums.teacher += parts[part * kSumCount + 2];
+    }
+  }
+  const Outcome outcome(call.transfer, sums.term, largest, pair.positions);
+  if (threadIdx.x == 0 && work.unit == 0) {
+    const uint32_t sample = pair.first_sample + work.sample;
+    call.losses[sample] = outcome.loss;
+    if (call.by_sample) call.loss[sample] = A(outcome.loss);
+  }
+  maps.to_slopes(pair, work.unit, power, meets, sums, outcome.factor);
+}
+
+template <class A, class Fold>
+__device__ void do_work(const Pair& pair, const Axis* axes, const Work& work, const Call<A>& call,
+                        const typename Fold::Raise& power, unsigned* counters, Shared<A>& shared) {
+  unsigned* const done = counters + kOfSamples + kPerSample * (pair.first_sample + work.sample);
+  switch (work.stage) {
+    case kStudentMap:
+    case kTeacherMap:
+      map_unit<A, Fold>(pair, axes, work, call.is_map, power, shared);
+      if (!call.is_map) count(done + kMapsDone);
+      return;
+    case kSums:
+      wait_for(done + kMapsDone, pair.units[kStudentMap] + pair.units[kTeacherMap]);
+      distance_unit<A, Fold>(pair, work, call, power, shared.distance);
+      count(done + (pair.parts > 1 ? kSumsDone : kSlopesDone));
+      return;
+    case kSlopes:
+      wait_for(done + kSumsDone, pair.parts);
+      distance_unit<A, Fold>(pair, work, call, power, shared.distance);
+      count(done + kSlopesDone);
+      return;
+    default:
+      wait_for(done + kSlopesDone, pair.parts);
+      const int64_t first = int64_t(work.sample) * pair.positions;
+      const Slopes<A> slopes{reinterpret_cast<const A*>(pair.slopes[0]) + first,
+                             Fold::kHasWinner ? pair.winners[0] + first : nullptr, A(1)};
+      gradient_unit<A, Fold>(pair.gradient, axes, work.sample, work.unit, power, slopes);
+  }
+}
+
+// `adds` says that an earlier launch has put its part into the loss.
+template <class A, class Fold, class Table>
+__global__ void __launch_bounds__(kMapThreads, kBlocksTogether)
+    attention_forward_kernel(const __grid_constant__ Table table, const Call<A> call,
+                             const typename Fold::Raise power, Tickets tickets, bool adds) {
+  Shared<A>& shared = shared_memory<Shared<A>>();
+  unsigned* const counters =
+      tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
+  const uint32_t all = table.jobs[table.count - 1].last_unit;
+  if (threadIdx.x == 0) shared.unit = atomicAdd(counters + kDrawn, 1);
+  __syncthreads();
+  for (;;) {
+    const uint32_t unit = shared.unit;
+    if (unit >= all) break;
+    // Drawn before it is needed: the answer takes as long as a read of memory.
+    const unsigned next = threadIdx.x == 0 ? atomicAdd(counters + kDrawn, 1) : 0;
+    int j = 0;
+    while (unit >= table.jobs[j].last_unit) ++j;
+    Pair& pair = shared.pair;
+    bring(table.jobs[j], pair);
+    do_work<A, Fold>(pair, table.axes, work_of(pair, unit - pair.first_unit), call, power, counters,
+                     shared);
+    __syncthreads();
+    if (threadIdx.x == 0) shared.unit = next;
+    __syncthreads();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared.unit = atomicAdd(counters + kEnded, 1);
+    __threadfence();
+  }
+  __syncthreads();
+  if (shared.unit != gridDim.x - 1) return;
+  for (uint32_t i = threadIdx.x; i < counters_for(call.samples); i += kMapThreads) counters[i] = 0;
+  if (call.is_map || call.by_sample) return;
+  double total[1] = {};
+  for (int sample = threadIdx.x; sample < call.samples; sample += kMapThreads)
+    total[0] += call.losses[sample];
+  block_sums(total, shared.squares);
+  if (threadIdx.x == 0)
+    *call.loss = A(total[0] * call.transfer.scale) + (adds ? *call.loss : A(0));
+}
+
+// The last samples first: forward has just read them. With `in_place` the gradients are those for a
+// grad_output of 1.
+template <class A, class Fold, class Table>
+__global__ void __launch_bounds__(kMapThreads, kBlocksTogether)
+    attention_backward_kernel(const __grid_constant__ Table table, const A* grad_output,
+                              bool by_sample, const typename Fold::Raise power, bool in_place) {
+  if (in_place && *grad_output == A(1)) return;
+  Side& side = shared_memory<Side>();
+  const uint32_t all = table.jobs[table.count - 1].last_unit;
+  for (uint32_t i = blockIdx.x; i < all; i += gridDim.x) {
+    const uint32_t unit = all - 1 - i;
+    int j = 0;
+    while (unit >= table.jobs[j].last_unit) ++j;
+    __syncthreads();
+    bring(table.jobs[j], side);
+    const uint32_t sample = (unit - side.first_unit) / side.gradient.units;
+    const int64_t first = int64_t(sample) * side.gradient.positions;
+    const Slopes<A> slopes{reinterpret_cast<const A*>(side.slopes) + first,
+                           Fold::kHasWinner ? side.winners + first : nullptr,
+                           grad_output[by_sample ? side.first_row + sample : 0]};
+    gradient_unit<A, Fold>(side.gradient, table.axes, sample,
+                           unit - side.first_unit - sample * side.gradient.units, power, slopes);
+  }
+}
+
+// ---- Plans -------------------------------------------------------------------------------------
+
+template <class Job>
+struct Plan {
+  std::vector<Job> jobs;
+  std::vector<Axis> axes;
+
+  // Before a job is added: it begins where the last one ends.
+  uint32_t units() const { return jobs.empty() ? 0 : jobs.back().last_unit; }
+  void add(Job job, uint64_t count) {
+    if (units() + count > INT32_MAX)
+      throw std::invalid_argument("attention: too many elements for a GPU");
+    job.first_unit = units();
+    job.last_unit = units() + uint32_t(count);
+    jobs.push_back(job);
+  }
+};
+
+void rebase(Pass& pass, int first_axis) { pass.first_axis -= first_axis; }
+void rebase(Pair& pair, int first_axis) {
+  for (Pass& map : pair.maps) rebase(map, first_axis);
+  rebase(pair.gradient, first_axis);
+}
+void rebase(Side& side, int first_axis) { rebase(side.gradient, first_axis); }
+int axes_from(const Pair& pair) { return pair.maps[0].first_axis; }
+int axes_from(const Side& side) { return side.gradient.first_axis; }
+
+// f(a table, whether it is not the first): as many as the plan's jobs fill.
+template <class Table, class Job, class F>
+void over_tables(const Plan<Job>& plan, const F& f) {
+  const auto axes_until = [&](size_t i) {
+    return i + 1 < plan.jobs.size() ? axes_from(plan.jobs[i + 1]) : int(plan.axes.size());
+  };
+  for (size_t next = 0; next < plan.jobs.size();) {
+    const size_t begin = next;
+    const int first_axis = axes_from(plan.jobs[begin]);
+    const uint32_t first_unit = plan.jobs[begin].first_unit;
+    Table table;
+    table.count = 0;
+    for (; next < plan.jobs.size() && table.count < Table::kJobs; ++next) {
+      if (axes_until(next) - first_axis > Table::kAxes) break;
+      Job job = plan.jobs[next];
+      rebase(job, first_axis);
+      job.first_unit -= first_unit;
+      job.last_unit -= first_unit;
+      table.jobs[table.count++] = job;
+    }
+    std::copy(plan.axes.begin() + first_axis, plan.axes.begin() + axes_until(next - 1), table.axes);
+    f(table, begin);
+  }
+}
+
+// Most calls fit the small table; a parameter of 30 KB takes longer to hand over. Float64 and unusual
+// exponents do without it, so that there are fewer kernels.
+template <class Job>
+using Few = Table<Job, 5, 6>;
+template <class Job>
+using Many = Table<Job, 48, 200>;
+static_assert(sizeof(Many<Pair>) < 32000 && Many<Pair>::kAxes >= 3 * kMaxDims);
+
+template <class Fold, class Job, class F>
+void with_tables(const Plan<Job>& plan, const F& f) {
+  if constexpr (std::is_same_v<Fold, SumOf<float, Simple<float>>> ||
+                std::is_same_v<Fold, LargestOf<float>>)
+    if (plan.jobs.size() <= Few<Job>::kJobs && plan.axes.size() <= Few<Job>::kAxes)
+      return over_tables<Few<Job>>(plan, f);
+  over_tables<Many<Job>>(plan, f);
+}
+
+// f(a null pointer of what is kept of the channels)
+template <class A, class F>
+void with_fold(const MapParameters& p, const F& f) {
+  if (p.kind == MapKind::max_pow) return f(static_cast<LargestOf<A>*>(nullptr));
+  if constexpr (std::is_same_v<A, float>)
+    if (p.p == 1 || p.p == 2) return f(static_cast<SumOf<A, Simple<A>>*>(nullptr));
+  f(static_cast<SumOf<A, General<A>>*>(nullptr));
+}
+
+template <class F>
+void with_arithmetic(DType dtype, const F& f) {
+  if (dtype == DType::f64)
+    f(static_cast<double*>(nullptr));
+  else
+    f(static_cast<float*>(nullptr));
+}
+
+Measure measure_of(const TransferParameters& p) {
+  if (p.distance == Distance::mse) return Measure::mse;
+  if (p.order == 1) return Measure::one;
+  if (p.order == 2) return Measure::two;
+  return std::isinf(p.order) ? Measure::infinity : Measure::any;
+}
+
+// How many samples later a stage comes, so that what it waits for is nearly always done: as many as
+// the blocks that run at a time may be at work on.
+void set_lags(Pair& pair, int64_t blocks) {
+  uint32_t in_slot = 0;
+  for (uint32_t units : pair.units) in_slot += units;
+  const uint32_t lag = std::min(parts_of(blocks, in_slot), pair.batch);
+  const bool has_slopes = pair.units[kSlopes] > 0, has_gradient = pair.units[kGradient] > 0;
+  pair.lag[kSums] = pair.units[kSums] > 0 ? lag : 0;
+  pair.lag[kSlopes] = pair.lag[kSums] + has_slopes;
+  pair.lag[kGradient] = pair.lag[kSlopes] + (has_gradient ? (lag + 1) / 2 : 0);
+}
+
+// Takes what a call needs out of one piece of memory.
+class Room {
+ public:
+  explicit Room(void* memory) : begin_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(T) + 15) / 16 * 16;
+    return begin_ == nullptr ? nullptr : reinterpret_cast<T*>(begin_ + at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  size_t used_ = 0;
+};
+
+struct Workspace {
+  std::vector<char*> teachers;  // maps that nobody keeps
+  std::vector<double*> squares, sums;
+  double* losses;
+  unsigned* counters;
+};
+
+// Laid out by shapes alone.
+Workspace lay_out(Room& room, const Tensors& slopes, size_t pairs) {
+  Workspace w;
+  int64_t samples = 0;
+  for (size_t j = 0; j < pairs; ++j) {
+    const int64_t batch = slopes[j].sizes[0], positions = slopes[j].sizes[1];
+    samples += batch;
+    if (slopes.size() == pairs)
+      w.teachers.push_back(room.take<char>(batch * positions * size_of(slopes[j].dtype)));
+    w.squares.push_back(room.take<double>(batch * 2 * (positions / kLeastPositions + 1)));
+    w.sums.push_back(room.take<double>(batch * (positions / kPart + 1) * kSumCount));
+  }
+  w.losses = room.take<double>(samples);
+  w.counters = room.take<unsigned>(int64_t(counters_for(samples)));
+  return w;
+}
+
+template <class A, class Fold>
+void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned* own,
+                    const Stream& stream) {
+  with_tables<Fold>(unlagged, [&](auto& table, size_t begin) {
+    using Table = std::remove_reference_t<decltype(table)>;
+    constexpr auto kernel = attention_forward_kernel<A, Fold, Table>;
+    Grid grid{1, kMapThreads, sizeof(Shared<A>)};
+    const int64_t most = resident_clusters(kernel, grid, stream);
+    const uint32_t first_sample = table.jobs[0].first_sample;
+    Call<A> part = call;
+    part.samples = 0;
+    for (int j = 0; j < table.count; ++j) {
+      Pair& pair = table.jobs[j];
+      set_lags(pair, most);
+      pair.first_sample -= first_sample;
+      part.samples += part.is_map ? 0 : int32_t(pair.batch);
+    }
+    part.losses += first_sample;
+    if (part.by_sample) part.loss += first_sample;
+    grid.blocks = std::min<int64_t>(most, table.jobs[table.count - 1].last_unit);
+    launch(kernel, grid, stream, table, part, typename Fold::Raise(p),
+           tickets(stream, own, counters_for(part.samples), kMostCounters, kStreams), begin > 0);
+  });
+}
+
+template <class A>
+void forward(const Plan<Pair>& plan, const Call<A>& call, const MapParameters& p, unsigned* own,
+             const Stream& stream) {
+  with_fold<A>(p, [&](auto* fold) {
+    launch_forward<A, std::remove_pointer_t<decltype(fold)>>(plan, call, p.p, own, stream);
+  });
+}
+
+}  // namespace
+
+size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs) {
+  Room room(nullptr);
+  lay_out(room, slopes, pairs);
+  return room.used();
+}
+
+void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
+                           void* scratch, const MapParameters& p, const Place& place) {
+  if (features.sizes[0] == 0) return;
+  const Stream stream(place);
+  Plan<Pair> plan;
+  Pair pair{};
+  pair.maps[0] = PassBuilder(features, Tensor{}, p.channel_dim, raw.dtype == DType::f64, plan.axes);
+  pair.slopes[0] = raw.data;
+  pair.winners[0] = winners;
+  pair.batch = uint32_t(features.sizes[0]);
+  pair.positions = pair.maps[0].positions;
+  pair.units[kStudentMap] = pair.maps[0].units;
+  plan.add(pair, uint64_t(pair.batch) * pair.maps[0].units);
+  with_arithmetic(raw.dtype, [&](auto* arithmetic) {
+    using A = std::remove_pointer_t<decltype(arithmetic)>;
+    Call<A> call{};
+    call.is_map = true;
+    forward(plan, call, p, static_cast<unsigned*>(scratch), stream);
+  });
+}
+
+void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
+                                const Tensor& loss, const Tensors& slopes,
+                                const std::vector<int32_t*>& winners, const Tensors& gradients,
+                                void* scratch, const TransferParameters& transfer,
+                                const MapParameters& p, const Place& place) {
+  const Stream stream(place);
+  const size_t pairs = students.size();
+  const int64_t batch = students[0].sizes[0];
+  if (batch == 0) {
+    if (loss.numel() > 0)
+      check(cudaMemsetAsync(loss.data, 0, size_t(size_of(loss.dtype)), stream.handle),
+            "clearing the loss");
+    return;
+  }
+  const bool in_double = loss.dtype == DType::f64;
+  const Measure measure = measure_of(transfer);
+  Room room(scratch);
+  const Workspace workspace = lay_out(room, slopes, pairs);
+  Plan<Pair> plan;
+  for (size_t j = 0; j < pairs; ++j) {
+    Pair pair{};
+    const Tensor* const sides[] = {&students[j], &teachers[j]};
+    for (int side = 0; side < 2; ++side)
+      pair.maps[side] = PassBuilder(*sides[side], Tensor{}, p.channel_dim, in_double, plan.axes);
+    pair.wants_teacher = slopes.size() > pairs;
+    pair.slopes[0] = slopes[j].data;
+    pair.slopes[1] = pair.wants_teacher ? slopes[pairs + j].data : workspace.teachers[j];
+    pair.winners[0] = winners[j];
+    pair.winners[1] = pair.wants_teacher ? winners[pairs + j] : nullptr;
+    pair.squares = workspace.squares[j];
+    pair.sums = workspace.sums[j];
+    pair.batch = uint32_t(batch);
+    pair.positions = pair.maps[0].positions;
+    // An order for which the largest difference must be known first takes one block a sample.
+    const bool takes_largest = measure == Measure::any || measure == Measure::infinity;
+    pair.parts = takes_largest ? 1 : parts_of(pair.positions, kPart);
+    pair.units[kStudentMap] = pair.maps[0].units;
+    pair.units[kTeacherMap] = pair.maps[1].units;
+    pair.units[kSums] = pair.parts;
+    pair.units[kSlopes] = pair.parts > 1 ? pair.parts : 0;
+    if (!gradients.empty()) {
+      pair.gradient =
+          PassBuilder(students[j], gradients[j], p.channel_dim, in_double, plan.axes);
+      pair.units[kGradient] = pair.gradient.units;
+    }
+    pair.first_sample = uint32_t(j * size_t(batch));
+    uint64_t units = 0;
+    for (uint32_t of_sample : pair.units) units += of_sample;
+    plan.add(pair, units * pair.batch);
+  }
+  with_arithmetic(loss.dtype, [&](auto* arithmetic) {
+    using A = std::remove_pointer_t<decltype(arithmetic)>;
+    Call<A> call{};
+    call.transfer = {measure, transfer.order, transfer.beta, transfer.sample_scale(batch), p.eps};
+    call.by_sample = transfer.reduction == Reduction::none;
+    call.losses = workspace.losses;
+    call.loss = reinterpret_cast<A*>(loss.data);
+    forward(plan, call, p, workspace.counters, stream);
+  });
+}
+
+void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
+                        const std::vector<int32_t*>& winners, const Tensors& gradients,
+                        bool in_place, const MapParameters& p, const Place& place) {
+  const int64_t batch = features[0].sizes[0];
+  if (batch == 0) return;
+  const Stream stream(place);
+  // Features are those of the students, and of the teachers after them where they were asked for.
+  const bool by_sample = grad_output.ndim == 2;
+  const size_t pairs = by_sample ? size_t(grad_output.sizes[0]) : features.size();
+  const bool in_double = grad_output.dtype == DType::f64, is_max = p.kind == MapKind::max_pow;
+  Plan<Side> plan;
+  for (size_t j = 0; j < features.size(); ++j) {
+    Side side{};
+    // The winners' features are not read: the gradient's layout alone decides.
+    side.gradient = PassBuilder(is_max ? gradients[j] : features[j], gradients[j], p.channel_dim,
+                                in_double, plan.axes);
+    side.slopes = slopes[j].data;
+    side.winners = winners[j];
+    side.first_row = uint32_t(j % pairs * size_t(batch));
+    plan.add(side, uint64_t(batch) * side.gradient.units);
+  }
+  with_arithmetic(grad_output.dtype, [&](auto* arithmetic) {
+    using A = std::remove_pointer_t<decltype(arithmetic)>;
+    with_fold<A>(p, [&](auto* kept) {
+      using Fold = std::remove_pointer_t<decltype(kept)>;
+      with_tables<Fold>(plan, [&](auto& table, size_t) {
+        using Table = std::remove_reference_t<decltype(table)>;
+        constexpr auto kernel = attention_backward_kernel<A, Fold, Table>;
+        Grid grid{1, kMapThreads, sizeof(Side)};
+        grid.blocks = std::min<int64_t>(resident_clusters(kernel, grid, stream),
+                                        table.jobs[table.count - 1].last_unit);
+        launch(kernel, grid, stream, table, reinterpret_cast<const A*>(grad_output.data), by_sample,
+               typename Fold::Raise(p.p), in_place);
+      });
+    });
+  });
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,210 @@
+// What the launches of attention do: how a block goes through the units of a feature map, and the
+// tables of pairs that the kernels get as a parameter.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "../attention.h"
+
+namespace fastkd::cuda {
+
+constexpr int kMapThreads = 128;      // of a block
+constexpr int64_t kUnitBytes = 32768;  // of a feature map, read by a block at a time
+constexpr int kLeastPositions = 16;   // of a unit, where a map has several
+
+// planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
+// vector or element of a plane, and goes through the planes.
+// rows: channels lie side by side (channels_last, tokens). Some lanes of a warp have a position.
+enum class Walk : int { planes, rows };
+
+struct Axis {
+  int64_t size;
+  int64_t stride[2];
+};
+
+// A way through features, or through features and their gradient at a time, which share a dtype.
+//
+// Columns of the planes walk repeat after a period of one plane, or of several where only several
+// are whole vectors: planes of 7×7 float32 are read as one stretch, 49 vectors to four planes, and
+// a thread stays at its positions all the same.
+struct Pass {
+  char* data[2];
+  DType dtype;
+  Walk walk;
+  bool by_vectors;
+  int first_axis, axes;  // of positions that are no single stretch
+  uint32_t channels, positions;
+  uint32_t width;             // columns of a unit, or its positions
+  uint32_t units;             // of a sample
+  uint32_t columns, planes;   // of a period
+  uint32_t periods, rest;     // of a sample, and the columns that have one more
+  uint32_t lanes;             // that share a position
+  int64_t sample[2], channel[2], position[2];  // strides
+};
+
+// The slopes of one pair's sides, and the sums that lead to them. `units` of a sample come in the
+// order student's map, teacher's map, sums, slopes, gradient; those from the sums on are of an
+// earlier sample, whose maps are then complete.
+enum Stage { kStudentMap, kTeacherMap, kSums, kSlopes, kGradient, kStages };
+
+struct Pair {
+  Pass maps[2], gradient;
+  char* slopes[2];  // before, the maps; of max_pow, the winning features
+  int32_t* winners[2];
+  double* squares;  // of a map's units, by samples
+  double* sums;     // of a map's parts, by samples, if there are several
+  uint32_t batch, positions, parts;
+  uint32_t units[kStages], lag[kStages];  // of a sample, and how many samples later
+  uint32_t first_unit, last_unit;         // the last is not this pair's
+  uint32_t first_sample;                  // of all pairs'
+  bool wants_teacher;
+};
+
+// A features' gradient in backward.
+struct Side {
+  Pass gradient;
+  const char* slopes;
+  const int32_t* winners;
+  uint32_t first_unit, last_unit;
+  uint32_t first_row;  // in a grad_output of one number a sample
+};
+
+// The jobs of one launch, as a parameter of the kernel.
+template <class Job_, int Jobs, int Axes>
+struct Table {
+  using Job = Job_;
+  static constexpr int kJobs = Jobs, kAxes = Axes;
+  Job jobs[Jobs];
+  Axis axes[Axes];
+  int count;
+};
+
+inline uint32_t parts_of(int64_t size, int64_t of) { return uint32_t((size + of - 1) / of); }
+
+// Positions of a map for which one block finds the sums and the slopes.
+constexpr uint32_t kPart = 4096;
+
+inline uint32_t least_power_of_2(int64_t size, uint32_t most) {
+  uint32_t power = 1;
+  while (power < size && power < most) power *= 2;
+  return power;
+}
+
+// Builds the pass of features, and of a gradient if there is one; its axes go to the end of `axes`.
+class PassBuilder {
+ public:
+  PassBuilder(const Tensor& features, const Tensor& gradient, int channel_dim, bool in_double,
+              std::vector<Axis>& axes)
+      : tensors_{&features, gradient ? &gradient : &features}, axes_(axes) {
+    if (channel_dim < 0) channel_dim += features.ndim;
+    int64_t count = 1;
+    for (int d = 1; d < features.ndim; ++d)
+      if (d != channel_dim) count *= features.sizes[d];
+    if (count > INT32_MAX || features.sizes[channel_dim] > INT32_MAX)
+      throw std::invalid_argument("attention: too many positions or channels for a GPU");
+    pass_.positions = uint32_t(count);
+    pass_.channels = uint32_t(features.sizes[channel_dim]);
+    pass_.dtype = features.dtype;
+    pass_.first_axis = int(axes.size());
+    for (int t = 0; t < 2; ++t) {
+      pass_.data[t] = tensors_[t]->data;
+      pass_.sample[t] = tensors_[t]->strides[0];
+      pass_.channel[t] = tensors_[t]->strides[channel_dim];
+    }
+    find_axes(channel_dim);
+    pass_.walk = is(1, pass_.position) && pass_.axes < 2 && count > 1 ? Walk::planes
+                 : is(1, pass_.channel)                              ? Walk::rows
+                                                                     : Walk::planes;
+    if (pass_.walk == Walk::planes)
+      cut_planes(in_double);
+    else
+      cut_rows(in_double);
+  }
+
+  operator const Pass&() const { return pass_; }
+
+ private:
+  // Positions along the fewest axes, innermost last.
+  void find_axes(int channel_dim) {
+    const Tensor& features = *tensors_[0];
+    size_t first = axes_.size();
+    for (int d = 1; d < features.ndim; ++d) {
+      if (d == channel_dim || features.sizes[d] == 1) continue;
+      const Axis axis{features.sizes[d], {tensors_[0]->strides[d], tensors_[1]->strides[d]}};
+      const bool merges =
+          axes_.size() > first && axes_.back().stride[0] == axis.stride[0] * axis.size &&
+          axes_.back().stride[1] == axis.stride[1] * axis.size;
+      if (merges)
+        axes_.back() = {axes_.back().size * axis.size, {axis.stride[0], axis.stride[1]}};
+      else
+        axes_.push_back(axis);
+    }
+    pass_.axes = int(axes_.size() - first);
+    for (int t = 0; t < 2; ++t)
+      pass_.position[t] = pass_.axes == 1 ? axes_.back().stride[t] : pass_.axes == 0 ? 1 : 0;
+    if (pass_.axes > 1) return;
+    axes_.resize(first);
+    pass_.axes = 0;
+  }
+
+  static bool is(int64_t value, const int64_t (&strides)[2]) {
+    return strides[0] == value && strides[1] == value;
+  }
+  static bool are_whole(const int64_t (&strides)[2], int64_t of) {
+    return strides[0] % of == 0 && strides[1] % of == 0;
+  }
+  bool is_aligned() const {
+    return uintptr_t(pass_.data[0]) % 16 == 0 && uintptr_t(pass_.data[1]) % 16 == 0;
+  }
+
+  void cut_planes(bool in_double) {
+    const int64_t whole = 16 / size_of(pass_.dtype), positions = pass_.positions;
+    const int64_t elements = pass_.channels * positions;
+    const int64_t shared = std::gcd(positions, whole);
+    const bool may = !in_double && pass_.axes == 0 && is(1, pass_.position) && is_aligned() &&
+                     are_whole(pass_.sample, whole);
+    const bool are_planes_whole = positions % whole == 0 && are_whole(pass_.channel, whole);
+    const bool is_stretch = is(positions, pass_.channel) && elements % whole == 0 &&
+                            elements / whole <= UINT32_MAX && positions / shared <= kMapThreads;
+    pass_.by_vectors = may && (are_planes_whole || is_stretch);
+    const int64_t length = pass_.by_vectors ? whole : 1;
+    pass_.planes = pass_.by_vectors && !are_planes_whole ? uint32_t(whole / shared) : 1;
+    pass_.columns = uint32_t(pass_.planes * positions / length);
+    pass_.periods = pass_.channels / pass_.planes;
+    pass_.rest = uint32_t((pass_.channels % pass_.planes) * positions / length);
+    const int64_t bytes = pass_.channels * length * size_of(pass_.dtype);
+    const int64_t least = pass_.by_vectors ? 8 : 32;  // 128 bytes, or a warp's
+    const int64_t fitting = kUnitBytes / bytes / least * least;
+    pass_.width = uint32_t(std::min<int64_t>(
+        pass_.planes > 1 ? pass_.columns : std::clamp<int64_t>(fitting, least, kMapThreads),
+        pass_.columns));
+    pass_.units = parts_of(pass_.columns, pass_.width);
+    pass_.width = parts_of(pass_.columns, pass_.units);
+  }
+
+  void cut_rows(bool in_double) {
+    const int64_t whole = 16 / size_of(pass_.dtype);
+    bool are_axes_whole = are_whole(pass_.position, whole) || pass_.positions == 1;
+    for (int a = 0; a < pass_.axes; ++a)
+      are_axes_whole = are_axes_whole && are_whole(axes_[size_t(pass_.first_axis + a)].stride, whole);
+    pass_.by_vectors = !in_double && is_aligned() && are_axes_whole && pass_.channels % whole == 0 &&
+                       are_whole(pass_.sample, whole);
+    const int64_t length = pass_.by_vectors ? whole : 1;
+    pass_.lanes = least_power_of_2(pass_.channels / length, 32);
+    const int64_t at_once = kMapThreads / pass_.lanes;  // positions
+    const int64_t fitting = kUnitBytes / (pass_.channels * size_of(pass_.dtype));
+    const int64_t rounded = std::max<int64_t>(fitting / at_once * at_once, at_once);
+    pass_.width = uint32_t(std::min<int64_t>(std::max<int64_t>(rounded, kLeastPositions),
+                                             pass_.positions));
+    pass_.units = parts_of(pass_.positions, pass_.width);
+  }
+
+  Pass pass_{};
+  const Tensor* tensors_[2];
+  std::vector<Axis>& axes_;
+};
+
+}  // namespace fastkd::cuda
