@@ -11,7 +11,7 @@ BIN := .venv/bin
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
-    benchmarks_cuda benchmarks_liger examples cuda_check gpu_check)
+    benchmarks_cuda benchmarks_liger train_step examples cuda_check gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
@@ -26,7 +26,7 @@ test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native \
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
     $(BIN)/pytest -p cuda_on_host.plugin tests --ignore tests/test_isa.py -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
-FUSED := hint or soft_target or distillation or extreme
+FUSED := hint or soft_target or distillation or extreme or attention
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
@@ -80,6 +80,7 @@ format: .venv/installed  ## Put the sources into the style that lint checks
 
 bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.train_step --small)
 
 # Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; and of
 # logits what varies numbers alone (GPU), or sizes at which only a GPU's kernels change (CPU).

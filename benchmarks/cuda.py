@@ -20,7 +20,7 @@ Action = Callable[[], Any]
 _COPY_BYTES = 1 << 30
 _HOST_CALLS = 20
 _REPLAYS = 20
-# A GPU has its memory busy with no more at a time, however many it is given.
+# Enough to keep a GPU's memory busy, when several multiprocessors share each.
 _SAMPLES_AT_A_TIME = 32
 # In one graph: an event tells time to half a microsecond.
 _SMALL_STEPS = 20

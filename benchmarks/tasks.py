@@ -41,6 +41,9 @@ FASTKD = Losses(
 
 # (losses, student, teacher, labels)
 Criterion = Callable[[Losses, Output, Output, Tensor], Tensor]
+# The student stays what it is: after hundreds of steps with one batch, or with given gradients, its
+# numbers would be of another kind, and what they are has an influence on the time.
+_LEARNING_RATE = 1e-6
 # In the middle of the network, as in FitNets.
 _HINT_STAGE = 1
 
@@ -62,7 +65,7 @@ class Task:
 
     def __post_init__(self) -> None:
         self.teacher.eval().requires_grad_(False)
-        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
     @property
     def dtype(self) -> torch.dtype:

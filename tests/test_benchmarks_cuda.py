@@ -23,6 +23,7 @@ from test_benchmarks import (
 from benchmarks import cuda
 from benchmarks.cpu import Cpu
 from benchmarks.cuda import Cuda
+from benchmarks.workloads import WORKLOADS
 
 
 class Event:
@@ -59,7 +60,6 @@ PROPERTIES = SimpleNamespace(
     multi_processor_count=132,
     total_memory=80 << 30,
     L2_cache_size=1000,
-    shared_memory_per_multiprocessor=228 << 10,
 )
 
 
@@ -147,6 +147,28 @@ def test_gpu_memory_machine_and_copy(gpu):
     gpu._between_events = lambda step: (step(), 4.0)[1]
     assert gpu.copy_bandwidth(0) == {"warm": 2 * 1024 / 4.0}
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_sample_of_a_mebibyte_is_read_again_from_the_cache_of_an_h100():
+    h100 = SimpleNamespace(properties=SimpleNamespace(L2_cache_size=50 << 20))
+    on_chip = Cuda.on_chip_bytes(h100)
+    (pyramid,) = (w for w in WORKLOADS if w.name == "feature pyramid, batch 2")
+    reads = [
+        replace(pyramid, student=(s,), teacher=(s,)).ideal_bytes(torch.float32, on_chip)
+        // (4 * torch.Size(s).numel())
+        - 2
+        for s in pyramid.student
+    ]
+    assert reads == [2, 2, 2, 1, 1]
+
+
+def test_attention_is_measured_in_both_conventions_on_a_gpu():
+    names = {w.name for w in WORKLOADS if "cuda" in w.devices and w.family.startswith("attention,")}
+    paper = {name for name in names if "mse" not in name and "max_pow" not in name}
+    released = {name.replace("mse, ", "").replace(", mse", "") for name in names if "mse" in name}
+    assert len(released) == 9
+    assert released < paper
+    assert sum("channels_last" in name for name in names) == 4
 
 
 def gpu_record() -> Record:

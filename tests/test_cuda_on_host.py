@@ -187,6 +187,31 @@ def test_last_block(shim):
     assert wrong(shim, [(x**2).sum(), 0], shim.last_block, x, before_ticket=False) > 0
 
 
+def chain(blocks, threads):
+    return np.broadcast_to(np.arange(1, blocks + 1)[:, None], (blocks, threads))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 5, 30])
+def test_blocks_that_wait_for_what_others_count(shim, blocks):
+    """More than are resident at a time: those that wait were drawn after those they wait for."""
+    assert wrong(shim, chain(blocks, 64), shim.chain, blocks, 64) == 0
+
+
+@pytest.mark.parametrize("step", ["waits", "before_count"])
+def test_missing_step_of_waiting_for_a_count_shows(shim, step):
+    assert wrong(shim, chain(9, 64), shim.chain, 9, 64, **{step: False}) > 0
+
+
+def test_waiting_for_what_nobody_counts_raises(shim):
+    for seed in SEEDS:
+        shim.set_schedule(seed)
+        with pytest.raises(
+            RuntimeError, match=rf"deadlock:(\n.*)*{THREAD} waits at wait_for \(1 of"
+        ):
+            shim.chain(3, 64, counts=False)
+    assert (shim.chain(3, 64) == chain(3, 64)).all()
+
+
 def shuffled(x, kind, mask, argument, width):
     result = x.copy()
     for lane in range(32):
@@ -317,6 +342,7 @@ THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
         ("map elsewhere", rf"{THREAD}: map_shared of what is not in the block's shared memory"),
         ("map too far", rf"{THREAD}: map_shared to block 2 of a cluster of 2"),
         ("misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 16 bytes"),
+        ("wait at misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 4 bytes"),
         ("copy 12 bytes", rf"{THREAD}: __pipeline_memcpy_async of 12 bytes"),
         ("copy too many zeros", rf"{THREAD}: __pipeline_memcpy_async zeroes 5 of 4 bytes"),
         *(

@@ -25,7 +25,7 @@ from benchmarks.workloads import attention  # noqa: E402
 
 STEPS = 200
 # Of the deviation that rounding to float32 gives the reference.
-FACTOR = 2
+FACTOR = 3
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,7 @@ def curve(backend: str, dtype: torch.dtype) -> torch.Tensor:
     """
     torch.manual_seed(0)
     task = tasks.cifar(DEVICE, True, dtype)
+    task.optimizer.param_groups[0]["lr"] = 0.01
     one = step.Step(task, step.CONTENDERS["fastkd"](task))
     losses = []
     smooth = mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x))

@@ -1,8 +1,8 @@
 // Attention maps and attention transfer: all pairs of a call in one launch.
 //
-// Blocks draw units of work in their order. What a unit waits for was drawn before it, by a block
-// that runs and waits for earlier units at most: so nobody waits forever, however few blocks there
-// are, and between units no block waits for all others.
+// A block does one unit of work, and draws which one when it starts. What a unit waits for was
+// drawn before it, by a block that runs and waits for earlier units at most: so nobody waits
+// forever, however few blocks run at a time, and no block ever waits for all others.
 #include <type_traits>
 
 #include "attention_distance.h"
@@ -12,24 +12,27 @@
 namespace fastkd::cuda {
 namespace {
 
-constexpr int kBlocksTogether = 6;  // on a multiprocessor: 80 registers are left to a thread
+// Whether a kernel is for float32 arithmetic and the exponents that nearly all calls have.
+template <class Fold>
+constexpr bool kIsCommon = std::is_same_v<typename Fold::Raise, Simple<float>>;
 
-// Of a launch: the next unit to draw, the blocks that have ended, and for each sample the units of
-// its maps, of its sums and of its slopes that are done. The last block leaves them at 0.
+// Blocks on a multiprocessor: 96 registers are left to a thread; or 128, for a call keeps more, and
+// so do winners.
+template <class Fold>
+constexpr int kBlocksTogether = kIsCommon<Fold> && !Fold::kHasWinner ? 5 : 4;
+
+// Of a launch: the units that were drawn, the blocks that have ended, and for each sample the units
+// of its maps, of its sums and of its slopes that are done. The last block leaves them at 0.
 constexpr int kStreams = 16;
 constexpr size_t kMostCounters = 8192;
 __device__ unsigned counters_of_streams[kStreams][kMostCounters];
 enum Counter { kDrawn, kEnded, kOfSamples };
 enum SampleCounter { kMapsDone, kSumsDone, kSlopesDone, kPerSample };
 
-constexpr size_t counters_for(int64_t samples) {
-  return size_t(kOfSamples + kPerSample * samples);
-}
+constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
 
-template <class A>
 struct Shared {
-  Pair pair;
-  MapRoom<A> map;
+  MapRoom map;
   DistanceRoom distance;
   double squares[kMapWarps][1];
   unsigned unit;
@@ -38,24 +41,12 @@ struct Shared {
 template <class A>
 struct Call {
   Transfer transfer;
-  bool is_map;    // and no distance
+  bool is_map;  // and no distance
   bool by_sample;
   double* losses;  // one a sample
   A* loss;
   int32_t samples;
 };
-
-// A job in shared memory, by all threads. Read from the parameters, what the ways through all kinds
-// of features need would be kept in registers at once.
-template <class Job>
-__device__ __forceinline__ void bring(const Job& job, Job& shared) {
-  static_assert(sizeof(Job) % sizeof(uint32_t) == 0);
-  const auto* const from = reinterpret_cast<const uint32_t*>(&job);
-  auto* const to = reinterpret_cast<uint32_t*>(&shared);
-  for (unsigned i = threadIdx.x; i < sizeof(Job) / sizeof(uint32_t); i += kMapThreads)
-    to[i] = from[i];
-  __syncthreads();
-}
 
 // By all threads, after what they have written.
 __device__ __forceinline__ void count(unsigned* counter) {
@@ -110,7 +101,7 @@ __device__ __forceinline__ Work work_of(const Pair& pair, uint32_t unit) {
 
 template <class A, class Fold>
 __device__ void map_unit(const Pair& pair, const Axis* axes, const Work& work, bool is_map,
-                         const typename Fold::Raise& power, Shared<A>& shared) {
+                         const typename Fold::Raise& power, Shared& shared) {
   const int side = work.stage;
   const Pass& pass = pair.maps[side];
   const int64_t first = int64_t(work.sample) * pair.positions;
@@ -172,7 +163,7 @@ __device__ void distance_unit(const Pair& pair, const Work& work, const Call<A>&
 
 template <class A, class Fold>
 __device__ void do_work(const Pair& pair, const Axis* axes, const Work& work, const Call<A>& call,
-                        const typename Fold::Raise& power, unsigned* counters, Shared<A>& shared) {
+                        const typename Fold::Raise& power, unsigned* counters, Shared& shared) {
   unsigned* const done = counters + kOfSamples + kPerSample * (pair.first_sample + work.sample);
   switch (work.stage) {
     case kStudentMap:
@@ -181,15 +172,14 @@ __device__ void do_work(const Pair& pair, const Axis* axes, const Work& work, co
       if (!call.is_map) count(done + kMapsDone);
       return;
     case kSums:
-      wait_for(done + kMapsDone, pair.units[kStudentMap] + pair.units[kTeacherMap]);
+    case kSlopes: {
+      const bool are_sums = work.stage == kSums;
+      wait_for(done + (are_sums ? kMapsDone : kSumsDone),
+               are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
       distance_unit<A, Fold>(pair, work, call, power, shared.distance);
-      count(done + (pair.parts > 1 ? kSumsDone : kSlopesDone));
+      count(done + (are_sums && pair.parts > 1 ? kSumsDone : kSlopesDone));
       return;
-    case kSlopes:
-      wait_for(done + kSumsDone, pair.parts);
-      distance_unit<A, Fold>(pair, work, call, power, shared.distance);
-      count(done + kSlopesDone);
-      return;
+    }
     default:
       wait_for(done + kSlopesDone, pair.parts);
       const int64_t first = int64_t(work.sample) * pair.positions;
@@ -201,30 +191,19 @@ __device__ void do_work(const Pair& pair, const Axis* axes, const Work& work, co
 
 // `adds` says that an earlier launch has put its part into the loss.
 template <class A, class Fold, class Table>
-__global__ void __launch_bounds__(kMapThreads, kBlocksTogether)
+__global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
     attention_forward_kernel(const __grid_constant__ Table table, const Call<A> call,
                              const typename Fold::Raise power, Tickets tickets, bool adds) {
-  Shared<A>& shared = shared_memory<Shared<A>>();
-  unsigned* const counters =
-      tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
-  const uint32_t all = table.jobs[table.count - 1].last_unit;
+  Shared& shared = shared_memory<Shared>();
+  unsigned* const counters = tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
   if (threadIdx.x == 0) shared.unit = atomicAdd(counters + kDrawn, 1);
   __syncthreads();
-  for (;;) {
-    const uint32_t unit = shared.unit;
-    if (unit >= all) break;
-    // Drawn before it is needed: the answer takes as long as a read of memory.
-    const unsigned next = threadIdx.x == 0 ? atomicAdd(counters + kDrawn, 1) : 0;
-    int j = 0;
-    while (unit >= table.jobs[j].last_unit) ++j;
-    Pair& pair = shared.pair;
-    bring(table.jobs[j], pair);
-    do_work<A, Fold>(pair, table.axes, work_of(pair, unit - pair.first_unit), call, power, counters,
-                     shared);
-    __syncthreads();
-    if (threadIdx.x == 0) shared.unit = next;
-    __syncthreads();
-  }
+  const uint32_t unit = shared.unit;
+  int j = 0;
+  while (unit >= table.jobs[j].last_unit) ++j;
+  const Pair& pair = table.jobs[j];
+  do_work<A, Fold>(pair, table.axes, work_of(pair, unit - pair.first_unit), call, power, counters,
+                   shared);
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -239,33 +218,27 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether)
   for (int sample = threadIdx.x; sample < call.samples; sample += kMapThreads)
     total[0] += call.losses[sample];
   block_sums(total, shared.squares);
-  if (threadIdx.x == 0)
-    *call.loss = A(total[0] * call.transfer.scale) + (adds ? *call.loss : A(0));
+  if (threadIdx.x == 0) *call.loss = A(total[0] * call.transfer.scale) + (adds ? *call.loss : A(0));
 }
 
 // The last samples first: forward has just read them. With `in_place` the gradients are those for a
 // grad_output of 1.
 template <class A, class Fold, class Table>
-__global__ void __launch_bounds__(kMapThreads, kBlocksTogether)
+__global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
     attention_backward_kernel(const __grid_constant__ Table table, const A* grad_output,
                               bool by_sample, const typename Fold::Raise power, bool in_place) {
   if (in_place && *grad_output == A(1)) return;
-  Side& side = shared_memory<Side>();
-  const uint32_t all = table.jobs[table.count - 1].last_unit;
-  for (uint32_t i = blockIdx.x; i < all; i += gridDim.x) {
-    const uint32_t unit = all - 1 - i;
-    int j = 0;
-    while (unit >= table.jobs[j].last_unit) ++j;
-    __syncthreads();
-    bring(table.jobs[j], side);
-    const uint32_t sample = (unit - side.first_unit) / side.gradient.units;
-    const int64_t first = int64_t(sample) * side.gradient.positions;
-    const Slopes<A> slopes{reinterpret_cast<const A*>(side.slopes) + first,
-                           Fold::kHasWinner ? side.winners + first : nullptr,
-                           grad_output[by_sample ? side.first_row + sample : 0]};
-    gradient_unit<A, Fold>(side.gradient, table.axes, sample,
-                           unit - side.first_unit - sample * side.gradient.units, power, slopes);
-  }
+  const uint32_t unit = gridDim.x - 1 - blockIdx.x;
+  int j = 0;
+  while (unit >= table.jobs[j].last_unit) ++j;
+  const Side& side = table.jobs[j];
+  const uint32_t sample = (unit - side.first_unit) / side.gradient.units;
+  const int64_t first = int64_t(sample) * side.gradient.positions;
+  const Slopes<A> slopes{reinterpret_cast<const A*>(side.slopes) + first,
+                         Fold::kHasWinner ? side.winners + first : nullptr,
+                         grad_output[by_sample ? side.first_row + sample : 0]};
+  gradient_unit<A, Fold>(side.gradient, table.axes, sample,
+                         unit - side.first_unit - sample * side.gradient.units, power, slopes);
 }
 
 // ---- Plans -------------------------------------------------------------------------------------
@@ -320,8 +293,8 @@ void over_tables(const Plan<Job>& plan, const F& f) {
   }
 }
 
-// Most calls fit the small table; a parameter of 30 KB takes longer to hand over. Float64 and unusual
-// exponents do without it, so that there are fewer kernels.
+// Most calls fit the small table; a parameter of 30 KB takes longer to hand over. Float64 and
+// unusual exponents do without it, so that there are fewer kernels.
 template <class Job>
 using Few = Table<Job, 5, 6>;
 template <class Job>
@@ -330,8 +303,7 @@ static_assert(sizeof(Many<Pair>) < 32000 && Many<Pair>::kAxes >= 3 * kMaxDims);
 
 template <class Fold, class Job, class F>
 void with_tables(const Plan<Job>& plan, const F& f) {
-  if constexpr (std::is_same_v<Fold, SumOf<float, Simple<float>>> ||
-                std::is_same_v<Fold, LargestOf<float>>)
+  if constexpr (kIsCommon<Fold>)
     if (plan.jobs.size() <= Few<Job>::kJobs && plan.axes.size() <= Few<Job>::kAxes)
       return over_tables<Few<Job>>(plan, f);
   over_tables<Many<Job>>(plan, f);
@@ -340,10 +312,16 @@ void with_tables(const Plan<Job>& plan, const F& f) {
 // f(a null pointer of what is kept of the channels)
 template <class A, class F>
 void with_fold(const MapParameters& p, const F& f) {
-  if (p.kind == MapKind::max_pow) return f(static_cast<LargestOf<A>*>(nullptr));
+  const auto with_raise = [&](auto* raise) {
+    using Raise = std::remove_pointer_t<decltype(raise)>;
+    if (p.kind == MapKind::max_pow)
+      f(static_cast<LargestOf<A, Raise>*>(nullptr));
+    else
+      f(static_cast<SumOf<A, Raise>*>(nullptr));
+  };
   if constexpr (std::is_same_v<A, float>)
-    if (p.p == 1 || p.p == 2) return f(static_cast<SumOf<A, Simple<A>>*>(nullptr));
-  f(static_cast<SumOf<A, General<A>>*>(nullptr));
+    if (p.p == 1 || p.p == 2) return with_raise(static_cast<Simple<A>*>(nullptr));
+  with_raise(static_cast<General<A>*>(nullptr));
 }
 
 template <class F>
@@ -420,7 +398,7 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
   with_tables<Fold>(unlagged, [&](auto& table, size_t begin) {
     using Table = std::remove_reference_t<decltype(table)>;
     constexpr auto kernel = attention_forward_kernel<A, Fold, Table>;
-    Grid grid{1, kMapThreads, sizeof(Shared<A>)};
+    Grid grid{1, kMapThreads, sizeof(Shared)};
     const int64_t most = resident_clusters(kernel, grid, stream);
     const uint32_t first_sample = table.jobs[0].first_sample;
     Call<A> part = call;
@@ -433,7 +411,7 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
     }
     part.losses += first_sample;
     if (part.by_sample) part.loss += first_sample;
-    grid.blocks = std::min<int64_t>(most, table.jobs[table.count - 1].last_unit);
+    grid.blocks = table.jobs[table.count - 1].last_unit;
     launch(kernel, grid, stream, table, part, typename Fold::Raise(p),
            tickets(stream, own, counters_for(part.samples), kMostCounters, kStreams), begin > 0);
   });
@@ -517,8 +495,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     pair.units[kSums] = pair.parts;
     pair.units[kSlopes] = pair.parts > 1 ? pair.parts : 0;
     if (!gradients.empty()) {
-      pair.gradient =
-          PassBuilder(students[j], gradients[j], p.channel_dim, in_double, plan.axes);
+      pair.gradient = PassBuilder(students[j], gradients[j], p.channel_dim, in_double, plan.axes);
       pair.units[kGradient] = pair.gradient.units;
     }
     pair.first_sample = uint32_t(j * size_t(batch));
@@ -565,11 +542,10 @@ void attention_backward(const Tensor& grad_output, const Tensors& features, cons
       with_tables<Fold>(plan, [&](auto& table, size_t) {
         using Table = std::remove_reference_t<decltype(table)>;
         constexpr auto kernel = attention_backward_kernel<A, Fold, Table>;
-        Grid grid{1, kMapThreads, sizeof(Side)};
-        grid.blocks = std::min<int64_t>(resident_clusters(kernel, grid, stream),
-                                        table.jobs[table.count - 1].last_unit);
-        launch(kernel, grid, stream, table, reinterpret_cast<const A*>(grad_output.data), by_sample,
-               typename Fold::Raise(p.p), in_place);
+        const int64_t units = table.jobs[table.count - 1].last_unit;
+        launch(kernel, {units, kMapThreads}, stream, table,
+               reinterpret_cast<const A*>(grad_output.data), by_sample, typename Fold::Raise(p.p),
+               in_place);
       });
     });
   });

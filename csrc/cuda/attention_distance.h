@@ -54,7 +54,7 @@ struct Meeting {
   __device__ __forceinline__ A ratio(A d) const { return magnitude(d) / largest; }
   __device__ __forceinline__ A term(A d) const {
     if (measure == Measure::one) return magnitude(d);
-    if (measure == Measure::any) return raised(ratio(d), order);
+    if (measure == Measure::any) return power_of(ratio(d), order);
     if (measure == Measure::infinity) return A(magnitude(d) == largest);
     return d * d;
   }
@@ -62,7 +62,7 @@ struct Meeting {
     if (measure == Measure::mse || measure == Measure::two) return d;
     if (d == A(0) || d != d) return d;
     if (measure == Measure::one) return with_sign(A(1), d);
-    if (measure == Measure::any) return with_sign(raised(ratio(d), order - A(1)), d);
+    if (measure == Measure::any) return with_sign(power_of(ratio(d), order - A(1)), d);
     return magnitude(d) == largest ? with_sign(A(1), d) : A(0);
   }
 };

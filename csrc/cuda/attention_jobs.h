@@ -10,10 +10,11 @@
 #include "../attention.h"
 
 namespace fastkd::cuda {
+namespace {  // hints have other types of these names
 
-constexpr int kMapThreads = 128;      // of a block
+constexpr int kMapThreads = 128;       // of a block
 constexpr int64_t kUnitBytes = 32768;  // of a feature map, read by a block at a time
-constexpr int kLeastPositions = 16;   // of a unit, where a map has several
+constexpr int kLeastPositions = 16;    // of a unit, where a map has several
 
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
 // vector or element of a plane, and goes through the planes.
@@ -37,11 +38,11 @@ struct Pass {
   bool by_vectors;
   int first_axis, axes;  // of positions that are no single stretch
   uint32_t channels, positions;
-  uint32_t width;             // columns of a unit, or its positions
-  uint32_t units;             // of a sample
-  uint32_t columns, planes;   // of a period
-  uint32_t periods, rest;     // of a sample, and the columns that have one more
-  uint32_t lanes;             // that share a position
+  uint32_t width;                              // columns of a unit, or its positions
+  uint32_t units;                              // of a sample
+  uint32_t columns, planes;                    // of a period
+  uint32_t periods, rest;                      // of a sample, and the columns that have one more
+  uint32_t lanes;                              // that share a position
   int64_t sample[2], channel[2], position[2];  // strides
 };
 
@@ -115,9 +116,8 @@ class PassBuilder {
       pass_.channel[t] = tensors_[t]->strides[channel_dim];
     }
     find_axes(channel_dim);
-    pass_.walk = is(1, pass_.position) && pass_.axes < 2 && count > 1 ? Walk::planes
-                 : is(1, pass_.channel)                              ? Walk::rows
-                                                                     : Walk::planes;
+    const bool are_rows = is(1, pass_.channel) && pass_.axes == 0;
+    pass_.walk = are_rows && (count == 1 || !is(1, pass_.position)) ? Walk::rows : Walk::planes;
     if (pass_.walk == Walk::planes)
       cut_planes(in_double);
     else
@@ -134,9 +134,9 @@ class PassBuilder {
     for (int d = 1; d < features.ndim; ++d) {
       if (d == channel_dim || features.sizes[d] == 1) continue;
       const Axis axis{features.sizes[d], {tensors_[0]->strides[d], tensors_[1]->strides[d]}};
-      const bool merges =
-          axes_.size() > first && axes_.back().stride[0] == axis.stride[0] * axis.size &&
-          axes_.back().stride[1] == axis.stride[1] * axis.size;
+      const bool merges = axes_.size() > first &&
+                          axes_.back().stride[0] == axis.stride[0] * axis.size &&
+                          axes_.back().stride[1] == axis.stride[1] * axis.size;
       if (merges)
         axes_.back() = {axes_.back().size * axis.size, {axis.stride[0], axis.stride[1]}};
       else
@@ -187,18 +187,16 @@ class PassBuilder {
 
   void cut_rows(bool in_double) {
     const int64_t whole = 16 / size_of(pass_.dtype);
-    bool are_axes_whole = are_whole(pass_.position, whole) || pass_.positions == 1;
-    for (int a = 0; a < pass_.axes; ++a)
-      are_axes_whole = are_axes_whole && are_whole(axes_[size_t(pass_.first_axis + a)].stride, whole);
-    pass_.by_vectors = !in_double && is_aligned() && are_axes_whole && pass_.channels % whole == 0 &&
-                       are_whole(pass_.sample, whole);
+    pass_.by_vectors = !in_double && is_aligned() &&
+                       (are_whole(pass_.position, whole) || pass_.positions == 1) &&
+                       pass_.channels % whole == 0 && are_whole(pass_.sample, whole);
     const int64_t length = pass_.by_vectors ? whole : 1;
     pass_.lanes = least_power_of_2(pass_.channels / length, 32);
     const int64_t at_once = kMapThreads / pass_.lanes;  // positions
     const int64_t fitting = kUnitBytes / (pass_.channels * size_of(pass_.dtype));
     const int64_t rounded = std::max<int64_t>(fitting / at_once * at_once, at_once);
-    pass_.width = uint32_t(std::min<int64_t>(std::max<int64_t>(rounded, kLeastPositions),
-                                             pass_.positions));
+    pass_.width =
+        uint32_t(std::min<int64_t>(std::max<int64_t>(rounded, kLeastPositions), pass_.positions));
     pass_.units = parts_of(pass_.positions, pass_.width);
   }
 
@@ -207,4 +205,5 @@ class PassBuilder {
   std::vector<Axis>& axes_;
 };
 
+}  // namespace
 }  // namespace fastkd::cuda

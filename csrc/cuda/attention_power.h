@@ -61,6 +61,11 @@ __device__ __attribute__((noinline)) A raise(A x, int halves, A p) {
   }
 }
 
+template <class A>
+__device__ __attribute__((noinline)) A power_of(A x, A p) {
+  return raised(x, p);
+}
+
 // Any p.
 template <class A>
 struct General {
@@ -97,9 +102,9 @@ struct SumOf {
 };
 
 // The feature of the largest |x| and its channel, the lowest at a tie. NaN wins and then stays.
-template <class A>
+template <class A, class Raise_>
 struct LargestOf {
-  using Raise = General<A>;
+  using Raise = Raise_;
   static constexpr bool kHasWinner = true;
   A value = 0;
   int channel = INT32_MAX;

@@ -6,8 +6,8 @@
 
 namespace fastkd::cuda {
 
-// Elements of one width. Both dtypes of 16 bits share their code: what tells them apart is one
-// selection, and a kernel holds all of this.
+// Elements of one width. Both dtypes of 16 bits share the code around what tells them apart, and so
+// a kernel holds less of it.
 template <class S>
 struct Cells {
   S* data;
@@ -21,41 +21,35 @@ struct Cells {
     there.advance(count);
     return there;
   }
-  __device__ __forceinline__ float widened(S x) const {
+
+  template <int N>
+  __device__ __forceinline__ void widen_all(const S (&raw)[N], float (&to)[N]) const {
     if constexpr (std::is_same_v<S, float>) {
-      return x;
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = raw[e];
+    } else if (is_bf16) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = widen(__ushort_as_bfloat16(raw[e]));
     } else {
-      const float of_bf16 = __uint_as_float(unsigned(x) << 16);
-      return is_bf16 ? of_bf16 : widen(__ushort_as_half(x));
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = widen(__ushort_as_half(raw[e]));
     }
   }
-  __device__ __forceinline__ S narrowed(float x) const {
+  template <int N>
+  __device__ __forceinline__ void narrow_all(const float (&values)[N], S (&to)[N]) const {
     if constexpr (std::is_same_v<S, float>) {
-      return x;
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = values[e];
+    } else if (is_bf16) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = __bfloat16_as_ushort(narrow<__nv_bfloat16>(values[e]));
     } else {
-      return is_bf16 ? __bfloat16_as_ushort(narrow<__nv_bfloat16>(x))
-                     : __half_as_ushort(narrow<__half>(x));
+#pragma unroll
+      for (int e = 0; e < N; ++e) to[e] = __half_as_ushort(narrow<__half>(values[e]));
     }
   }
 };
 
-// N elements as they lie in memory: a vector, one element, or one of any dtype.
-template <class S, int N>
-struct Raw {
-  Vector<S, N> values;
-  __device__ __forceinline__ void fetch(const Cells<S>& from) { values = load<N>(from.data); }
-  __device__ __forceinline__ float at(int e, const Cells<S>& from) const {
-    return from.widened(values.values[e]);
-  }
-};
-template <class S>
-struct Raw<S, 1> {
-  S value;
-  __device__ __forceinline__ void fetch(const Cells<S>& from) { value = *from.data; }
-  __device__ __forceinline__ float at(int, const Cells<S>& from) const {
-    return from.widened(value);
-  }
-};
 template <>
 struct Cells<Any> : Elements<Any> {
   using Elements<Any>::Elements;
@@ -65,11 +59,31 @@ struct Cells<Any> : Elements<Any> {
     return there;
   }
 };
+
+// N elements as they lie in memory: a vector, one element, or one of any dtype.
+template <class S, int N>
+struct Raw {
+  Vector<S, N> vector;
+  __device__ __forceinline__ void fetch(const Cells<S>& from) { vector = load<N>(from.data); }
+  __device__ __forceinline__ void widen_to(float (&to)[N], const Cells<S>& from) const {
+    from.widen_all(vector.values, to);
+  }
+};
+template <class S>
+struct Raw<S, 1> {
+  S value[1];
+  __device__ __forceinline__ void fetch(const Cells<S>& from) { value[0] = *from.data; }
+  __device__ __forceinline__ void widen_to(float (&to)[1], const Cells<S>& from) const {
+    from.widen_all(value, to);
+  }
+};
 template <>
 struct Raw<Any, 1> {
   double value;
   __device__ __forceinline__ void fetch(const Cells<Any>& from) { value = from.load(0); }
-  __device__ __forceinline__ double at(int, const Cells<Any>&) const { return value; }
+  __device__ __forceinline__ void widen_to(double (&to)[1], const Cells<Any>&) const {
+    to[0] = value;
+  }
 };
 
 template <int N, class S, class A>
@@ -77,11 +91,12 @@ __device__ __forceinline__ void put(const Cells<S>& to, const A (&values)[N]) {
   if constexpr (std::is_same_v<S, Any>) {
     to.store(0, values[0]);
   } else if constexpr (N == 1) {
-    *to.data = to.narrowed(values[0]);
+    S one[1];
+    to.narrow_all(values, one);
+    *to.data = one[0];
   } else {
     Vector<S, N> v;
-#pragma unroll
-    for (int e = 0; e < N; ++e) v.values[e] = to.narrowed(values[e]);
+    to.narrow_all(values, v.values);
     store<N>(v, to.data);
   }
 }
@@ -115,49 +130,52 @@ struct Column {
   }
 };
 
-// Accesses in flight by a thread: of vectors four are 64 bytes.
+// Accesses in flight by a thread.
 template <int N>
-constexpr int kAtOnce = N > 1 ? 4 : 8;
+constexpr uint32_t kAtOnce = N > 1 ? 4 : 8;
 
-template <class A>
+// What the threads of a block have of a map: float32 of 8 columns each at most, or float64 of one.
 struct MapRoom {
-  A values[kMapThreads * 8];
+  alignas(double) char values[kMapThreads * 8 * sizeof(float)];
   int channels[kMapThreads * 8];
 };
 
 // keep(position, what was found there) each of the unit's positions.
 template <int N, class S, class A, class Fold, class Keep>
-__device__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample, uint32_t unit,
-                             const typename Fold::Raise& power, MapRoom<A>& room,
-                             const Keep& keep) {
+__device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample,
+                                             uint32_t unit, const typename Fold::Raise& power,
+                                             MapRoom& room, const Keep& keep) {
   const Column column(pass, unit);
   const uint32_t planes = pass.planes, positions = pass.positions;
   Fold folds[N];
   if (column.periods > 0) {
-    const int64_t start = N > 1 ? int64_t(column.index) * N : offset_of(pass, axes, column.index, 0);
+    const int64_t start =
+        N > 1 ? int64_t(column.index) * N : offset_of(pass, axes, column.index, 0);
     const int64_t period = pass.channel[0] * planes;
-    Cells<S> x(pass.data[0], pass.dtype,
-               sample * pass.sample[0] + start + column.first * period);
+    Cells<S> x(pass.data[0], pass.dtype, sample * pass.sample[0] + start + column.first * period);
     const int64_t step = column.groups * period;
     for (uint32_t k = column.first; k < column.periods; k += kAtOnce<N> * column.groups) {
       Raw<S, N> raw[kAtOnce<N>];
 #pragma unroll
-      for (int i = 0; i < kAtOnce<N>; ++i) {
+      for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
         if (k + i * column.groups < column.periods) raw[i].fetch(x);
         x.advance(step);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce<N>; ++i) {
+      for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
         if (k + i * column.groups >= column.periods) continue;
+        A values[N];
+        raw[i].widen_to(values, x);
 #pragma unroll
-        for (int e = 0; e < N; ++e) folds[e].see(A(raw[i].at(e, x)), int(k + i * column.groups), power);
+        for (int e = 0; e < N; ++e) folds[e].see(values[e], int(k + i * column.groups), power);
       }
     }
   }
   // By groups, and within one as the columns lie.
+  A* const found = reinterpret_cast<A*>(room.values);
   const uint32_t row = pass.width * N;
   if (column.first < column.groups) {
-    A* const values = room.values + column.first * row + column.in_unit * N;
+    A* const values = found + column.first * row + column.in_unit * N;
     int* const channels = room.channels + column.first * row + column.in_unit * N;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -177,7 +195,7 @@ __device__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample
     for (uint32_t i = q; i < elements; i += distinct)
       for (uint32_t g = 0; g < column.groups; ++g) {
         Fold other;
-        other.value = room.values[g * row + i];
+        other.value = found[g * row + i];
         if constexpr (Fold::kHasWinner) other.channel = room.channels[g * row + i];
         fold.merge(other);
       }
@@ -185,39 +203,43 @@ __device__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample
   }
 }
 
+// Positions that are in hand at a time.
+constexpr uint32_t kRows = 4;
+
 template <int N, class S, class A, class Fold, class Keep>
-__device__ void fold_rows(const Pass& pass, const Axis* axes, uint32_t sample, uint32_t unit,
-                          const typename Fold::Raise& power, const Keep& keep) {
-  constexpr int kRows = 4;
+__device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uint32_t unit,
+                                          const typename Fold::Raise& power, const Keep& keep) {
   const uint32_t lanes = pass.lanes, lane = threadIdx.x % lanes, slots = kMapThreads / lanes;
   const uint32_t end = min(unit * pass.width + pass.width, pass.positions);
-  const uint32_t vectors = pass.channels / N;
+  const uint32_t channels = pass.channels;
+  const int64_t step = slots * pass.position[0];
   // Whole warps go round, for the sake of their shuffles.
   for (uint32_t base = unit * pass.width; base < end; base += kRows * slots) {
     const uint32_t first = base + threadIdx.x / lanes;
+    const Cells<S> row(pass.data[0], pass.dtype,
+                       sample * pass.sample[0] + first * pass.position[0]);
     Fold folds[kRows];
-    int64_t rows[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      rows[i] = first + i * slots < end ? offset_of(pass, axes, first + i * slots, 0) : 0;
-    Cells<S> x(pass.data[0], pass.dtype, sample * pass.sample[0] + lane * N);
-    for (uint32_t v = lane; v < vectors; v += lanes) {
+    for (uint32_t c = lane * N; c < channels; c += lanes * N) {
       Raw<S, N> raw[kRows];
+      Cells<S> x = row.from(c);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (first + i * slots < end) raw[i].fetch(x.from(rows[i]));
-      x.advance(lanes * N);
+      for (uint32_t i = 0; i < kRows; ++i) {
+        if (first + i * slots < end) raw[i].fetch(x);
+        x.advance(step);
+      }
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
+      for (uint32_t i = 0; i < kRows; ++i) {
         if (first + i * slots >= end) continue;
+        A values[N];
+        raw[i].widen_to(values, x);
 #pragma unroll
-        for (int e = 0; e < N; ++e) folds[i].see(A(raw[i].at(e, x)), int(v * N + e), power);
+        for (int e = 0; e < N; ++e) folds[i].see(values[e], int(c) + e, power);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      for (int across = int(lanes) / 2; across > 0; across /= 2)
-        folds[i].merge(folds[i].of_lane_across(across));
+    for (uint32_t i = 0; i < kRows; ++i) {
+      for (uint32_t across = lanes / 2; across > 0; across /= 2)
+        folds[i].merge(folds[i].of_lane_across(int(across)));
       if (lane == 0 && first + i * slots < end) keep(first + i * slots, folds[i]);
     }
   }
@@ -233,9 +255,10 @@ struct Slopes {
 };
 
 template <int N, class S, class A, class Fold>
-__device__ void gradient_of_columns(const Pass& pass, const Axis* axes, uint32_t sample,
-                                    uint32_t unit, const typename Fold::Raise& power,
-                                    const Slopes<A>& slopes) {
+__device__ __forceinline__ void gradient_of_columns(const Pass& pass, const Axis* axes,
+                                                    uint32_t sample, uint32_t unit,
+                                                    const typename Fold::Raise& power,
+                                                    const Slopes<A>& slopes) {
   const Column column(pass, unit);
   if (column.periods == 0) return;
   const uint32_t planes = pass.planes;
@@ -263,21 +286,22 @@ __device__ void gradient_of_columns(const Pass& pass, const Axis* axes, uint32_t
     Raw<S, N> raw[kAtOnce<N>];
     if constexpr (!Fold::kHasWinner) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce<N>; ++i) {
+      for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
         if (k + i * column.groups < column.periods) raw[i].fetch(x);
         x.advance(x_step);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce<N>; ++i) {
+    for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
       const uint32_t at = k + i * column.groups;
       A values[N];
+      if constexpr (!Fold::kHasWinner) raw[i].widen_to(values, x);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         if constexpr (Fold::kHasWinner)
           values[e] = at == winners[e] ? of[e] : A(0);
         else
-          values[e] = of[e] * power.derivative(A(raw[i].at(e, x)));
+          values[e] = of[e] * power.derivative(values[e]);
       }
       if (at < column.periods) put<N>(g, values);
       g.advance(g_step);
@@ -286,47 +310,51 @@ __device__ void gradient_of_columns(const Pass& pass, const Axis* axes, uint32_t
 }
 
 template <int N, class S, class A, class Fold>
-__device__ void gradient_of_rows(const Pass& pass, const Axis* axes, uint32_t sample, uint32_t unit,
-                                 const typename Fold::Raise& power, const Slopes<A>& slopes) {
-  constexpr int kRows = 4;
+__device__ __forceinline__ void gradient_of_rows(const Pass& pass, uint32_t sample, uint32_t unit,
+                                                 const typename Fold::Raise& power,
+                                                 const Slopes<A>& slopes) {
   const uint32_t lanes = pass.lanes, lane = threadIdx.x % lanes, slots = kMapThreads / lanes;
   const uint32_t end = min(unit * pass.width + pass.width, pass.positions);
-  const uint32_t vectors = pass.channels / N;
-  const Cells<S> x(pass.data[0], pass.dtype, sample * pass.sample[0]);
-  const Cells<S> g(pass.data[1], pass.dtype, sample * pass.sample[1]);
+  const uint32_t channels = pass.channels;
+  const int64_t x_step = slots * pass.position[0], g_step = slots * pass.position[1];
   for (uint32_t first = unit * pass.width + threadIdx.x / lanes; first < end;
        first += kRows * slots) {
     A of[kRows];
     uint32_t winners[kRows];
-    int64_t from[kRows], to[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (uint32_t i = 0; i < kRows; ++i) {
       const uint32_t position = first + i * slots;
       if (position >= end) continue;
       of[i] = slopes.at(position);
       if constexpr (Fold::kHasWinner) winners[i] = uint32_t(slopes.winners[position]);
-      from[i] = offset_of(pass, axes, position, 0);
-      to[i] = offset_of(pass, axes, position, 1);
     }
-    for (uint32_t v = lane; v < vectors; v += lanes) {
+    const Cells<S> x_row(pass.data[0], pass.dtype,
+                         sample * pass.sample[0] + first * pass.position[0]);
+    const Cells<S> g_row(pass.data[1], pass.dtype,
+                         sample * pass.sample[1] + first * pass.position[1]);
+    for (uint32_t c = lane * N; c < channels; c += lanes * N) {
       Raw<S, N> raw[kRows];
+      Cells<S> x = x_row.from(c), g = g_row.from(c);
       if constexpr (!Fold::kHasWinner) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (first + i * slots < end) raw[i].fetch(x.from(from[i] + int64_t(v) * N));
+        for (uint32_t i = 0; i < kRows; ++i) {
+          if (first + i * slots < end) raw[i].fetch(x);
+          x.advance(x_step);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (first + i * slots >= end) continue;
+      for (uint32_t i = 0; i < kRows; ++i) {
         A values[N];
+        if constexpr (!Fold::kHasWinner) raw[i].widen_to(values, x);
 #pragma unroll
         for (int e = 0; e < N; ++e) {
           if constexpr (Fold::kHasWinner)
-            values[e] = v * N + e == winners[i] ? of[i] : A(0);
+            values[e] = c + e == winners[i] ? of[i] : A(0);
           else
-            values[e] = of[i] * power.derivative(A(raw[i].at(e, x)));
+            values[e] = of[i] * power.derivative(values[e]);
         }
-        put<N>(g.from(to[i] + int64_t(v) * N), values);
+        if (first + i * slots < end) put<N>(g, values);
+        g.advance(g_step);
       }
     }
   }
@@ -355,14 +383,14 @@ __device__ __forceinline__ void with_accesses(const Pass& pass, const F& f) {
 template <class A, class Fold, class Keep>
 __device__ __forceinline__ void fold_unit(const Pass& pass, const Axis* axes, uint32_t sample,
                                           uint32_t unit, const typename Fold::Raise& power,
-                                          MapRoom<A>& room, const Keep& keep) {
+                                          MapRoom& room, const Keep& keep) {
   with_accesses<A>(pass, [&](auto* storage, auto length) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int N = decltype(length)::value;
     if (pass.walk == Walk::planes)
       fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, room, keep);
     else
-      fold_rows<N, S, A, Fold>(pass, axes, sample, unit, power, keep);
+      fold_rows<N, S, A, Fold>(pass, sample, unit, power, keep);
   });
 }
 
@@ -376,7 +404,7 @@ __device__ __forceinline__ void gradient_unit(const Pass& pass, const Axis* axes
     if (pass.walk == Walk::planes)
       gradient_of_columns<N, S, A, Fold>(pass, axes, sample, unit, power, slopes);
     else
-      gradient_of_rows<N, S, A, Fold>(pass, axes, sample, unit, power, slopes);
+      gradient_of_rows<N, S, A, Fold>(pass, sample, unit, power, slopes);
   });
 }
 

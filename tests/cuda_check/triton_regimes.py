@@ -7,6 +7,7 @@ specialised by Triton's own code, so that what is compiled is what a GPU would r
 import contextlib
 import functools
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -24,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import hint, multiply, soft_target
+from fastkd.kernels.triton import attention, hint, multiply, soft_target
+from fastkd.ops.attention import MapParameters, TransferParameters
 from fastkd.ops.hint import Parameters
 from fastkd.ops.soft_target import PARTS, STATISTICS
 from fastkd.ops.soft_target import Parameters as SoftTargetParameters
@@ -49,6 +51,7 @@ class Narrow(NamedTuple):
 
     loads: int
     stores: int
+    has_elements: bool = True  # among the loads
 
 
 class Regime(NamedTuple):
@@ -63,6 +66,8 @@ _FEW = Narrow(1, 1)
 
 # The kernels that go over elements; others add up what these found.
 _ELEMENTWISE = {
+    attention.channel_map,
+    attention.channel_gradient,
     hint.squared_difference,
     multiply.scale,
     soft_target.logits_forward,
@@ -157,6 +162,7 @@ def regimes() -> Iterator[Regime]:
         call = functools.partial(multiply.multiply, [gradient], _features())
         yield Regime(f"{name}, multiply", call, _FEW if name in _GRADIENTS else None)
     yield from soft_target_regimes()
+    yield from attention_regimes()
 
 
 def soft_target_regimes() -> Iterator[Regime]:
@@ -259,6 +265,104 @@ _NARROW_LOGITS = {
 }
 
 
+def attention_regimes() -> Iterator[Regime]:
+    for name, (features, channel_dim) in _FEATURES.items():
+        is_wide = name not in _NARROW_FEATURES
+        for use, launch, narrow in _uses_of_features(features, channel_dim):
+            if use in _MAP_USES or name in _MAPS_THOROUGHLY:
+                yield Regime(f"{name}, {use}", launch, narrow if is_wide else None)
+    for features in (_X, _DOUBLE, _features(64, 512, 7, 7)):
+        for kind, p, order in _DISTANCES if features is _X else _DISTANCES[:2]:
+            name = f"{features.dtype}, {features.shape[2]}², {kind} {p}, order {order}"
+            yield Regime(name, _transfer(features, kind, p, order))
+
+
+def _map_sized(features: Tensor, channel_dim: int, dtype: torch.dtype) -> Tensor:
+    batch, channels = len(features), features.shape[channel_dim]
+    return features.new_empty(batch, features.numel() // (batch * channels), dtype=dtype)
+
+
+def _transfer(features: Tensor, kind: str, p: float, order: float) -> Callable[[], None]:
+    """Of features with themselves, with the teacher's slopes."""
+    dtype = compute_dtype(features)
+    slopes = [_map_sized(features, 1, dtype)] * 2
+    winners = [_map_sized(features, 1, torch.int32)] * 2 if kind == "max_pow" else []
+    return lambda: attention.attention_transfer_forward(
+        [features],
+        [features],
+        features.new_empty((), dtype=dtype),
+        slopes,
+        winners,
+        [],
+        TransferParameters("norm", order, 1.0, "mean"),
+        MapParameters(kind, p, 1e-12, 1, "triton"),
+    )
+
+
+def _uses_of_features(features: Tensor, channel_dim: int) -> list[Regime]:
+    """Maps and gradients of any kind; each is named after the use."""
+    dtype = compute_dtype(features)
+    slopes = _map_sized(features, channel_dim, dtype)
+    winners = _map_sized(features, channel_dim, torch.int32)
+    scalar, row = (features.new_empty(x, dtype=dtype) for x in ((), (1, len(features))))
+    uses = []
+    for kind, p in _POWERS:
+        parameters = MapParameters(kind, p, 1e-12, channel_dim, "triton")
+        gradient = [features], [slopes], [winners], [torch.empty_like(features)], parameters
+        backward = functools.partial(attention.attention_backward, scalar, *gradient)
+        forward = functools.partial(
+            attention.attention_map_forward, features, slopes, winners, parameters
+        )
+        # Narrow is what there is one of a position: the map, winners and their features, slopes.
+        is_max = kind == "max_pow"
+        uses += [
+            Regime(f"map of {kind} {p}", forward, Narrow(4, 8) if is_max else Narrow(0, 4)),
+            Regime(f"gradient of {kind} {p}", backward, Narrow(17, 0, not is_max)),
+        ]
+    uses += [
+        Regime(
+            "gradient by sample",
+            functools.partial(attention.attention_backward, row, *gradient),
+            Narrow(17, 0),
+        ),
+        Regime("gradient in place", functools.partial(backward, in_place=True), Narrow(17, 0)),
+    ]
+    return uses
+
+
+_POWERS = [("sum", 1.0), ("max_pow", 2.0), ("sum_pow", 2.7), ("sum_pow", 2.0)]
+_MAP_USES = {
+    f"{use} of {kind} 2.0" for use in ("map", "gradient") for kind in ("sum_pow", "max_pow")
+}
+_MAPS_THOROUGHLY = {"float32", "channels_last, bfloat16"}
+_DISTANCES = [
+    ("sum_pow", 2.0, 2.0),
+    ("max_pow", 2.7, 3.0),
+    ("sum_pow", 2.0, 1.0),
+    ("sum_pow", 2.0, math.inf),
+    ("max_pow", 2.0, 2.0),
+]
+
+# Features and the dimension of their channels.
+_FEATURES = {
+    "float32": (_X, 1),
+    "bfloat16": (_HALF, 1),
+    "float16": (_HALF.to(float16), 1),
+    "float64": (_DOUBLE, 1),
+    "channels_last": (_channels_last(_X), 1),
+    "channels_last, bfloat16": (_channels_last(_HALF), 1),
+    "channels_last, float64": (_channels_last(_DOUBLE), 1),
+    "tokens": (_features(64, 197, 768), 2),
+    "few channels": (_features(64, 3, 56, 56), 1),
+    "7 × 7": (_features(64, 512, 7, 7), 1),
+    "14 × 14, bfloat16": (_features(64, 512, 14, 14, dtype=bfloat16), 1),
+    "cropped": (_CROPPED, 1),
+    "far apart": (_features(9, 2**31, dtype=bfloat16)[:, :4096].view(9, 64, 64), 1),
+}
+# Of which elements are accessed less than 16 bytes at a time.
+_NARROW_FEATURES = {"7 × 7", "14 × 14, bfloat16", "cropped"}
+
+
 @contextlib.contextmanager
 def _caught(launches: list[_Launch]) -> Iterator[None]:
     def catch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -324,8 +428,8 @@ def _inspected(regime: Regime, launch: _Launch, capability: int, kernel: Any) ->
 
 def _are_wide(code: str, narrow: Narrow) -> bool:
     """Whether no more accesses move less than 16 bytes than may."""
-    for kind, most in zip(("LDG", "STG"), narrow, strict=True):
+    for kind, most in zip(("LDG", "STG"), narrow[:2], strict=True):
         accesses = re.findall(rf"\b{kind}\.[.\w]*", code)
         if sum([not access.endswith(".128") for access in accesses]) > most:
             return False
-    return "LDG.E.128" in code
+    return "LDG.E.128" in code or not narrow.has_elements

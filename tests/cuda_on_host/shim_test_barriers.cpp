@@ -121,6 +121,34 @@ Array<unsigned> grid_barrier(int blocks, int threads) {
   return seen;
 }
 
+// Blocks draw a number each and wait for those before them: each finds what the last one wrote.
+// What is counted are the blocks that are done, or with `counts` false nothing.
+__global__ void chain_kernel(unsigned* counters, int* written, bool waits, bool before_count,
+                             bool counts) {
+  unsigned& ticket = *shared<unsigned>();
+  if (threadIdx.x == 0) {
+    ticket = atomicAdd(counters, 1);
+    if (waits) cuda_on_host::wait_until(counters + 1, ticket);
+  }
+  __syncthreads();
+  const int from = ticket == 0 ? 0 : int((ticket - 1) * blockDim.x);
+  const int before = ticket == 0 ? 0 : written[from + (threadIdx.x + 1) % blockDim.x];
+  written[ticket * blockDim.x + threadIdx.x] = before + 1;
+  if (before_count) __syncthreads();
+  if (threadIdx.x != 0 || !counts) return;
+  __threadfence();
+  atomicAdd(counters + 1, 1);
+}
+
+Array<int> chain(int blocks, int threads, bool waits, bool before_count, bool counts) {
+  Array<int> written({blocks, threads});
+  std::fill_n(written.mutable_data(), written.size(), -1000);
+  unsigned counters[2] = {};
+  Launch{unsigned(blocks), unsigned(threads), sizeof(unsigned)}(
+      chain_kernel, counters, written.mutable_data(), waits, before_count, counts);
+  return written;
+}
+
 // Barriers for the threads that are left, and an arrival that does not wait.
 __global__ void leavers_kernel(int* counts, unsigned stay) {
   if (threadIdx.x >= stay) return;
@@ -150,5 +178,7 @@ void define_barriers(py::module_& m) {
         py::arg("before_ticket") = true);
   m.def("order", &order, py::arg("blocks"), py::arg("threads"), py::arg("rounds"));
   m.def("grid_barrier", &grid_barrier);
+  m.def("chain", &chain, py::arg("blocks"), py::arg("threads"), py::kw_only(),
+        py::arg("waits") = true, py::arg("before_count") = true, py::arg("counts") = true);
   m.def("leavers", &leavers);
 }

@@ -51,6 +51,9 @@ __global__ void map_elsewhere_kernel() {
   cuda_on_host::map_shared(&local, 0);
 }
 __global__ void map_too_far_kernel() { cuda_on_host::map_shared(shared<int>(), 2); }
+__global__ void wait_at_misaligned_kernel() {
+  cuda_on_host::wait_until(reinterpret_cast<unsigned*>(shared<char>() + 2), 0);
+}
 __global__ void misaligned_kernel() {
   __ldg(reinterpret_cast<const float4*>(shared<float>() + threadIdx.x));
 }
@@ -96,6 +99,7 @@ void misuse(const std::string& what) {
       {"map elsewhere", map_elsewhere_kernel},
       {"map too far", map_too_far_kernel},
       {"misaligned", misaligned_kernel},
+      {"wait at misaligned", wait_at_misaligned_kernel},
       {"copy 12 bytes", copy_12_bytes_kernel},
       {"copy too many zeros", copy_too_many_zeros_kernel},
       {"copy elsewhere", copy_elsewhere_kernel},

@@ -228,7 +228,7 @@ def attention_backward(
         source = gradient if won is not None else x
         shape = list(x.shape)
         shape[p.channel_dim] = 1
-        tiles = plan([source, gradient, slope.view(shape).expand_as(x)], by_sample)
+        tiles = plan([source, gradient, slope.view(shape).expand_as(x)], by_sample=True)
         along = tiles.strides[2]
         launch(
             channel_gradient,
@@ -247,7 +247,7 @@ def attention_backward(
             tiles.sizes,
             *tiles.strides,
             COMPUTE=COMPUTE[slope.dtype],
-            P=known(p.p),
+            P=known(p.p) if won is None else None,
             CHANNELS=along.index(0) if 0 in along else -1,
             BY_SAMPLE=by_sample,
             IN_PLACE=in_place,
@@ -297,7 +297,7 @@ def _map(
         min(p.p, MOST),
         *walk.args,
         COMPUTE=COMPUTE[to.dtype],
-        P=known(p.p),
+        P=known(p.p) if raised or winners is None else None,
         RAISED=raised,
         **walk.tile,
     )
@@ -312,7 +312,7 @@ def _compare(
     p: "MapParameters",
 ) -> None:
     batch, positions = to_student.shape
-    is_mse, order = transfer.distance == "mse", transfer.order
+    is_max, is_mse, order = p.kind == "max_pow", transfer.distance == "mse", transfer.order
     weight = transfer.beta / positions if is_mse else transfer.beta / 2
     if transfer.reduction == "mean":
         weight /= max(batch, 1)
@@ -334,10 +334,10 @@ def _compare(
         min(p.p, MOST),
         batch,
         positions,
-        IS_MAX=p.kind == "max_pow",
+        IS_MAX=is_max,
         IS_MSE=is_mse,
         ORDER=order if order in (1, 2, float("inf")) else None,
-        P=known(p.p),
+        P=known(p.p) if is_max else None,
         SAMPLES=several,
         BLOCK=block,
     )

@@ -38,13 +38,13 @@ def raised(a, exponent, KNOWN: tl.constexpr):
 
 @triton.jit
 def power(x, p, P: tl.constexpr):
-    """|x|^p"""
+    """The power |x|^p."""
     return raised(tl.abs(x), p, P)
 
 
 @triton.jit
 def derivative(x, p, P: tl.constexpr):
-    """p · |x|^(p−1) · sign(x), and 0 at 0"""
+    """That of the power, p · |x|^(p−1) · sign(x), and 0 at 0."""
     if P == 2:
         return x + x
     else:
