@@ -5,6 +5,7 @@ import itertools
 import math
 
 import layouts
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -12,7 +13,9 @@ from agreement import array, assert_gradient, check_map, check_transfer, feature
 from test_soft_target_regimes import set_schedule
 
 import fastkd
+from fastkd.kernels import compiled, cuda
 from fastkd.ops import attention
+from fastkd.ops.library import kernels
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 KINDS = ["sum", "sum_pow", "max_pow"]
@@ -121,6 +124,7 @@ def test_maps(backend, shape, layout, kind):
         check_map(x, backend, kind=kind, normalize=False)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize(("shape", "layout"), WAYS[::5])
 def test_ties_and_nan_of_the_maximum(backend, shape, layout):
     """Wherever they meet: in a thread, in a warp, or in a block."""
@@ -132,12 +136,13 @@ def test_ties_and_nan_of_the_maximum(backend, shape, layout):
             check_map(layout(x), backend, kind="max_pow", normalize=False)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize(("kind", "p"), [("sum", 1.0), ("sum_pow", 2.0), ("sum_pow", 2.7)])
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last])
-def test_nan_spares_other_features(backend, layout, kind, p):
+def test_nan_spares_other_features(kernel_backend, layout, kind, p):
     x = features(2, 8, 7, 7)
     x[0, 3, 1, 1], x[1, 5, 2, 2], x[1, 6, 3, 3] = math.nan, -math.inf, 0
-    check_map(layout(x), backend, kind=kind, p=p, normalize=False)
+    check_map(layout(x), kernel_backend, kind=kind, p=p, normalize=False)
 
 
 DISTANCES = [("norm", 1.0), ("norm", 2.0), ("norm", 3.0), ("norm", math.inf), ("mse", 2.0)]
@@ -155,15 +160,15 @@ def apart(shape, dtype=F32):
 
 @pytest.mark.parametrize(("distance", "order"), DISTANCES)
 @pytest.mark.parametrize("positions", [4097, 8193])
-def test_parts_of_a_map(backend, positions, distance, order):
+def test_parts_of_a_map(kernel_backend, positions, distance, order):
     keywords = {"distance": distance, "order": order}
-    check_transfer(*apart((2, 1, positions)), backend, kind="sum", **keywords)
+    check_transfer(*apart((2, 1, positions)), kernel_backend, kind="sum", **keywords)
     student, teacher = apart((2, 2, positions), BF16)
     student[0] = 0
     check_transfer(
         [student, features(2, 3, 5)],
         [teacher, features(2, 4, 5)],
-        backend,
+        kernel_backend,
         torch.randn(2, 2),
         kind="max_pow",
         reduction="none",
@@ -267,3 +272,49 @@ def test_repeated_calls_are_bitwise_equal(kernel_backend, kind, layout):
         results = [loss.detach(), *torch.autograd.grad(loss, students)]
         first = first or results
         assert all(map(torch.equal, results, first))
+
+
+def slopes_of(x):
+    """Slopes and winners such as forward might have left."""
+    slopes = torch.randn(x.shape[0], math.prod(x.shape[2:]))
+    return slopes, torch.randint(x.shape[1], slopes.shape, dtype=torch.int32)
+
+
+def expected_gradient(x, slopes, winners, grad_output):
+    """Of `SUM`, or of `MAX` with winners."""
+    shape = (x.shape[0], 1, *x.shape[2:])
+    scaled = array(slopes).reshape(shape) * grad_output
+    if winners is None:
+        return 2 * array(x) * scaled
+    channels = np.arange(x.shape[1]).reshape(1, -1, *[1] * (x.ndim - 2))
+    return np.where(channels == array(winners).reshape(shape), scaled, 0.0)
+
+
+@pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.cropped])
+@pytest.mark.parametrize("shape", [(3, 8, 7, 7), (2, 40, 4, 9)])
+def test_gradients_and_nothing_beside_them(shape, layout):
+    """Nor are features of `max_pow` read, and zeros are written to all that is no winner."""
+    x = layout(features(*shape))
+    slopes, winners = slopes_of(x)
+    kernel = kernels("native", "attention").attention_backward
+    for p, source, won in [(SUM, x, None), (MAX, torch.full_like(x, math.nan), winners)]:
+        for first in (1, 2, 4):
+            memory = torch.randn(shape[0], shape[1] + 5, shape[2] + 2, shape[3] + 8)
+            before = memory.clone()
+            inside = (..., slice(first, first + shape[1]), slice(1, -1), slice(4, -4))
+            gradient = memory[inside]
+            kernel(
+                torch.tensor(3.0), [source], [slopes], [] if won is None else [won], [gradient], p
+            )
+            assert_gradient(gradient, expected_gradient(x, slopes, won, 3.0))
+            before[inside] = gradient
+            assert torch.equal(memory, before)
+
+
+@pytest.mark.skipif(not hasattr(compiled.load(), "set_capturing"), reason="needs the shim")
+def test_more_streams_than_there_are_counters_for(monkeypatch):
+    compiled.load().set_capturing(False)
+    student, teacher = features(2, 3, 5), features(2, 2, 5)
+    for stream in [*range(20)] * 2:
+        monkeypatch.setattr(cuda, "_place", lambda tensor, at=stream: (0, 16 * at))
+        check_transfer(student, teacher, "native")

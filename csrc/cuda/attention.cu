@@ -6,27 +6,19 @@
 #include <type_traits>
 
 #include "attention_distance.h"
+#include "attention_plan.h"
 #include "attention_walks.h"
-#include "launch.h"
 
 namespace fastkd::cuda {
 namespace {
 
-// Whether a kernel is for float32 arithmetic and the exponents that nearly all calls have.
-template <class Fold>
-constexpr bool kIsCommon = std::is_same_v<typename Fold::Raise, Simple<float>>;
-
-// Blocks on a multiprocessor: 96 registers are left to a thread; or 128, for a call keeps more, and
-// so do winners.
-template <class Fold>
-constexpr int kBlocksTogether = kIsCommon<Fold> && !Fold::kHasWinner ? 5 : 4;
-
-// Of a launch: the units that were drawn, the blocks that have ended, and for each sample the units
-// of its maps, of its sums and of its slopes that are done. The last block leaves them at 0.
+// Of a launch: the units that were drawn, the parts of samples whose slopes are there, the units of
+// gradients that have ended; and for each sample the units of its maps, of its sums and of its
+// slopes that are done. The last block leaves them at 0.
 constexpr int kStreams = 16;
 constexpr size_t kMostCounters = 8192;
 __device__ unsigned counters_of_streams[kStreams][kMostCounters];
-enum Counter { kDrawn, kEnded, kOfSamples };
+enum Counter { kDrawn, kConcluded, kEnded, kOfSamples };
 enum SampleCounter { kMapsDone, kSumsDone, kSlopesDone, kPerSample };
 
 constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
@@ -35,7 +27,7 @@ struct Shared {
   MapRoom map;
   DistanceRoom distance;
   double squares[kMapWarps][1];
-  unsigned unit;
+  unsigned number;  // that a block draws
 };
 
 template <class A>
@@ -45,15 +37,14 @@ struct Call {
   bool by_sample;
   double* losses;  // one a sample
   A* loss;
-  int32_t samples;
+  bool adds;                           // an earlier launch has put its part into the loss
+  uint32_t samples, parts, gradients;  // of the launch: parts of samples, units of gradients
 };
 
 // By all threads, after what they have written.
 __device__ __forceinline__ void count(unsigned* counter) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  atomicAdd(counter, 1);
+  if (threadIdx.x == 0) count_up(counter);
 }
 
 // By all threads, before what they read.
@@ -62,29 +53,28 @@ __device__ __forceinline__ void wait_for(const unsigned* counter, unsigned least
   __syncthreads();
 }
 
-// The units before a slot: a slot has the maps of one sample, and the rest of earlier ones.
-__device__ __forceinline__ uint32_t units_before(const Pair& pair, uint32_t slot) {
-  uint32_t units = 0;
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    const uint32_t begun = slot > pair.lag[stage] ? slot - pair.lag[stage] : 0;
-    units += (begun < pair.batch ? begun : pair.batch) * pair.units[stage];
-  }
-  return units;
-}
-
 struct Work {
   Stage stage;
   uint32_t sample, unit;
 };
 
 __device__ __forceinline__ Work work_of(const Pair& pair, uint32_t unit) {
-  uint32_t slot = 0, beyond = pair.batch + pair.lag[kGradient];
+  uint32_t slot, beyond;
+  if (unit < pair.steady_begin) {
+    slot = 0;
+    beyond = pair.lag[kGradient];
+  } else if (unit < pair.steady_end) {
+    slot = pair.lag[kGradient] + (unit - pair.steady_begin) / pair.in_slot;
+    beyond = slot + 1;
+  } else {
+    slot = pair.lag[kGradient] < pair.batch ? pair.batch : 0;
+    beyond = pair.batch + pair.lag[kGradient];
+  }
   while (beyond - slot > 1) {
     const uint32_t middle = (slot + beyond) / 2;
-    (units_before(pair, middle) <= unit ? slot : beyond) = middle;
+    (pair.units_before(middle) <= unit ? slot : beyond) = middle;
   }
-  Work work{kStudentMap, 0, unit - units_before(pair, slot)};
+  Work work{kStudentMap, 0, unit - pair.units_before(slot)};
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     const bool has = slot >= pair.lag[stage] && slot - pair.lag[stage] < pair.batch;
@@ -161,175 +151,78 @@ __device__ void distance_unit(const Pair& pair, const Work& work, const Call<A>&
   maps.to_slopes(pair, work.unit, power, meets, sums, outcome.factor);
 }
 
+// Whether this block is the last of `all`, in every thread of it.
+__device__ __forceinline__ bool is_last(unsigned* counter, uint32_t all, Shared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) shared.number = count_up_and_tell(counter);
+  __syncthreads();
+  return shared.number == all - 1;
+}
+
+// By the last block that others may wait for.
+template <class A>
+__device__ __forceinline__ void clear(unsigned* counters, const Call<A>& call) {
+  const uint32_t all = kOfSamples + kPerSample * call.samples;
+  for (uint32_t i = threadIdx.x; i < all; i += kMapThreads) counters[i] = 0;
+}
+
+// By the last block that finds slopes.
+template <class A>
+__device__ __forceinline__ void conclude(unsigned* counters, const Call<A>& call, Shared& shared) {
+  if (call.gradients == 0) clear(counters, call);
+  if (call.by_sample) return;
+  double total[1] = {};
+#pragma unroll 1
+  for (uint32_t sample = threadIdx.x; sample < call.samples; sample += kMapThreads)
+    total[0] += call.losses[sample];
+  block_sums(total, shared.squares);
+  if (threadIdx.x == 0)
+    *call.loss = A(total[0] * call.transfer.scale) + (call.adds ? *call.loss : A(0));
+}
+
 template <class A, class Fold>
-__device__ void do_work(const Pair& pair, const Axis* axes, const Work& work, const Call<A>& call,
-                        const typename Fold::Raise& power, unsigned* counters, Shared& shared) {
+__device__ __forceinline__ void do_work(const Pair& pair, const Axis* axes, const Work& work,
+                                        const Call<A>& call, const typename Fold::Raise& power,
+                                        unsigned* counters, Shared& shared) {
   unsigned* const done = counters + kOfSamples + kPerSample * (pair.first_sample + work.sample);
-  switch (work.stage) {
-    case kStudentMap:
-    case kTeacherMap:
-      map_unit<A, Fold>(pair, axes, work, call.is_map, power, shared);
-      if (!call.is_map) count(done + kMapsDone);
-      return;
-    case kSums:
-    case kSlopes: {
-      const bool are_sums = work.stage == kSums;
-      wait_for(done + (are_sums ? kMapsDone : kSumsDone),
-               are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
-      distance_unit<A, Fold>(pair, work, call, power, shared.distance);
-      count(done + (are_sums && pair.parts > 1 ? kSumsDone : kSlopesDone));
-      return;
-    }
-    default:
-      wait_for(done + kSlopesDone, pair.parts);
-      const int64_t first = int64_t(work.sample) * pair.positions;
-      const Slopes<A> slopes{reinterpret_cast<const A*>(pair.slopes[0]) + first,
-                             Fold::kHasWinner ? pair.winners[0] + first : nullptr, A(1)};
-      gradient_unit<A, Fold>(pair.gradient, axes, work.sample, work.unit, power, slopes);
+  if (work.stage <= kTeacherMap) {
+    map_unit<A, Fold>(pair, axes, work, call.is_map, power, shared);
+    if (!call.is_map) count(done + kMapsDone);
+  } else if (work.stage <= kSlopes) {
+    const bool are_sums = work.stage == kSums;
+    wait_for(done + (are_sums ? kMapsDone : kSumsDone),
+             are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
+    distance_unit<A, Fold>(pair, work, call, power, shared.distance);
+    if (are_sums && pair.parts > 1) return count(done + kSumsDone);
+    count(done + kSlopesDone);
+    if (is_last(counters + kConcluded, call.parts, shared)) conclude(counters, call, shared);
+  } else {
+    wait_for(done + kSlopesDone, pair.parts);
+    const int64_t first = int64_t(work.sample) * pair.positions;
+    const Slopes<A> slopes{reinterpret_cast<const A*>(pair.slopes[0]) + first,
+                           Fold::kHasWinner ? pair.winners[0] + first : nullptr, A(1)};
+    gradient_unit<A, Fold>(pair.gradient, axes, work.sample, work.unit, power, slopes);
+    if (is_last(counters + kEnded, call.gradients, shared)) clear(counters, call);
   }
 }
 
-// `adds` says that an earlier launch has put its part into the loss.
 template <class A, class Fold, class Table>
 __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
     attention_forward_kernel(const __grid_constant__ Table table, const Call<A> call,
-                             const typename Fold::Raise power, Tickets tickets, bool adds) {
+                             const typename Fold::Raise power, Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
   unsigned* const counters = tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
-  if (threadIdx.x == 0) shared.unit = atomicAdd(counters + kDrawn, 1);
-  __syncthreads();
-  const uint32_t unit = shared.unit;
+  uint32_t unit = blockIdx.x;
+  if (!call.is_map) {
+    if (threadIdx.x == 0) shared.number = atomicAdd(counters + kDrawn, 1);
+    __syncthreads();
+    unit = shared.number;
+  }
   int j = 0;
   while (unit >= table.jobs[j].last_unit) ++j;
   const Pair& pair = table.jobs[j];
   do_work<A, Fold>(pair, table.axes, work_of(pair, unit - pair.first_unit), call, power, counters,
                    shared);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    shared.unit = atomicAdd(counters + kEnded, 1);
-    __threadfence();
-  }
-  __syncthreads();
-  if (shared.unit != gridDim.x - 1) return;
-  for (uint32_t i = threadIdx.x; i < counters_for(call.samples); i += kMapThreads) counters[i] = 0;
-  if (call.is_map || call.by_sample) return;
-  double total[1] = {};
-  for (int sample = threadIdx.x; sample < call.samples; sample += kMapThreads)
-    total[0] += call.losses[sample];
-  block_sums(total, shared.squares);
-  if (threadIdx.x == 0) *call.loss = A(total[0] * call.transfer.scale) + (adds ? *call.loss : A(0));
-}
-
-// The last samples first: forward has just read them. With `in_place` the gradients are those for a
-// grad_output of 1.
-template <class A, class Fold, class Table>
-__global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
-    attention_backward_kernel(const __grid_constant__ Table table, const A* grad_output,
-                              bool by_sample, const typename Fold::Raise power, bool in_place) {
-  if (in_place && *grad_output == A(1)) return;
-  const uint32_t unit = gridDim.x - 1 - blockIdx.x;
-  int j = 0;
-  while (unit >= table.jobs[j].last_unit) ++j;
-  const Side& side = table.jobs[j];
-  const uint32_t sample = (unit - side.first_unit) / side.gradient.units;
-  const int64_t first = int64_t(sample) * side.gradient.positions;
-  const Slopes<A> slopes{reinterpret_cast<const A*>(side.slopes) + first,
-                         Fold::kHasWinner ? side.winners + first : nullptr,
-                         grad_output[by_sample ? side.first_row + sample : 0]};
-  gradient_unit<A, Fold>(side.gradient, table.axes, sample,
-                         unit - side.first_unit - sample * side.gradient.units, power, slopes);
-}
-
-// ---- Plans -------------------------------------------------------------------------------------
-
-template <class Job>
-struct Plan {
-  std::vector<Job> jobs;
-  std::vector<Axis> axes;
-
-  // Before a job is added: it begins where the last one ends.
-  uint32_t units() const { return jobs.empty() ? 0 : jobs.back().last_unit; }
-  void add(Job job, uint64_t count) {
-    if (units() + count > INT32_MAX)
-      throw std::invalid_argument("attention: too many elements for a GPU");
-    job.first_unit = units();
-    job.last_unit = units() + uint32_t(count);
-    jobs.push_back(job);
-  }
-};
-
-void rebase(Pass& pass, int first_axis) { pass.first_axis -= first_axis; }
-void rebase(Pair& pair, int first_axis) {
-  for (Pass& map : pair.maps) rebase(map, first_axis);
-  rebase(pair.gradient, first_axis);
-}
-void rebase(Side& side, int first_axis) { rebase(side.gradient, first_axis); }
-int axes_from(const Pair& pair) { return pair.maps[0].first_axis; }
-int axes_from(const Side& side) { return side.gradient.first_axis; }
-
-// f(a table, whether it is not the first): as many as the plan's jobs fill.
-template <class Table, class Job, class F>
-void over_tables(const Plan<Job>& plan, const F& f) {
-  const auto axes_until = [&](size_t i) {
-    return i + 1 < plan.jobs.size() ? axes_from(plan.jobs[i + 1]) : int(plan.axes.size());
-  };
-  for (size_t next = 0; next < plan.jobs.size();) {
-    const size_t begin = next;
-    const int first_axis = axes_from(plan.jobs[begin]);
-    const uint32_t first_unit = plan.jobs[begin].first_unit;
-    Table table;
-    table.count = 0;
-    for (; next < plan.jobs.size() && table.count < Table::kJobs; ++next) {
-      if (axes_until(next) - first_axis > Table::kAxes) break;
-      Job job = plan.jobs[next];
-      rebase(job, first_axis);
-      job.first_unit -= first_unit;
-      job.last_unit -= first_unit;
-      table.jobs[table.count++] = job;
-    }
-    std::copy(plan.axes.begin() + first_axis, plan.axes.begin() + axes_until(next - 1), table.axes);
-    f(table, begin);
-  }
-}
-
-// Most calls fit the small table; a parameter of 30 KB takes longer to hand over. Float64 and
-// unusual exponents do without it, so that there are fewer kernels.
-template <class Job>
-using Few = Table<Job, 5, 6>;
-template <class Job>
-using Many = Table<Job, 48, 200>;
-static_assert(sizeof(Many<Pair>) < 32000 && Many<Pair>::kAxes >= 3 * kMaxDims);
-
-template <class Fold, class Job, class F>
-void with_tables(const Plan<Job>& plan, const F& f) {
-  if constexpr (kIsCommon<Fold>)
-    if (plan.jobs.size() <= Few<Job>::kJobs && plan.axes.size() <= Few<Job>::kAxes)
-      return over_tables<Few<Job>>(plan, f);
-  over_tables<Many<Job>>(plan, f);
-}
-
-// f(a null pointer of what is kept of the channels)
-template <class A, class F>
-void with_fold(const MapParameters& p, const F& f) {
-  const auto with_raise = [&](auto* raise) {
-    using Raise = std::remove_pointer_t<decltype(raise)>;
-    if (p.kind == MapKind::max_pow)
-      f(static_cast<LargestOf<A, Raise>*>(nullptr));
-    else
-      f(static_cast<SumOf<A, Raise>*>(nullptr));
-  };
-  if constexpr (std::is_same_v<A, float>)
-    if (p.p == 1 || p.p == 2) return with_raise(static_cast<Simple<A>*>(nullptr));
-  with_raise(static_cast<General<A>*>(nullptr));
-}
-
-template <class F>
-void with_arithmetic(DType dtype, const F& f) {
-  if (dtype == DType::f64)
-    f(static_cast<double*>(nullptr));
-  else
-    f(static_cast<float*>(nullptr));
 }
 
 Measure measure_of(const TransferParameters& p) {
@@ -342,13 +235,15 @@ Measure measure_of(const TransferParameters& p) {
 // How many samples later a stage comes, so that what it waits for is nearly always done: as many as
 // the blocks that run at a time may be at work on.
 void set_lags(Pair& pair, int64_t blocks) {
-  uint32_t in_slot = 0;
-  for (uint32_t units : pair.units) in_slot += units;
-  const uint32_t lag = std::min(parts_of(blocks, in_slot), pair.batch);
-  const bool has_slopes = pair.units[kSlopes] > 0, has_gradient = pair.units[kGradient] > 0;
+  pair.in_slot = 0;
+  for (uint32_t units : pair.units) pair.in_slot += units;
+  const uint32_t lag = std::min(parts_of(blocks, pair.in_slot), pair.batch);
   pair.lag[kSums] = pair.units[kSums] > 0 ? lag : 0;
-  pair.lag[kSlopes] = pair.lag[kSums] + has_slopes;
-  pair.lag[kGradient] = pair.lag[kSlopes] + (has_gradient ? (lag + 1) / 2 : 0);
+  pair.lag[kSlopes] = pair.lag[kSums] + (pair.units[kSlopes] > 0);
+  pair.lag[kGradient] = pair.lag[kSlopes] + (pair.units[kGradient] > 0 ? (lag + 1) / 2 : 0);
+  const bool is_steady = pair.lag[kGradient] < pair.batch;
+  pair.steady_begin = is_steady ? pair.units_before(pair.lag[kGradient]) : 0;
+  pair.steady_end = is_steady ? pair.units_before(pair.batch) : 0;
 }
 
 // Takes what a call needs out of one piece of memory.
@@ -402,18 +297,22 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
     const int64_t most = resident_clusters(kernel, grid, stream);
     const uint32_t first_sample = table.jobs[0].first_sample;
     Call<A> part = call;
-    part.samples = 0;
+    part.adds = begin > 0;
     for (int j = 0; j < table.count; ++j) {
       Pair& pair = table.jobs[j];
       set_lags(pair, most);
       pair.first_sample -= first_sample;
-      part.samples += part.is_map ? 0 : int32_t(pair.batch);
+      part.samples += pair.batch;
+      part.parts += pair.batch * pair.parts;
+      part.gradients += pair.batch * pair.units[kGradient];
     }
     part.losses += first_sample;
     if (part.by_sample) part.loss += first_sample;
     grid.blocks = table.jobs[table.count - 1].last_unit;
-    launch(kernel, grid, stream, table, part, typename Fold::Raise(p),
-           tickets(stream, own, counters_for(part.samples), kMostCounters, kStreams), begin > 0);
+    const Tickets counts =
+        call.is_map ? Tickets{}
+                    : tickets(stream, own, counters_for(part.samples), kMostCounters, kStreams);
+    launch(kernel, grid, stream, table, part, typename Fold::Raise(p), counts);
   });
 }
 
@@ -434,12 +333,13 @@ size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs) {
 }
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
-                           void* scratch, const MapParameters& p, const Place& place) {
+                           const MapParameters& p, const Place& place) {
   if (features.sizes[0] == 0) return;
   const Stream stream(place);
   Plan<Pair> plan;
   Pair pair{};
-  pair.maps[0] = PassBuilder(features, Tensor{}, p.channel_dim, raw.dtype == DType::f64, plan.axes);
+  pair.maps[0] = PassBuilder(features, Tensor{},
+                             Cut({features}, p.channel_dim, raw.dtype == DType::f64), plan.axes);
   pair.slopes[0] = raw.data;
   pair.winners[0] = winners;
   pair.batch = uint32_t(features.sizes[0]);
@@ -450,7 +350,7 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
     using A = std::remove_pointer_t<decltype(arithmetic)>;
     Call<A> call{};
     call.is_map = true;
-    forward(plan, call, p, static_cast<unsigned*>(scratch), stream);
+    forward(plan, call, p, nullptr, stream);
   });
 }
 
@@ -468,7 +368,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
             "clearing the loss");
     return;
   }
-  const bool in_double = loss.dtype == DType::f64;
+  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
   const Measure measure = measure_of(transfer);
   Room room(scratch);
   const Workspace workspace = lay_out(room, slopes, pairs);
@@ -477,7 +377,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     Pair pair{};
     const Tensor* const sides[] = {&students[j], &teachers[j]};
     for (int side = 0; side < 2; ++side)
-      pair.maps[side] = PassBuilder(*sides[side], Tensor{}, p.channel_dim, in_double, plan.axes);
+      pair.maps[side] = PassBuilder(*sides[side], Tensor{}, cut, plan.axes);
     pair.wants_teacher = slopes.size() > pairs;
     pair.slopes[0] = slopes[j].data;
     pair.slopes[1] = pair.wants_teacher ? slopes[pairs + j].data : workspace.teachers[j];
@@ -495,7 +395,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     pair.units[kSums] = pair.parts;
     pair.units[kSlopes] = pair.parts > 1 ? pair.parts : 0;
     if (!gradients.empty()) {
-      pair.gradient = PassBuilder(students[j], gradients[j], p.channel_dim, in_double, plan.axes);
+      pair.gradient = PassBuilder(students[j], gradients[j], cut, plan.axes);
       pair.units[kGradient] = pair.gradient.units;
     }
     pair.first_sample = uint32_t(j * size_t(batch));
@@ -511,43 +411,6 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     call.losses = workspace.losses;
     call.loss = reinterpret_cast<A*>(loss.data);
     forward(plan, call, p, workspace.counters, stream);
-  });
-}
-
-void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-                        const std::vector<int32_t*>& winners, const Tensors& gradients,
-                        bool in_place, const MapParameters& p, const Place& place) {
-  const int64_t batch = features[0].sizes[0];
-  if (batch == 0) return;
-  const Stream stream(place);
-  // Features are those of the students, and of the teachers after them where they were asked for.
-  const bool by_sample = grad_output.ndim == 2;
-  const size_t pairs = by_sample ? size_t(grad_output.sizes[0]) : features.size();
-  const bool in_double = grad_output.dtype == DType::f64, is_max = p.kind == MapKind::max_pow;
-  Plan<Side> plan;
-  for (size_t j = 0; j < features.size(); ++j) {
-    Side side{};
-    // The winners' features are not read: the gradient's layout alone decides.
-    side.gradient = PassBuilder(is_max ? gradients[j] : features[j], gradients[j], p.channel_dim,
-                                in_double, plan.axes);
-    side.slopes = slopes[j].data;
-    side.winners = winners[j];
-    side.first_row = uint32_t(j % pairs * size_t(batch));
-    plan.add(side, uint64_t(batch) * side.gradient.units);
-  }
-  with_arithmetic(grad_output.dtype, [&](auto* arithmetic) {
-    using A = std::remove_pointer_t<decltype(arithmetic)>;
-    with_fold<A>(p, [&](auto* kept) {
-      using Fold = std::remove_pointer_t<decltype(kept)>;
-      with_tables<Fold>(plan, [&](auto& table, size_t) {
-        using Table = std::remove_reference_t<decltype(table)>;
-        constexpr auto kernel = attention_backward_kernel<A, Fold, Table>;
-        const int64_t units = table.jobs[table.count - 1].last_unit;
-        launch(kernel, {units, kMapThreads}, stream, table,
-               reinterpret_cast<const A*>(grad_output.data), by_sample, typename Fold::Raise(p.p),
-               in_place);
-      });
-    });
   });
 }
 

@@ -8,13 +8,17 @@
 #include <vector>
 
 #include "../attention.h"
+#include "device.h"
 
 namespace fastkd::cuda {
 namespace {  // hints have other types of these names
 
-constexpr int kMapThreads = 128;       // of a block
-constexpr int64_t kUnitBytes = 32768;  // of a feature map, read by a block at a time
-constexpr int kLeastPositions = 16;    // of a unit, where a map has several
+constexpr int kMapThreads = 128;  // of a block
+
+// Bytes of a feature map that a block reads: a part of the call's, so that there are enough blocks,
+// within limits. What a block does besides takes as long as 16 KiB.
+constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536, kUnitsOfCall = 4096;
+constexpr int kLeastPositions = 16;  // of a unit, where a map has several
 
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
 // vector or element of a plane, and goes through the planes.
@@ -61,7 +65,19 @@ struct Pair {
   uint32_t units[kStages], lag[kStages];  // of a sample, and how many samples later
   uint32_t first_unit, last_unit;         // the last is not this pair's
   uint32_t first_sample;                  // of all pairs'
+  // Slots in which every stage has a sample, by their units; and the units of one.
+  uint32_t steady_begin, steady_end, in_slot;
   bool wants_teacher;
+
+  // A slot has the maps of one sample, and the rest of earlier ones.
+  __host__ __device__ uint32_t units_before(uint32_t slot) const {
+    uint32_t before = 0;
+    for (int stage = 0; stage < kStages; ++stage) {
+      const uint32_t begun = slot > lag[stage] ? slot - lag[stage] : 0;
+      before += (begun < batch ? begun : batch) * units[stage];
+    }
+    return before;
+  }
 };
 
 // A features' gradient in backward.
@@ -94,12 +110,27 @@ inline uint32_t least_power_of_2(int64_t size, uint32_t most) {
   return power;
 }
 
+// How a call's features are cut into units.
+struct Cut {
+  int channel_dim;
+  bool in_double;
+  int64_t unit_bytes;
+
+  Cut(const Tensors& features, int channel_dim, bool in_double)
+      : channel_dim(channel_dim), in_double(in_double) {
+    int64_t bytes = 0;
+    for (const Tensor& one : features) bytes += one.numel() * size_of(one.dtype);
+    unit_bytes = std::clamp(bytes / kUnitsOfCall, kLeastUnit, kMostUnit);
+  }
+};
+
 // Builds the pass of features, and of a gradient if there is one; its axes go to the end of `axes`.
 class PassBuilder {
  public:
-  PassBuilder(const Tensor& features, const Tensor& gradient, int channel_dim, bool in_double,
+  PassBuilder(const Tensor& features, const Tensor& gradient, const Cut& cut,
               std::vector<Axis>& axes)
-      : tensors_{&features, gradient ? &gradient : &features}, axes_(axes) {
+      : tensors_{&features, gradient ? &gradient : &features}, axes_(axes), cut_(cut) {
+    int channel_dim = cut.channel_dim;
     if (channel_dim < 0) channel_dim += features.ndim;
     int64_t count = 1;
     for (int d = 1; d < features.ndim; ++d)
@@ -119,9 +150,9 @@ class PassBuilder {
     const bool are_rows = is(1, pass_.channel) && pass_.axes == 0;
     pass_.walk = are_rows && (count == 1 || !is(1, pass_.position)) ? Walk::rows : Walk::planes;
     if (pass_.walk == Walk::planes)
-      cut_planes(in_double);
+      cut_planes();
     else
-      cut_rows(in_double);
+      cut_rows();
   }
 
   operator const Pass&() const { return pass_; }
@@ -160,11 +191,11 @@ class PassBuilder {
     return uintptr_t(pass_.data[0]) % 16 == 0 && uintptr_t(pass_.data[1]) % 16 == 0;
   }
 
-  void cut_planes(bool in_double) {
+  void cut_planes() {
     const int64_t whole = 16 / size_of(pass_.dtype), positions = pass_.positions;
     const int64_t elements = pass_.channels * positions;
     const int64_t shared = std::gcd(positions, whole);
-    const bool may = !in_double && pass_.axes == 0 && is(1, pass_.position) && is_aligned() &&
+    const bool may = !cut_.in_double && pass_.axes == 0 && is(1, pass_.position) && is_aligned() &&
                      are_whole(pass_.sample, whole);
     const bool are_planes_whole = positions % whole == 0 && are_whole(pass_.channel, whole);
     const bool is_stretch = is(positions, pass_.channel) && elements % whole == 0 &&
@@ -177,7 +208,7 @@ class PassBuilder {
     pass_.rest = uint32_t((pass_.channels % pass_.planes) * positions / length);
     const int64_t bytes = pass_.channels * length * size_of(pass_.dtype);
     const int64_t least = pass_.by_vectors ? 8 : 32;  // 128 bytes, or a warp's
-    const int64_t fitting = kUnitBytes / bytes / least * least;
+    const int64_t fitting = cut_.unit_bytes / bytes / least * least;
     pass_.width = uint32_t(std::min<int64_t>(
         pass_.planes > 1 ? pass_.columns : std::clamp<int64_t>(fitting, least, kMapThreads),
         pass_.columns));
@@ -185,15 +216,15 @@ class PassBuilder {
     pass_.width = parts_of(pass_.columns, pass_.units);
   }
 
-  void cut_rows(bool in_double) {
+  void cut_rows() {
     const int64_t whole = 16 / size_of(pass_.dtype);
-    pass_.by_vectors = !in_double && is_aligned() &&
+    pass_.by_vectors = !cut_.in_double && is_aligned() &&
                        (are_whole(pass_.position, whole) || pass_.positions == 1) &&
                        pass_.channels % whole == 0 && are_whole(pass_.sample, whole);
     const int64_t length = pass_.by_vectors ? whole : 1;
     pass_.lanes = least_power_of_2(pass_.channels / length, 32);
     const int64_t at_once = kMapThreads / pass_.lanes;  // positions
-    const int64_t fitting = kUnitBytes / (pass_.channels * size_of(pass_.dtype));
+    const int64_t fitting = cut_.unit_bytes / (pass_.channels * size_of(pass_.dtype));
     const int64_t rounded = std::max<int64_t>(fitting / at_once * at_once, at_once);
     pass_.width =
         uint32_t(std::min<int64_t>(std::max<int64_t>(rounded, kLeastPositions), pass_.positions));
@@ -203,6 +234,7 @@ class PassBuilder {
   Pass pass_{};
   const Tensor* tensors_[2];
   std::vector<Axis>& axes_;
+  const Cut cut_;
 };
 
 }  // namespace

@@ -38,10 +38,10 @@ inline void bind(pybind11::module_& m) {
       unlocked());
   m.def(
       "cuda_attention_map_forward",
-      [](const Tensor& features, const Tensor& raw, uintptr_t winners, uintptr_t scratch,
-         const MapArguments& p, int device, uintptr_t stream) {
-        attention_map_forward(features, raw, reinterpret_cast<int32_t*>(winners),
-                              reinterpret_cast<void*>(scratch), p, {device, stream});
+      [](const Tensor& features, const Tensor& raw, uintptr_t winners, const MapArguments& p,
+         int device, uintptr_t stream) {
+        attention_map_forward(features, raw, reinterpret_cast<int32_t*>(winners), p,
+                              {device, stream});
       },
       unlocked());
   m.def("cuda_attention_scratch_bytes", attention_scratch_bytes, unlocked());

@@ -60,6 +60,32 @@ __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned lea
 #endif
 }
 
+// One more on a counter that others wait for, after what this thread knows to be written.
+__device__ __forceinline__ void count_up(unsigned* counter) {
+#ifdef __CUDACC__
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+               : "memory");
+#else
+  __threadfence();
+  atomicAdd(counter, 1);
+#endif
+}
+
+// The same, and how many there were before; what they had written is then seen.
+__device__ __forceinline__ unsigned count_up_and_tell(unsigned* counter) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+#else
+  __threadfence();
+  return atomicAdd(counter, 1);
+#endif
+}
+
 constexpr int kAccess = 16;  // bytes that one lane moves at a time
 
 // N elements that are read and written together, 16 bytes at a time.

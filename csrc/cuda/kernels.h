@@ -40,9 +40,9 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
                           const Place& place);
 
 // The unnormalised map, and the winning channels of max_pow. The arithmetic is that of the map's
-// dtype. Scratch memory as for no slopes at all.
+// dtype.
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
-                           void* scratch, const MapParameters& p, const Place& place);
+                           const MapParameters& p, const Place& place);
 
 // Bytes that a forward pass of attention transfer needs. There are slopes of each pair's student,
 // and of its teacher after all students' where they are wanted.

@@ -183,14 +183,8 @@ def attention_map_forward(
     features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
 ) -> None:
     """Fill the unnormalised map, and the winners of max_pow."""
-    module = loaded()
-    scratch = _scratch(raw, module.cuda_attention_scratch_bytes([], 0))
-    module.cuda_attention_map_forward(
-        *views(features, raw),
-        winners.data_ptr(),
-        scratch.data_ptr(),
-        map_parameters(p, 0),
-        *_place(raw),
+    loaded().cuda_attention_map_forward(
+        *views(features, raw), winners.data_ptr(), map_parameters(p, 0), *_place(raw)
     )
 
 

@@ -23,6 +23,8 @@ DEMANDS = {
         Demand("attention_forward_kernel<double", shared="Shared"),
         Demand("attention_forward_kernel<float, LargestOf", shared="Shared", loads=16, stores=16),
         Demand("attention_forward_kernel<float", shared="Shared", loads=32, stores=16),
+    ],
+    "attention_backward": [
         Demand("attention_backward_kernel<double"),
         Demand("attention_backward_kernel<float, LargestOf", stores=16),
         Demand("attention_backward_kernel<float", loads=16, stores=16),

@@ -1,7 +1,7 @@
 """Attention maps, the distance between them, and the features' gradient from its slopes.
 
-A map's tile has positions and channels, and is as long in the one as in the other lies side by
-side: each feature is read once. Then a program compares the two maps of one sample.
+A map's tile has positions and channels, and is longer along those that lie side by side: each
+feature is read once. Then one program compares the two maps of a sample, or of a few.
 """
 
 import functools
@@ -22,8 +22,8 @@ from fastkd.kernels.triton.tiles import COMPUTE, TILE, launch, locate, offsets, 
 if TYPE_CHECKING:
     from fastkd.ops.attention import MapParameters, TransferParameters
 
-# The most channels of a tile: where positions lie side by side, 32 of them are left to a tile, as
-# many as a warp has threads; where channels do, there is a tile a 16 positions.
+# The most channels of a tile. Where positions lie side by side, that leaves it 32 of them, as many
+# as a warp has threads; where channels do, 16.
 _CHANNELS_APART = TILE // 32
 _CHANNELS = TILE // 16
 
