@@ -194,8 +194,10 @@ __device__ __forceinline__ void do_work(const Pair& pair, const Axis* axes, cons
              are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
     distance_unit<A, Fold>(pair, work, call, power, shared.distance);
     if (are_sums && pair.parts > 1) return count(done + kSumsDone);
-    count(done + kSlopesDone);
-    if (is_last(counters + kConcluded, call.parts, shared)) conclude(counters, call, shared);
+    // Before gradients may begin, for the last of them clears the counters.
+    const bool concludes = is_last(counters + kConcluded, call.parts, shared);
+    if (call.gradients > 0) count(done + kSlopesDone);
+    if (concludes) conclude(counters, call, shared);
   } else {
     wait_for(done + kSlopesDone, pair.parts);
     const int64_t first = int64_t(work.sample) * pair.positions;
