@@ -42,6 +42,15 @@ def large_hints(dtype=torch.float32):
     return Large(partial(fastkd.hint_loss, students, teachers), students, teachers)
 
 
+def large_attention(*shapes, dtype=torch.float32, **keywords):
+    """In two layouts, and with other channels on the teacher's side."""
+    students = [features(*s, dtype=dtype).requires_grad_() for s in shapes]
+    teachers = [features(s[0], s[1] + 24, *s[2:], dtype=dtype) for s in shapes]
+    teachers[-1] = channels_last(teachers[-1])
+    loss = partial(fastkd.attention_transfer_loss, students, teachers, **keywords)
+    return Large(loss, students, teachers)
+
+
 def large_logits(name, shape, dtype=torch.float32):
     """The classes along dim 1; every third label is left out."""
     student, teacher = (logits(*shape, dtype=dtype) for _ in range(2))
@@ -60,8 +69,16 @@ REGIMES = [
     *((16384, 100), (2048, 1000), (256, 8000), (64, 32000), (32, 128256)),
     (8, 150, 32, 64),
 ]
+SAMPLES = [(64, 128, 28, 28), (64, 64, 56, 56), (64, 512, 7, 7)]
+MAPS = [(4, 96, 100, 100), (4, 33, 25, 42)]
+ATTENTION = {
+    "attention, samples": partial(large_attention, *SAMPLES),
+    "attention, maps": partial(large_attention, *MAPS),
+    "attention, maxima": partial(large_attention, *SAMPLES, kind="max_pow"),
+}
 LARGE = {
     "hint_loss": large_hints,
+    **ATTENTION,
     **{
         f"{name} {shape}": partial(large_logits, name, shape)
         for name in ("soft_target_loss", "distillation_loss")
@@ -95,7 +112,7 @@ def test_two_streams_do_not_disturb_each_other(backend, large):
 @every_large_call
 @every_kernel
 def test_memory_is_the_gradients_and_a_little(backend, large, dtype):
-    call = large(dtype)
+    call = large(dtype=dtype)
     for _ in range(2):
         for x in call.students:
             x.grad = None
@@ -106,6 +123,10 @@ def test_memory_is_the_gradients_and_a_little(backend, large, dtype):
     gradients = sum(x.nbytes for x in call.students)
     # A large block may be up to 2 MiB larger than what was asked for.
     assert gradients <= extra <= gradients + len(call.students) * 2**21 + 2**20
+
+
+def rounded_alike(found, expected):
+    return torch.dist(found.double(), expected.double()) <= 2**-8 * expected.double().norm()
 
 
 BEYOND_32_BITS = (2, 1025, 2**10, 2**10)
@@ -130,6 +151,28 @@ def test_more_elements_than_32_bits_count(backend, layout):
     (gradient,) = torch.autograd.grad(loss, student)
     assert (gradient[:, -1, -1, -1000:] == 4).all()
     assert (gradient != 0).sum().item() == 2 * 1000
+
+
+@pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])
+@pytest.mark.parametrize("layout", [lambda x: x, channels_last], ids=["planes", "rows"])
+@every_kernel
+def test_more_features_than_32_bits_count(backend, layout, kind):
+    """All are 0 but for the last channel's last positions."""
+    skip_without_room(8 * 2 * math.prod(BEYOND_32_BITS))
+    here = (slice(None), slice(-1, None), slice(-1, None), slice(-1000, None))
+    student, teacher = (layout(torch.zeros(BEYOND_32_BITS, dtype=torch.bfloat16)) for _ in range(2))
+    student[here], teacher[here] = features(2, 1, 1, 1000), features(2, 1, 1, 1000)
+    exact, other = (x[here].double() for x in (student, teacher))
+    loss_of = partial(fastkd.attention_transfer_loss, kind=kind, beta=1e3)
+    expected = loss_of(exact.requires_grad_(), other, backend="reference")
+    (wanted,) = torch.autograd.grad(expected, exact)
+
+    loss = loss_of(student.requires_grad_(), teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    assert rounded_alike(gradient[here], wanted)
+    gradient[here] = 0
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("shape", [(16400, 2**17), BEYOND_32_BITS], ids=["rows", "across"])
@@ -161,21 +204,17 @@ def test_more_logits_than_32_bits_count(backend, shape):
 @every_large_call
 @every_backend
 def test_a_hundred_large_runs_are_bitwise_equal(backend, large, dtype):
-    call = large(dtype)
+    call = large(dtype=dtype)
     first = call.run(backend)
     for _ in range(99):
         assert all(map(torch.equal, call.run(backend), first))
-
-
-def rounded_alike(found, expected):
-    return torch.dist(found.double(), expected.double()) <= 2**-8 * expected.double().norm()
 
 
 @every_dtype
 @every_large_call
 @every_backend
 def test_a_retained_graph_of_large_tensors(backend, large, dtype):
-    call = large(dtype)
+    call = large(dtype=dtype)
     loss = call.loss(backend=backend)
     for grad_output in (3.0, 1.0, -2.0):
         cotangent = torch.full_like(loss, grad_output)
@@ -189,11 +228,14 @@ def test_a_retained_graph_of_large_tensors(backend, large, dtype):
 
 
 @every_dtype
-@every_large_call
+@pytest.mark.parametrize("large", [LARGE[name] for name in LARGE if name not in ATTENTION])
 @every_kernel
 def test_a_grad_output_of_1_leaves_the_gradient_untouched(backend, large, dtype):
-    """What forward wrote is replaced by another number: backward hands on that number."""
-    call = large(dtype)
+    """What forward wrote is replaced by another number: backward hands on that number.
+
+    Not of attention: where forward writes its gradients is up to a backend.
+    """
+    call = large(dtype=dtype)
     inputs = {x.data_ptr() for x in (*call.students, *call.others)}
     shapes = {x.shape for x in call.students}
     kept = {}
