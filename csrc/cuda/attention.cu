@@ -370,7 +370,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
             "clearing the loss");
     return;
   }
-  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
+  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64, !gradients.empty());
   const Measure measure = measure_of(transfer);
   Room room(scratch);
   const Workspace workspace = lay_out(room, slopes, pairs);
@@ -380,6 +380,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     const Tensor* const sides[] = {&students[j], &teachers[j]};
     for (int side = 0; side < 2; ++side)
       pair.maps[side] = PassBuilder(*sides[side], Tensor{}, cut, plan.axes);
+    pair.maps[1].is_once = true;
     pair.wants_teacher = slopes.size() > pairs;
     pair.slopes[0] = slopes[j].data;
     pair.slopes[1] = pair.wants_teacher ? slopes[pairs + j].data : workspace.teachers[j];

@@ -16,8 +16,10 @@ namespace {  // hints have other types of these names
 constexpr int kMapThreads = 128;  // of a block
 
 // Bytes of a feature map that a block reads: a part of the call's, so that there are enough blocks,
-// within limits. What a block does besides takes as long as 16 KiB.
-constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536, kUnitsOfCall = 4096;
+// within limits. What a block does besides takes as long as 16 KiB. Where gradients follow at once,
+// the blocks at work must leave room in the cache for what gradients read again.
+constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536, kMostUnitOfTwo = 32768;
+constexpr int64_t kUnitsOfCall = 4096;
 constexpr int kLeastPositions = 16;  // of a unit, where a map has several
 
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
@@ -40,6 +42,7 @@ struct Pass {
   DType dtype;
   Walk walk;
   bool by_vectors;
+  bool is_once;          // that the features are read, so that a cache need not keep them
   int first_axis, axes;  // of positions that are no single stretch
   uint32_t channels, positions;
   uint32_t width;                              // columns of a unit, or its positions
@@ -116,11 +119,12 @@ struct Cut {
   bool in_double;
   int64_t unit_bytes;
 
-  Cut(const Tensors& features, int channel_dim, bool in_double)
+  Cut(const Tensors& features, int channel_dim, bool in_double, bool reads_twice = false)
       : channel_dim(channel_dim), in_double(in_double) {
     int64_t bytes = 0;
     for (const Tensor& one : features) bytes += one.numel() * size_of(one.dtype);
-    unit_bytes = std::clamp(bytes / kUnitsOfCall, kLeastUnit, kMostUnit);
+    unit_bytes =
+        std::clamp(bytes / kUnitsOfCall, kLeastUnit, reads_twice ? kMostUnitOfTwo : kMostUnit);
   }
 };
 

@@ -65,6 +65,9 @@ template <class S, int N>
 struct Raw {
   Vector<S, N> vector;
   __device__ __forceinline__ void fetch(const Cells<S>& from) { vector = load<N>(from.data); }
+  __device__ __forceinline__ void fetch(const Cells<S>& from, uint64_t policy) {
+    vector = load<N>(from.data, policy);
+  }
   __device__ __forceinline__ void widen_to(float (&to)[N], const Cells<S>& from) const {
     from.widen_all(vector.values, to);
   }
@@ -72,7 +75,9 @@ struct Raw {
 template <class S>
 struct Raw<S, 1> {
   S value[1];
-  __device__ __forceinline__ void fetch(const Cells<S>& from) { value[0] = *from.data; }
+  __device__ __forceinline__ void fetch(const Cells<S>& from, uint64_t = 0) {
+    value[0] = *from.data;
+  }
   __device__ __forceinline__ void widen_to(float (&to)[1], const Cells<S>& from) const {
     from.widen_all(value, to);
   }
@@ -80,7 +85,9 @@ struct Raw<S, 1> {
 template <>
 struct Raw<Any, 1> {
   double value;
-  __device__ __forceinline__ void fetch(const Cells<Any>& from) { value = from.load(0); }
+  __device__ __forceinline__ void fetch(const Cells<Any>& from, uint64_t = 0) {
+    value = from.load(0);
+  }
   __device__ __forceinline__ void widen_to(double (&to)[1], const Cells<Any>&) const {
     to[0] = value;
   }
@@ -146,6 +153,7 @@ __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes,
                                              uint32_t unit, const typename Fold::Raise& power,
                                              MapRoom& room, const Keep& keep) {
   const Column column(pass, unit);
+  const uint64_t policy = eviction(pass.is_once);
   const uint32_t planes = pass.planes, positions = pass.positions;
   Fold folds[N];
   if (column.periods > 0) {
@@ -158,7 +166,7 @@ __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes,
       Raw<S, N> raw[kAtOnce<N>];
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
-        if (k + i * column.groups < column.periods) raw[i].fetch(x);
+        if (k + i * column.groups < column.periods) raw[i].fetch(x, policy);
         x.advance(step);
       }
 #pragma unroll
@@ -212,6 +220,7 @@ __device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uin
   const uint32_t lanes = pass.lanes, lane = threadIdx.x % lanes, slots = kMapThreads / lanes;
   const uint32_t end = min(unit * pass.width + pass.width, pass.positions);
   const uint32_t channels = pass.channels;
+  const uint64_t policy = eviction(pass.is_once);
   const int64_t step = slots * pass.position[0];
   // Whole warps go round, for the sake of their shuffles.
   for (uint32_t base = unit * pass.width; base < end; base += kRows * slots) {
@@ -224,7 +233,7 @@ __device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uin
       Cells<S> x = row.from(c);
 #pragma unroll
       for (uint32_t i = 0; i < kRows; ++i) {
-        if (first + i * slots < end) raw[i].fetch(x);
+        if (first + i * slots < end) raw[i].fetch(x, policy);
         x.advance(step);
       }
 #pragma unroll

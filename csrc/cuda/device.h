@@ -103,6 +103,38 @@ __device__ __forceinline__ Vector<S, N> load(const S* p) {
   return *reinterpret_cast<const Vector<S, N>*>(p);
 }
 
+// What the second-level cache is told of memory that is read, and not needed again or perhaps.
+__device__ __forceinline__ uint64_t eviction(bool is_once) {
+#ifdef __CUDACC__
+  uint64_t policy;
+  if (is_once)
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+#else
+  return is_once;
+#endif
+}
+
+// From global memory, with what the cache is told.
+template <int N, class S>
+__device__ __forceinline__ Vector<S, N> load(const S* p, uint64_t policy) {
+#ifdef __CUDACC__
+  static_assert(sizeof(Vector<S, N>) == kAccess);
+  uint4 words;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(p)), "l"(policy));
+  Vector<S, N> v;
+  memcpy(&v, &words, sizeof v);
+  return v;
+#else
+  (void)policy;
+  return load<N>(p);
+#endif
+}
+
 // To global memory.
 template <int N, class S>
 __device__ __forceinline__ void store(const Vector<S, N>& v, S* p) {

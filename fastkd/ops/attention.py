@@ -178,7 +178,7 @@ def rescale(
 def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParameters) -> Tensor:
     """Slopes by a map of `max_pow` as slopes by the features that won: times `d|A|^p/dA`."""
     dim = p.channel_dim % features.ndim
-    shape = features.shape[:dim] + (1,) + features.shape[dim + 1 :]
+    shape = [*features.shape[:dim], 1, *features.shape[dim + 1 :]]
     won = features.gather(dim, winners.long().view(shape)).view(slopes.shape).to(slopes.dtype)
     return slopes * (p.p * won.abs().pow(p.p - 1) * won.sign())
 
