@@ -17,6 +17,9 @@ CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtim
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# What reaches every address that a CPU kernel may.
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation extreme_logits fuzz \
+    hint isa soft_target)
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G Ninja $(2) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
@@ -31,7 +34,8 @@ FUSED := hint or soft_target or distillation or extreme or attention
 ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
 # interpreter it takes minutes.
-NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes isa cuda_on_host)
+NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attention_regimes isa \
+    cuda_on_host)
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -82,16 +86,15 @@ bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.train_step --small)
 
-# Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; and of
-# logits what varies numbers alone (GPU), or sizes at which only a GPU's kernels change (CPU).
+# Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; and
+# what varies numbers alone (GPU), or sizes at which only a GPU's kernels change (CPU).
 sanitize: sanitize-cpu sanitize-cuda  ## Run the kernels' tests under ASan and UBSan
 
 sanitize-cpu: .venv/installed
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
 	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest tests -k 'not compile' $(NO_KERNELS) $(ARGS) \
-	    --ignore tests/test_cuda_on_host.py --ignore tests/test_soft_target_regimes.py
+	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) -k 'not compile' $(ARGS)
 
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)

@@ -10,6 +10,9 @@
 #include "attention_walks.h"
 
 namespace fastkd::cuda {
+
+using namespace maps;
+
 namespace {
 
 // Of a launch: the units that were drawn, the parts of samples whose slopes are there, the units of
@@ -308,7 +311,6 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
       part.parts += pair.batch * pair.parts;
       part.gradients += pair.batch * pair.units[kGradient];
     }
-    part.losses += first_sample;
     if (part.by_sample) part.loss += first_sample;
     grid.blocks = table.jobs[table.count - 1].last_unit;
     const Tickets counts =

@@ -5,6 +5,9 @@
 #include "attention_walks.h"
 
 namespace fastkd::cuda {
+
+using namespace maps;
+
 namespace {
 
 // The last samples first: forward has just read them. With `in_place` the gradients are those for a

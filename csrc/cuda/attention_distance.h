@@ -9,7 +9,7 @@
 #include "attention_power.h"
 #include "reduce.h"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::maps {
 
 constexpr int kMapWarps = kMapThreads / kWarp;
 constexpr int kSumCount = 3;
@@ -103,7 +103,6 @@ __device__ __forceinline__ double larger(double a, double b) { return b > a || b
 __device__ __forceinline__ double block_largest(double x, double* warps) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
     x = larger(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  __syncthreads();
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();
   for (int warp = 0; warp < kMapWarps; ++warp) x = larger(x, warps[warp]);
@@ -195,4 +194,4 @@ struct SampleMaps {
   }
 };
 
-}  // namespace fastkd::cuda
+}  // namespace fastkd::cuda::maps

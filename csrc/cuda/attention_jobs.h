@@ -10,8 +10,7 @@
 #include "../attention.h"
 #include "device.h"
 
-namespace fastkd::cuda {
-namespace {  // hints have other types of these names
+namespace fastkd::cuda::maps {
 
 constexpr int kMapThreads = 128;  // of a block
 
@@ -20,7 +19,7 @@ constexpr int kMapThreads = 128;  // of a block
 // the blocks at work must leave room in the cache for what gradients read again.
 constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536, kMostUnitOfTwo = 32768;
 constexpr int64_t kUnitsOfCall = 4096;
-constexpr int kLeastPositions = 16;  // of a unit, where a map has several
+constexpr int kLeastPositions = 8;  // of a unit, where a map has several
 
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
 // vector or element of a plane, and goes through the planes.
@@ -48,7 +47,7 @@ struct Pass {
   uint32_t width;                              // columns of a unit, or its positions
   uint32_t units;                              // of a sample
   uint32_t columns, planes;                    // of a period
-  uint32_t periods, rest;                      // of a sample, and the columns that have one more
+  uint32_t periods;                            // of a sample
   uint32_t lanes;                              // that share a position
   int64_t sample[2], channel[2], position[2];  // strides
 };
@@ -209,7 +208,6 @@ class PassBuilder {
     pass_.planes = pass_.by_vectors && !are_planes_whole ? uint32_t(whole / shared) : 1;
     pass_.columns = uint32_t(pass_.planes * positions / length);
     pass_.periods = pass_.channels / pass_.planes;
-    pass_.rest = uint32_t((pass_.channels % pass_.planes) * positions / length);
     const int64_t bytes = pass_.channels * length * size_of(pass_.dtype);
     const int64_t least = pass_.by_vectors ? 8 : 32;  // 128 bytes, or a warp's
     const int64_t fitting = cut_.unit_bytes / bytes / least * least;
@@ -241,5 +239,4 @@ class PassBuilder {
   const Cut cut_;
 };
 
-}  // namespace
-}  // namespace fastkd::cuda
+}  // namespace fastkd::cuda::maps

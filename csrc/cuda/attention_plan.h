@@ -5,7 +5,7 @@
 #include "attention_power.h"
 #include "launch.h"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::maps {
 
 // Whether a kernel is for float32 arithmetic and the exponents that nearly all calls have.
 template <class Fold>
@@ -105,4 +105,4 @@ void with_arithmetic(DType dtype, const F& f) {
     f(static_cast<float*>(nullptr));
 }
 
-}  // namespace fastkd::cuda
+}  // namespace fastkd::cuda::maps

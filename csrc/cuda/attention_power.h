@@ -3,7 +3,7 @@
 
 #include "storage.h"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::maps {
 
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
@@ -135,4 +135,4 @@ struct LargestOf {
   }
 };
 
-}  // namespace fastkd::cuda
+}  // namespace fastkd::cuda::maps

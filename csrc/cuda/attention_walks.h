@@ -4,7 +4,7 @@
 #include "attention_jobs.h"
 #include "attention_power.h"
 
-namespace fastkd::cuda {
+namespace fastkd::cuda::maps {
 
 // Elements of one width. Both dtypes of 16 bits share the code around what tells them apart, and so
 // a kernel holds less of it.
@@ -133,7 +133,7 @@ struct Column {
     in_unit = threadIdx.x - first * width;
     index = unit * width + in_unit;
     const bool exists = first < groups && index < pass.columns;
-    periods = exists ? pass.periods + (index < pass.rest) : 0;
+    periods = exists ? pass.periods : 0;
   }
 };
 
@@ -417,4 +417,4 @@ __device__ __forceinline__ void gradient_unit(const Pass& pass, const Axis* axes
   });
 }
 
-}  // namespace fastkd::cuda
+}  // namespace fastkd::cuda::maps

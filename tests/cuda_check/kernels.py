@@ -17,8 +17,8 @@ class Demand(NamedTuple):
 # The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
 # line without a kernel.
 DEMANDS = {
-    # Float32 and 16-bit features, by planes and by rows, each with four accesses in flight: to a map,
-    # and to a gradient. That of max_pow is written alone.
+    # Four accesses in flight, of float32 and of 16-bit features, by planes and by rows, to maps and
+    # to gradients. Those of max_pow are written alone.
     "attention": [
         Demand("attention_forward_kernel<double", shared="Shared"),
         Demand("attention_forward_kernel<float, LargestOf", shared="Shared", loads=16, stores=16),

@@ -40,7 +40,8 @@ _LEAST = 15.0
 ON_THE_DEVICE = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("hint", "soft_target", "distillation", "attention", "extreme_logits", "autograd"),
+        *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
+        *("attention_regimes", "autograd"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
