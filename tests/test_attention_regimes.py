@@ -313,6 +313,17 @@ def test_gradients_and_nothing_beside_them(shape, layout):
             assert torch.equal(memory, before)
 
 
+def test_where_gradients_follow_in_forward():
+    """On a GPU, where a sample is small and the gradient needs its features."""
+    small, large = (torch.empty(8, c, 32, 32, device="meta") for c in (256, 257))
+    assert attention.gradient_follows([small, small], SUM)
+    assert attention.gradient_follows([large.half()], SUM)
+    assert not attention.gradient_follows([small, large], SUM)
+    assert not attention.gradient_follows([small], MAX)
+    assert not attention.gradient_follows([small], SUM._replace(backend="triton"))
+    assert attention.gradient_follows([torch.empty(8, 4096, 32, 32)], MAX)
+
+
 @pytest.mark.skipif(not hasattr(compiled.load(), "set_capturing"), reason="needs the shim")
 def test_more_streams_than_there_are_counters_for(monkeypatch):
     compiled.load().set_capturing(False)

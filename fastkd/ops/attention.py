@@ -183,18 +183,22 @@ def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParamete
     return slopes * (p.p * won.abs().pow(p.p - 1) * won.sign())
 
 
-# On a GPU the gradient can follow the maps in one launch, and finds a sample of so many bytes in
-# the second-level cache; a larger one is read again by backward, for whatever `grad_output` is.
+# Bytes of a sample that a GPU's second-level cache still has when its gradient follows in forward.
+# Backward would read it again; but it writes once, whatever `grad_output` is.
 _NEAR = 1 << 20
 
 
 def gradient_follows(students: Sequence[Tensor], p: MapParameters) -> bool:
-    """Whether the kernels compute gradients in forward, from features that are still in cache."""
+    """Whether the kernels compute gradients in forward, from features that are still in cache.
+
+    On a GPU not those of `max_pow`, whose backward reads none.
+    """
     if p.backend != "native":
         return False
     if students[0].is_cpu:
         return True
-    return all([math.prod(s.shape[1:]) * s.element_size() <= _NEAR for s in students])
+    sizes = [math.prod(s.shape[1:]) * s.element_size() for s in students]
+    return p.kind != "max_pow" and max(sizes) <= _NEAR
 
 
 class AttentionMap(Fused):
