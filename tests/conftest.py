@@ -1,6 +1,8 @@
 """Which backends are tested, where, with what inputs; all that a test may change is put back."""
 
+import collections
 import os
+import random
 import secrets
 import zlib
 
@@ -25,6 +27,8 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False
 
+HALF = (torch.float16, torch.bfloat16)
+
 SEED = int(os.environ.get("FASTKD_TEST_SEED") or secrets.randbelow(2**32))
 # The workers of pytest-xdist must collect the same tests, some of whose names show numbers.
 os.environ["FASTKD_TEST_SEED"] = str(SEED)
@@ -36,6 +40,26 @@ def pytest_report_header():
         f"fastkd: FASTKD_TEST_BACKENDS={','.join(BACKENDS)} FASTKD_TEST_DEVICE={DEVICE} "
         f"FASTKD_TEST_SEED={SEED}"
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of tests in either dtype of 16 bits the interpreter runs one, drawn for each pair.
+
+    Triton's kernels treat both alike, and the interpreter takes minutes.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    pairs = collections.defaultdict(list)
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        halves = [name for name, value in parameters.items() if any(value is d for d in HALF)]
+        if len(halves) == 1:
+            others = {k: str(v) for k, v in parameters.items() if k != halves[0]}
+            pairs[item.nodeid.partition("[")[0], halves[0], *others.values()].append(item)
+    draw = random.Random(SEED)
+    dropped = {draw.choice(pair) for pair in pairs.values() if len(pair) == 2}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(params=BACKENDS)
