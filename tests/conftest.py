@@ -101,6 +101,14 @@ def fresh_dispatch(monkeypatch):
 
 
 @pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def numbers():
     """Normal random numbers of a shape, as a float64 array."""
     rng = np.random.default_rng(torch.initial_seed())

@@ -22,7 +22,6 @@ DISTANCES = [
     *[("norm", order) for order in (1.0, 1.5, 2.0, 3.0, math.inf)],
     *[("mse", 2.0)],
 ]
-HALF = [torch.float16, torch.bfloat16]
 
 
 def distinct_features(student_shape, teacher_shape, dtype=torch.float32, **map_keywords):

@@ -34,12 +34,7 @@ from training import RECIPES, Recipe, Trainer  # noqa: E402
 TINY = Recipe(2, 50, (2, 3, 4), 1, (4, 6, 8), 1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_idx(path, array):

@@ -27,13 +27,7 @@ STEPS = 200
 # Of the deviation that rounding to float32 gives the reference.
 FACTOR = 3
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -92,9 +92,8 @@ struct Side {
 };
 
 // The jobs of one launch, as a parameter of the kernel.
-template <class Job_, int Jobs, int Axes>
+template <class Job, int Jobs, int Axes>
 struct Table {
-  using Job = Job_;
   static constexpr int kJobs = Jobs, kAxes = Axes;
   Job jobs[Jobs];
   Axis axes[Axes];

@@ -41,7 +41,7 @@ inline void rebase(Side& side, int first_axis) { rebase(side.gradient, first_axi
 inline int axes_from(const Pair& pair) { return pair.maps[0].first_axis; }
 inline int axes_from(const Side& side) { return side.gradient.first_axis; }
 
-// f(a table, whether it is not the first): as many as the plan's jobs fill.
+// f(a table, the number of its first job): as many as the plan's jobs fill.
 template <class Table, class Job, class F>
 void over_tables(const Plan<Job>& plan, const F& f) {
   const auto axes_until = [&](size_t i) {

@@ -53,6 +53,7 @@ struct Cells {
 template <>
 struct Cells<Any> : Elements<Any> {
   using Elements<Any>::Elements;
+  __device__ __forceinline__ void advance(int64_t count) { data += count * size_of(dtype); }
   __device__ __forceinline__ Cells from(int64_t count) const {
     Cells there = *this;
     there.advance(count);

@@ -25,7 +25,6 @@ struct Elements {
   }
   __device__ float load(int64_t i) const { return widen(data[i]); }
   __device__ void store(int64_t i, float x) const { data[i] = narrow<S>(x); }
-  __device__ void advance(int64_t count) { data += count; }
 };
 
 template <>
@@ -62,7 +61,6 @@ struct Elements<Any> {
         reinterpret_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(float(x));
     }
   }
-  __device__ void advance(int64_t count) { data += count * size_of(dtype); }
 };
 
 }  // namespace fastkd::cuda

@@ -20,24 +20,13 @@ from fastkd.kernels.compiled import (
     view,
     views,
 )
-from fastkd.kernels.refusals import USE_REFERENCE
+from fastkd.kernels.refusals import ON_GPUS, USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
 if TYPE_CHECKING:
     from fastkd.ops import attention as attention_ops
     from fastkd.ops import hint as hint_ops
     from fastkd.ops import soft_target as soft_target_ops
-
-# All that there are; a loss to come may have none.
-_LOSSES = frozenset(
-    {
-        "attention_map",
-        "attention_transfer_loss",
-        "distillation_loss",
-        "hint_loss",
-        "soft_target_loss",
-    }
-)
 
 # Private to torch; the public way makes a Stream object first.
 _raw_stream: Any = getattr(
@@ -51,7 +40,7 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
     """Why the compiled module does not serve a call on a CUDA device, or None if it does."""
     if torch.version.hip is not None:
         return Refusal("the compiled module is for NVIDIA's GPUs, not AMD's", expected=True)
-    if facts.loss not in _LOSSES:
+    if facts.loss not in ON_GPUS:
         return Refusal(f"this release has no CUDA kernels for {facts.loss}", USE_REFERENCE)
     archs = module.cuda_archs()
     if not archs:

@@ -5,17 +5,8 @@ import importlib
 import os
 
 from fastkd.dispatch import Facts, Refusal
-from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
+from fastkd.kernels.refusals import ON_GPUS, TRANSFORMED, USE_REFERENCE
 
-_LOSSES = frozenset(
-    {
-        "attention_map",
-        "attention_transfer_loss",
-        "distillation_loss",
-        "hint_loss",
-        "soft_target_loss",
-    }
-)
 _DEVICES = frozenset({"cuda", "xpu"})
 
 
@@ -30,7 +21,7 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             "Triton kernels run on GPUs, and these tensors are on the CPU", expected=True
         )
-    if facts.loss not in _LOSSES:
+    if facts.loss not in ON_GPUS:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
