@@ -38,7 +38,8 @@ struct Normalised {
     inverse = norm == 0 ? A(0) : A(1 / (is_clamped ? eps : norm));
   }
   __device__ __forceinline__ A at(uint32_t i, const typename Fold::Raise& power) const {
-    return Fold::map(kept[i], power) * inverse;
+    // Equal maps differ by 0, and the largest difference is found again.
+    return product(Fold::map(kept[i], power), inverse);
   }
 };
 

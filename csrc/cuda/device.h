@@ -43,6 +43,11 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// A product that is rounded by itself, and so the same wherever it is computed: elsewhere the
+// compiler rounds a product and its sum once.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
 // Until other blocks have counted so far, in one thread; what they wrote before is then seen.
 __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned least) {
 #ifdef __CUDACC__

@@ -208,6 +208,15 @@ inline float __logf(float x) { return std::log(x); }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1 / x; }
+
+// Not to be contracted with a sum; every other product may be, as by nvcc.
+template <class T>
+inline T rounded(T product) {
+  asm("" : "+x"(product));
+  return product;
+}
+inline float __fmul_rn(float x, float y) { return rounded(x * y); }
+inline double __dmul_rn(double x, double y) { return rounded(x * y); }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 
 inline float __int2float_rn(int x) { return float(x); }

@@ -127,6 +127,7 @@ __global__ void float_pairs_kernel(const float* values, float* got) {
       {__fmaf_rn(x, x, 1), fma(x, x, 1.0f)},
       {rsqrtf(x), rsqrt(x)},
       {fabsf(x), abs(x)},
+      {__fmul_rn(x, 3) - x, float(double(x) * 3) - x},
       {__frcp_rn(x), 1 / x},
       {__int2float_rn(0x1000003), 0x1000004},
       {__uint2float_rn(0xffffffff), 0x1p32f},
