@@ -2,6 +2,8 @@ PYTHON ?= python3
 # Pinned, because another torch may bring gigabytes of CUDA libraries with it.
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Of each test that runs in a GPU's place or under sanitizers so many cases are drawn; none: all run.
+CASES ?= 6
 OUT ?= build/gpu_check
 
 # With -j, Ninja would ask make for its turn, through files that are not handed down to it.
@@ -15,7 +17,7 @@ NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info b
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
-SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # What reaches every address that a CPU kernel may.
 SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation extreme_logits fuzz \
@@ -25,11 +27,12 @@ on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G 
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
     -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" && $(BIN)/cmake --build $(1)
 # $(call test_on_host,folder,tests) runs them.
-test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native \
+test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(CASES) \
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
     $(BIN)/pytest -p cuda_on_host.plugin tests --ignore tests/test_isa.py -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
-FUSED := hint or soft_target or distillation or extreme or attention
+FUSED := hint or soft_target or distillation or extreme or attention or rkd or similarity or relation \
+    or fsp or ensemble
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
@@ -40,11 +43,14 @@ NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attentio
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 	@echo
-	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, test, cuda-check and bench;'
+	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, compare, test, cuda-check, bench;'
 	@echo 'PYTHON and TORCH choose what .venv is made of ($(PYTHON), $(TORCH)).'
 
 demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
 	$(BIN)/python examples/distill.py $(ARGS)
+
+compare: .venv/native  ## Compare the methods of the literature (ARGS="--help" lists the choices)
+	$(BIN)/python examples/compare.py $(ARGS)
 
 # With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.
 test: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run the tests, also of the GPU's kernels
@@ -53,8 +59,8 @@ test-cpu: .venv/native cuda-on-host
 	$(BIN)/pytest tests $(ARGS)
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
-	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) \
-	    -k '($(FUSED)) and not compile'
+	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton FASTKD_TEST_CASES=$(CASES) \
+	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile'
 
 test-cuda: cuda-on-host  ## Run the CUDA kernels, on the CPU
 	$(call test_on_host,build/cuda_on_host,'$(FUSED)')
@@ -103,7 +109,7 @@ sanitize-cuda: .venv/installed
 	$(SANITIZED) $(call test_on_host,build/cuda_on_host_sanitized,'$(ADDRESSES)') $(NO_KERNELS)
 
 clean:  ## Remove all that make made
-	rm -rf .venv build dist demo-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
+	rm -rf .venv build dist demo-output compare-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '_native*.so' -delete
 
@@ -121,5 +127,5 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo test test-cpu test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
+.PHONY: help demo compare test test-cpu test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
     sanitize sanitize-cpu sanitize-cuda clean

@@ -74,6 +74,8 @@ def refusal(name: str, workload: Workload, device: str) -> str | None:
         return f"{name} is for {' and '.join(LOSSES[name])}, not for {workload.loss}"
     if workload.keywords.get("dim", -1) != -1:
         return "Liger-Kernel takes rows of logits, with the classes last"
+    if len(workload.teacher) > len(workload.student):
+        return "Liger-Kernel takes one teacher"
     if device == "cpu":
         return "Liger-Kernel's kernels are for a GPU"
     try:

@@ -69,7 +69,8 @@ class Trial:
 class Truth:
     """The float64 loss and gradients of a workload, by the reference.
 
-    Every loss here is a mean over dimension 0: a few samples at a time give the whole of it.
+    Losses are means over dimension 0: a few samples at a time give the whole of it. Those on
+    relations between samples are not, and their inputs are small enough to be one piece.
     """
 
     def __init__(self, workload: Workload, inputs: Inputs) -> None:
@@ -78,12 +79,10 @@ class Truth:
         self.gradients = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
         self.loss, start = 0.0, 0
         for chunk in inputs.chunks(_ORACLE_ELEMENTS, torch.float64):
-            loss = workload.function(
-                *chunk.batch, **chunk.parameters, **workload.keywords, backend="reference"
-            )
-            loss = loss * (chunk.samples() / inputs.samples())
-            loss.backward()
-            self.loss += loss.item()
+            for part in workload.exact(chunk):
+                loss = part * (chunk.samples() / inputs.samples())
+                loss.backward()
+                self.loss += loss.item()
             stop = start + chunk.samples()
             for index, leaf in enumerate(chunk.leaves()):
                 part = self.gradients[index]

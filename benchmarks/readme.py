@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What `make demo` wrote to demo-output/results.json.
 DEMO = "docs/demo-results.json"
+# What `make compare` on Fashion-MNIST wrote to compare-output/results.json.
+COMPARISON = "docs/compare-results.json"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -119,6 +121,30 @@ def demo(results: dict[str, Any]) -> str:
     return f"{textwrap.fill(sentence, 100)}\n\n{table(head, rows)}"
 
 
+def comparison(results: dict[str, Any]) -> str:
+    """For the README: the methods of the literature, for each pair of a teacher and a student."""
+    pairs = results["pairs"]
+    by_name = [{row["name"]: row for row in pair["rows"]} for pair in pairs]
+    seeds = len(by_name[0]["student"]["accuracies"])
+    students = " and ".join(f"{pair['student_parameters']:,}" for pair in pairs)
+    sentence = (
+        f"A teacher of {pairs[0]['teacher_parameters']:,} parameters, students of {students}, "
+        f"{results['training_images']:,} training images of {results['data']}, "
+        f"{results['test_images']:,} test images; {results['steps']:,} steps and {seeds} seeds for "
+        "each method."
+    )
+    head = ["test accuracy, %"]
+    for pair in pairs:
+        head += [pair["name"], "gain"]
+    rows = []
+    for name in by_name[0]:
+        cells = [name]
+        for row in (rows_of_pair[name] for rows_of_pair in by_name):
+            cells += [_spread(row["accuracy"], ""), _spread(row["gain"], "+")]
+        rows.append(cells)
+    return f"{textwrap.fill(sentence, 100)}\n\n{table(head, rows)}"
+
+
 def _spread(value: dict[str, float | None] | None, sign: str) -> str:
     if value is None:
         return ""
@@ -160,6 +186,7 @@ def sections(root: Path, records: list[tuple[Path, Record]]) -> Iterator[tuple[s
         ]
         yield name, "benchmarks", "\n\n".join(parts)
     yield "README.md", "demo", demo(json.loads((root / DEMO).read_text()))
+    yield "README.md", "comparison", comparison(json.loads((root / COMPARISON).read_text()))
 
 
 def update(root: Path, results: Path, check: bool) -> list[str]:

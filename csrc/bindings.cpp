@@ -59,6 +59,15 @@ PYBIND11_MODULE(_native, m) {
       },
       unlocked());
   m.def(
+      "soft_target_ensemble",
+      [](const Tensor& student, const Tensors& teachers, const std::vector<double>& weights,
+         Address labels, Address loss, Address parts, const Tensor& gradient,
+         const Tensor& grad_output, const SoftTargetArguments& p) {
+        calls::soft_target_ensemble(student, teachers, weights, at<const int64_t>(labels),
+                                    at<void>(loss), at<void>(parts), gradient, grad_output, p);
+      },
+      unlocked());
+  m.def(
       "attention_map_forward",
       [](const Tensor& features, const Tensor& raw, Address winners, const MapArguments& p) {
         calls::attention_map_forward(features, raw, at<int32_t>(winners), p);
@@ -92,6 +101,10 @@ PYBIND11_MODULE(_native, m) {
          const Tensors& gradients,
          const Hint& p) { calls::hint_backward(grad_output, students, teachers, gradients, p); },
       unlocked());
+  m.def("squared_distances", calls::squared_distances, unlocked());
+  m.def("rkd_distance", calls::rkd_distance, unlocked());
+  m.def("rkd_angle", calls::rkd_angle, unlocked());
+  m.def("similarity", calls::similarity, unlocked());
 
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def(

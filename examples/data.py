@@ -36,6 +36,17 @@ class Images:
         for start in range(0, len(self), size):
             yield Images(self.pixels[start : start + size], self.labels[start : start + size])
 
+    def shuffled(self, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """Which images make up each of `steps` batches: epochs without their incomplete batch."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[Tensor] = []
+        for _ in range(steps):
+            if not order:
+                # To the device once an epoch: an index on the CPU would be copied at every step.
+                everyone = torch.randperm(len(self), generator=generator).to(self.labels.device)
+                order = [chosen for chosen in everyone.split(size) if len(chosen) == size]
+            yield order.pop()
+
     def to(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.labels.to(device))
 
@@ -45,6 +56,9 @@ class Images:
             np.arange(len(self)), train_size=count, stratify=self.labels, random_state=SPLIT_SEED
         )
         return self[torch.from_numpy(first)], self[torch.from_numpy(second)]
+
+    def at_most(self, count: int | None) -> "Images":
+        return self if count is None or len(self) <= count else self.split(count)[0]
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def at_most(self, count: int) -> "Dataset":
-        train, test = (
-            images if len(images) <= count else images.split(count)[0]
-            for images in (self.train, self.test)
-        )
-        return replace(self, train=train, test=test)
+        return replace(self, train=self.train.at_most(count), test=self.test.at_most(count))
 
 
 @dataclass(frozen=True)

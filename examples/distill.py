@@ -13,13 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import fastkd
 from data import NAMES, load
-from fastkd.dispatch import Backend, known_backend
 from formats import DataError
 from methods import METHODS
+from options import backend, device, positive
 from pictures import draw_accuracy, draw_attention
 from report import Bars, print_table
 from results import Results
@@ -31,9 +29,9 @@ QUICK_SEEDS, QUICK_EPOCHS, QUICK_IMAGES = 2, 10, 500
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    backend = arguments.backend
+    chosen = arguments.backend
     try:
-        with fastkd.use_backend(backend) if backend else contextlib.nullcontext():
+        with fastkd.use_backend(chosen) if chosen else contextlib.nullcontext():
             run(arguments)
     except (DataError, fastkd.BackendUnavailableError) as error:
         sys.exit(f"distill.py: error: {error}")
@@ -46,12 +44,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=NAMES, default="digits", help="default: digits")
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the other data are")
-    add("--backend", type=_backend, help="of fastkd (default: the fastest available)")
-    add("--device", type=_device, default="cpu", help="of torch (default: cpu)")
+    add("--backend", type=backend, help="of fastkd (default: the fastest available)")
+    add("--device", type=device, default="cpu", help="of torch (default: cpu)")
     add("--channels-last", action="store_true", help="store images and features channels_last")
     add("--amp", action="store_true", help="compute networks and losses under bfloat16 autocast")
-    add("--seeds", type=_positive, metavar="N", help=f"students per method (default: {SEEDS})")
-    add("--epochs", type=_positive, metavar="N", help="default: depends on the data")
+    add("--seeds", type=positive, metavar="N", help=f"students per method (default: {SEEDS})")
+    add("--epochs", type=positive, metavar="N", help="default: depends on the data")
     add(
         "--quick",
         action="store_true",
@@ -97,26 +95,6 @@ def train(trainer: Trainer, seeds: int) -> Results:
                 students[method.name].append(trainer.student(method, seed, teacher.network))
                 bars.show(students[method.name])
     return Results(trainer, backends, teacher, students)
-
-
-def _backend(name: str) -> Backend:
-    try:
-        return known_backend(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.ones(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
@@ -13,7 +15,7 @@ import fastkd
 from data import Images
 from features import StagedNetwork
 from methods import ALONE, ATTENTION
-from results import Results
+from results import Results, Spread
 
 GREY, BLUE, ORANGE = "#7d7d7d", "#2f6db2", "#d9822b"
 styled = rc_context(
@@ -29,12 +31,28 @@ styled = rc_context(
 SHOWN, COMPARED = 5, 500  # test images
 
 
+class Charted(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def accuracies(self) -> Sequence[float]: ...
+    @property
+    def accuracy(self) -> Spread: ...
+
+
 @styled
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Mean and standard deviation of each method, every seed as a point, the teacher as a line."""
     rows, teacher = results.student_rows, results.teacher_row.accuracy.mean
     figure = Figure(figsize=(8, 0.65 * len(rows) + 1.4))
     axes = figure.subplots()
+    draw_methods(axes, rows, teacher)
+    axes.set_xlabel("test accuracy, %: mean ± sample standard deviation, and every seed")
+    axes.set_title(results.title, loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def draw_methods(axes: Axes, rows: Sequence[Charted], teacher: float) -> None:
+    """Mean and standard deviation of each method, every seed as a point, the teacher as a line."""
     for place, row in enumerate(rows):
         colour, mean = GREY if place == 0 else BLUE, row.accuracy.mean
         points = [place + 0.25] * len(row.accuracies)
@@ -47,9 +65,6 @@ def draw_accuracy(results: Results, path: Path) -> None:
     axes.set_ylim(len(rows) - 0.4, -1)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("test accuracy, %: mean ± sample standard deviation, and every seed")
-    axes.set_title(results.title, loc="left", fontsize=10)
-    figure.savefig(path)
 
 
 @styled

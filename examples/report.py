@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from results import Results, Spread
@@ -40,8 +40,19 @@ class Bars(Progress):
     def step(self) -> None:
         self.advance(self._current)
 
+    def steps(self, name: str, count: int) -> None:
+        """Of a training that may be one of several at a time."""
+        self.start_task(self._bars[name])
+        self.advance(self._bars[name], count)
+
     def show(self, runs: Sequence[Trained]) -> None:
-        self.update(self._current, accuracy=f"{Spread.of([run.accuracy for run in runs]):.2f} %")
+        self._show(self._current, [run.accuracy for run in runs])
+
+    def show_accuracies(self, name: str, accuracies: Sequence[float]) -> None:
+        self._show(self._bars[name], accuracies)
+
+    def _show(self, bar: TaskID, accuracies: Sequence[float]) -> None:
+        self.update(bar, accuracy=f"{Spread.of(accuracies):.2f} %")
 
 
 def print_table(results: Results) -> None:

@@ -101,15 +101,14 @@ class Trainer:
         seconds = time.perf_counter() - start
         return Trained(network, self.accuracy(network), loss_seconds, seconds)
 
-    @torch.no_grad()
     def accuracy(self, network: nn.Module) -> float:
-        network.eval()
-        correct = 0
-        for batch in self.data.test.batches(500):
+        def predict(batch: Images) -> Tensor:
             with self.autocast():
-                predicted = network(self.images(batch)).logits.argmax(1)
-            correct += int((predicted == batch.labels).sum())
-        return 100 * correct / len(self.data.test)
+                logits: Tensor = network(self.images(batch)).logits
+            return logits.argmax(1)
+
+        network.eval()
+        return accuracy(predict, self.data.test)
 
     def _teacher(self, seed: int) -> StagedNetwork:
         return self._network(self.recipe.teacher_widths, self.recipe.teacher_blocks, seed)
@@ -178,15 +177,8 @@ class Trainer:
         return loss_seconds
 
     def _batches(self, steps: int, seed: int) -> Iterator[Images]:
-        generator = torch.Generator().manual_seed(seed)
-        train, size = self.data.train, self.batch_size
-        order: list[Tensor] = []
-        for _ in range(steps):
-            if not order:
-                shuffled = torch.randperm(len(train), generator=generator)
-                order = [chosen for chosen in shuffled.split(size) if len(chosen) == size]
-            chosen = order.pop()
-            yield train[chosen]
+        train = self.data.train
+        return (train[chosen] for chosen in train.shuffled(self.batch_size, steps, seed))
 
     def _backward(self, output: Output, target: Output, labels: Tensor, loss: Loss) -> float:
         """Backward through loss and network; returns the seconds of the loss, forward and backward.
@@ -210,6 +202,13 @@ class Trainer:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@torch.no_grad()
+def accuracy(predict: Callable[[Images], Tensor], test: Images) -> float:
+    """In percent."""
+    hits = [(predict(batch) == batch.labels).sum() for batch in test.batches(500)]
+    return 100 * int(torch.stack(hits).sum()) / len(test)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

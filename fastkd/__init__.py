@@ -16,7 +16,10 @@ if TYPE_CHECKING:
         use_backend,
     )
     from fastkd.losses.attention import attention_map, attention_transfer_loss
+    from fastkd.losses.fsp import fsp_loss
     from fastkd.losses.hint import hint_loss
+    from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
+    from fastkd.losses.similarity import similarity_preserving_loss
     from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft_target_loss
 
 __version__ = "0.1.0"
@@ -29,8 +32,12 @@ __all__ = [
     "attention_transfer_loss",
     "distillation_loss",
     "explain",
+    "fsp_loss",
     "hint_loss",
     "nn",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "similarity_preserving_loss",
     "soft_target_loss",
     "use_backend",
 ]
@@ -42,7 +49,11 @@ _HOME = {
     "use_backend": "dispatch",
     "attention_map": "losses.attention",
     "attention_transfer_loss": "losses.attention",
+    "fsp_loss": "losses.fsp",
     "hint_loss": "losses.hint",
+    "rkd_angle_loss": "losses.rkd",
+    "rkd_distance_loss": "losses.rkd",
+    "similarity_preserving_loss": "losses.similarity",
     "DistillationParts": "losses.soft_target",
     "distillation_loss": "losses.soft_target",
     "soft_target_loss": "losses.soft_target",

@@ -125,6 +125,10 @@ def _backends(torch: Any, device: str) -> dict[str, Any]:
             "attention_map": (x,),
             "attention_transfer_loss": (x, x),
             "hint_loss": (x, x),
+            "fsp_loss": ((x, x), (x, x)),
+            "rkd_angle_loss": (x[:, 0, 0], x[:, 0, 0]),
+            "rkd_distance_loss": (x[:, 0, 0], x[:, 0, 0]),
+            "similarity_preserving_loss": (x, x),
         }
         answers = {
             loss: fastkd.explain(getattr(fastkd, loss), *args) for loss, args in calls.items()

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from fastkd.dispatch import Backend
 from fastkd.losses.attention import attention_transfer_loss
+from fastkd.losses.fsp import Pairs, fsp_loss
 from fastkd.losses.hint import hint_loss
+from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
+from fastkd.losses.similarity import similarity_preserving_loss
 from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft_target_loss
 
 
@@ -34,6 +37,7 @@ class SoftTargetLoss(_Loss):
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
+        teacher_weights: Sequence[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(
@@ -41,10 +45,11 @@ class SoftTargetLoss(_Loss):
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
+            teacher_weights=teacher_weights,
             backend=backend,
         )
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor]) -> Tensor:
         """See `fastkd.soft_target_loss`."""
         return soft_target_loss(student_logits, teacher_logits, **self.keywords)
 
@@ -61,6 +66,7 @@ class DistillationLoss(_Loss):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
+        teacher_weights: Sequence[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
     ) -> None:
@@ -71,12 +77,13 @@ class DistillationLoss(_Loss):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             dim=dim,
+            teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,
         )
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+        self, student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
         return distillation_loss(student_logits, teacher_logits, labels, **self.keywords)
@@ -150,3 +157,47 @@ class HintLoss(_Loss):
             regressor_bias=self.regressor.bias,
             **self.keywords,
         )
+
+
+class RKDDistanceLoss(_Loss):
+    """`fastkd.rkd_distance_loss` as a module; the same keywords, the same defaults."""
+
+    def __init__(self, *, delta: float = 1.0, backend: Backend | None = None) -> None:
+        super().__init__(delta=delta, backend=backend)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """See `fastkd.rkd_distance_loss`."""
+        return rkd_distance_loss(student, teacher, **self.keywords)
+
+
+class RKDAngleLoss(_Loss):
+    """`fastkd.rkd_angle_loss` as a module; the same keywords, the same defaults."""
+
+    def __init__(self, *, delta: float = 1.0, backend: Backend | None = None) -> None:
+        super().__init__(delta=delta, backend=backend)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """See `fastkd.rkd_angle_loss`."""
+        return rkd_angle_loss(student, teacher, **self.keywords)
+
+
+class SimilarityPreservingLoss(_Loss):
+    """`fastkd.similarity_preserving_loss` as a module; the same keyword, the same default."""
+
+    def __init__(self, *, backend: Backend | None = None) -> None:
+        super().__init__(backend=backend)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """See `fastkd.similarity_preserving_loss`."""
+        return similarity_preserving_loss(student, teacher, **self.keywords)
+
+
+class FSPLoss(_Loss):
+    """`fastkd.fsp_loss` as a module; the same keyword, the same default."""
+
+    def __init__(self, *, backend: Backend | None = None) -> None:
+        super().__init__(backend=backend)
+
+    def forward(self, student: Pairs, teacher: Pairs) -> Tensor:
+        """See `fastkd.fsp_loss`."""
+        return fsp_loss(student, teacher, **self.keywords)

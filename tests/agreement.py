@@ -95,10 +95,16 @@ def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, 
 
 
 def check_soft_target(student, teacher, backend, grad_output=None, teachers=True, **keywords):
+    """`teacher` may be a list."""
+
+    def loss(s, *t):
+        t = list(t) if isinstance(teacher, list) else t[0]
+        return fastkd.soft_target_loss(s, t, backend=backend, **keywords)
+
     check(
-        functools.partial(fastkd.soft_target_loss, backend=backend, **keywords),
-        functools.partial(oracle.soft_target, **keywords),
-        (student, teacher),
+        loss,
+        lambda s, *t, grad_output: oracle.soft_target(s, list(t), grad_output, **keywords),
+        (student, *(teacher if isinstance(teacher, list) else [teacher])),
         grad_output=grad_output,
         size=_size(student.shape, **keywords),
         teachers=teachers,
@@ -108,17 +114,22 @@ def check_soft_target(student, teacher, backend, grad_output=None, teachers=True
 def check_distillation(
     student, teacher, labels, backend, grad_output=None, teachers=True, **keywords
 ):
+    """`teacher` may be a list."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
     size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
 
-    def expected(s, t, grad_output):
-        parts, gradients = oracle.distillation(s, t, array(labels), grad_output, **keywords)
+    def loss(s, *t):
+        t = list(t) if isinstance(teacher, list) else t[0]
+        return fastkd.distillation_loss(s, t, labels, backend=backend, **keywords)
+
+    def expected(s, *t, grad_output):
+        parts, gradients = oracle.distillation(s, list(t), array(labels), grad_output, **keywords)
         return parts[0], gradients
 
     check(
-        functools.partial(fastkd.distillation_loss, labels=labels, backend=backend, **keywords),
+        loss,
         expected,
-        (student, teacher),
+        (student, *(teacher if isinstance(teacher, list) else [teacher])),
         grad_output=grad_output,
         size=size,
         teachers=teachers,

@@ -13,12 +13,12 @@ _SAMPLES = {
     "soft_target_loss": (
         [(4, 10), (4, 10)],
         {"temperature": 2.0},
-        [{"reduction": "none"}],
+        [{"reduction": "none"}, {"teacher_weights": [1, 3]}],
     ),
     "distillation_loss": (
         [(4, 10), (4, 10)],
         {"labels": [1, 9, -100, 0], "temperature": 2.0},
-        [{"label_smoothing": 0.1}],
+        [{"label_smoothing": 0.1}, {"teacher_weights": [0.5, 0.25, 0.25]}],
     ),
     "attention_map": (
         [(2, 3, 4, 5)],
@@ -35,7 +35,13 @@ _SAMPLES = {
         {},
         [{"reduction": "none"}],
     ),
+    "rkd_distance_loss": ([(4, 6), (4, 5)], {}, [{"delta": 0.1}]),
+    "rkd_angle_loss": ([(4, 6), (4, 5)], {}, [{"delta": 0.1}]),
+    "similarity_preserving_loss": ([(4, 3, 5), (4, 7)], {}, []),
+    "fsp_loss": ([(2, 3, 4, 5), (2, 4, 2, 5), (2, 3, 3, 3), (2, 4, 3, 3)], {}, []),
 }
+# How many of the tensors are the student's, where it is not one.
+_STUDENTS = {"fsp_loss": 2}
 LOSSES = tuple(_SAMPLES)
 
 
@@ -45,6 +51,7 @@ class Call(NamedTuple):
     function: Callable
     tensors: tuple
     keywords: dict
+    students: int = 1
 
     def __call__(self, *tensors, **keywords):
         return self.function(*(tensors or self.tensors), **{**self.keywords, **keywords})
@@ -53,14 +60,44 @@ class Call(NamedTuple):
         return [x.clone().requires_grad_() for x in self.tensors]
 
 
+def ensemble(function):
+    """A loss on logits whose teachers come one by one."""
+    return lambda student, *teachers, **keywords: function(student, list(teachers), **keywords)
+
+
+def pair(function):
+    """A loss on one pair of layers, whose tensors come one by one."""
+
+    def flat(first, second, *teacher, **keywords):
+        return function((first, second), teacher, **keywords)
+
+    return flat
+
+
 def variants(name, dtype=torch.float32):
     """The loss on fresh random tensors, plainly and then with each of the other keywords."""
     shapes, keywords, others = _SAMPLES[name]
-    tensors = tuple(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
     function = getattr(fastkd, name)
+    function = pair(function) if name == "fsp_loss" else function
     if "labels" in keywords:
         keywords = {**keywords, "labels": torch.tensor(keywords["labels"])}
-    return [Call(function, tensors, {**keywords, **other}) for other in ({}, *others)]
+
+    def draw(shapes):
+        return tuple(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
+
+    tensors = draw(shapes)
+    calls = []
+    for other in ({}, *others):
+        more = len(other.get("teacher_weights", [1])) - 1
+        calls.append(
+            Call(
+                ensemble(function) if more else function,
+                tensors + draw(shapes[1:] * more),
+                {**keywords, **other},
+                _STUDENTS.get(name, 1),
+            )
+        )
+    return calls
 
 
 def sample(name, dtype=torch.float32):

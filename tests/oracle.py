@@ -12,56 +12,75 @@ def log_softmax(x):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def kl_rows(student, teacher, temperature):
-    """KL(p‖q) of each row, and its derivatives towards student and teacher."""
+def kl_rows(student, teachers, weights, temperature):
+    """KL(p‖q) of each row, and its derivatives towards student and teachers.
+
+    p is the weighted mean of the teachers' probabilities; those of weight 0 are not there.
+    """
     # Shifted before the division, so that huge logits lose nothing to it.
-    log_p, log_q = (
-        log_softmax((x - x.max(-1, keepdims=True)) / temperature) for x in (teacher, student)
+    log_q, *logs = (
+        log_softmax((x - x.max(-1, keepdims=True)) / temperature) for x in (student, *teachers)
     )
+    counted = [i for i, weight in enumerate(weights) if weight]
+    log_p = np.logaddexp.reduce([np.log(weights[i]) + logs[i] for i in counted])
     p, q = np.exp(log_p), np.exp(log_q)
-    is_excluded = teacher == -np.inf
+    is_excluded = np.all([teachers[i] == -np.inf for i in counted], 0)
     ratio = np.where(is_excluded, 0, log_p) - np.where(is_excluded, 0, log_q)
-    # The teacher's probability may underflow; where only the student excludes a class it still is
+    # The teachers' probability may underflow; where only the student excludes a class it still is
     # not 0.
-    terms = np.where(ratio == np.inf, np.inf, p * ratio)
-    rows = terms.sum(-1)
-    to_teacher = p * (ratio - rows[..., None])
-    return rows, (q - p) / temperature, to_teacher / temperature
+    rows = np.where(ratio == np.inf, np.inf, p * ratio).sum(-1)
+    to_teachers = []
+    for w, log in zip(weights, logs, strict=True):
+        share = np.exp(log)
+        slope = share * (ratio - (share * ratio).sum(-1, keepdims=True))
+        to_teachers.append(w * slope / temperature if w else np.zeros_like(share))
+    return rows, (q - p) / temperature, to_teachers
+
+
+def _ensemble(student, teachers, weights, dim):
+    """Arrays with the classes last, a list of teachers, and weights that sum to 1."""
+    teachers = teachers if isinstance(teachers, list) else [teachers]
+    weights = np.ones(len(teachers)) if weights is None else np.array(weights, dtype=float)
+    student, *teachers = (np.moveaxis(x, dim, -1) for x in (student, *teachers))
+    weights = weights / weights.max()
+    return student, teachers, weights / weights.sum()
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def soft_target(
-    student, teacher, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
-    dim=-1,
+    student, teachers, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
+    dim=-1, teacher_weights=None,
 ):  # fmt: skip
-    rows, *gradients = kl_rows(
-        np.moveaxis(student, dim, -1), np.moveaxis(teacher, dim, -1), temperature
-    )
+    """Takes a teacher or a list of them; the gradients are the student's, then all teachers'."""
+    student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
+    rows, to_student, to_teachers = kl_rows(student, teachers, weights, temperature)
     weight = temperature**2 if scale_t2 else 1.0
     divisor = {"none": 1, "sum": 1, "batchmean": rows.size, "mean": student.size}[reduction]
     weight = weight / max(divisor, 1)
     upstream = np.broadcast_to(grad_output, rows.shape)[..., None] * weight
     loss = rows * weight if reduction == "none" else np.sum(rows * weight)
-    return loss, [np.moveaxis(upstream * g, -1, dim) for g in gradients]
+    return loss, [np.moveaxis(upstream * g, -1, dim) for g in (to_student, *to_teachers)]
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def distillation(
-    student, teacher, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
-    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, dim=-1,
+    student, teachers, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
+    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, dim=-1, teacher_weights=None,
 ):  # fmt: skip
     """As the others; the loss is `(loss, hard, soft)`."""
-    student, teacher = np.moveaxis(student, dim, -1), np.moveaxis(teacher, dim, -1)
+    student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
     kept = labels != ignore_index
     count, classes = max(kept.sum(), 1), student.shape[-1]
-    gradients = [np.zeros_like(student), np.zeros_like(teacher)]
-    s, t = student[kept], teacher[kept]
+    gradients = [np.zeros_like(x) for x in (student, *teachers)]
+    s = student[kept]
 
     log_q = log_softmax(s)
     target = np.full(s.shape, label_smoothing / classes)
     target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
     hard = -np.where(target > 0, target * log_q, 0).sum() / count
-    rows, soft_to_student, soft_to_teacher = kl_rows(s, t, temperature)
+    rows, soft_to_student, soft_to_teachers = kl_rows(
+        s, [t[kept] for t in teachers], weights, temperature
+    )
     soft = temperature**2 * rows.sum() / count
 
     # A term of weight 0 is not there, also where it is infinite.
@@ -69,8 +88,10 @@ def distillation(
     if hard_weight:
         gradients[0][kept] += hard_weight * (np.exp(log_q) - target)
     if soft_weight:
-        gradients[0][kept] += soft_weight * temperature**2 * soft_to_student
-        gradients[1][kept] += soft_weight * temperature**2 * soft_to_teacher
+        for gradient, soft_gradient in zip(
+            gradients, (soft_to_student, *soft_to_teachers), strict=True
+        ):
+            gradient[kept] += soft_weight * temperature**2 * soft_gradient
     gradients = [np.moveaxis(g * grad_output / count, -1, dim) for g in gradients]
     return (loss, hard, soft), gradients
 
@@ -205,3 +226,124 @@ def hint(
     extra = [g for x, g in ((weight, to_weight), (bias, to_bias)) if x is not None]
     loss = np.stack(losses) if reduction == "none" else sum(x.sum() for x in losses)
     return loss, [*to_students, *to_teachers, *extra]
+
+
+def _huber(r, delta):
+    """Huber's loss and its derivative."""
+    return np.where(abs(r) <= delta, r**2 / 2, delta * (abs(r) - delta / 2)), np.clip(
+        r, -delta, delta
+    )
+
+
+def _relations(x):
+    """`x_j − x_i` as (i, j, D), its length, and what 1/length is by a convention: 0 at 0."""
+    differences = x[None] - x[:, None]
+    lengths = np.sqrt((differences**2).sum(-1))
+    return differences, lengths, np.where(lengths == 0, 0, 1 / np.where(lengths == 0, 1, lengths))
+
+
+def _to_points(by_difference):
+    """A gradient of the differences as one of the points."""
+    return by_difference.sum(0) - by_difference.sum(1)
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def rkd_distance(student, teacher, grad_output=1.0, *, delta=1.0):
+    sides = [_relations(x) for x in (student, teacher)]
+    counts = [max((d > 0).sum(), 1) for _, d, _ in sides]
+    means = [d[d > 0].mean() if (d > 0).any() else 1.0 for _, d, _ in sides]
+    quotients = [d / m for (_, d, _), m in zip(sides, means, strict=True)]
+    losses, slope = _huber(quotients[0] - quotients[1], delta)
+    entries = max(losses.size, 1)
+    gradients = []
+    for sign, (differences, d, inverse), mean, count, quotient in zip(
+        (1, -1), sides, means, counts, quotients, strict=True
+    ):
+        by_quotient = sign * slope * grad_output / entries
+        by_distance = by_quotient / mean - (d > 0) * (by_quotient * quotient).sum() / mean / count
+        gradients.append(_to_points((by_distance * inverse)[..., None] * differences))
+    return losses.sum() / entries, gradients
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def rkd_angle(student, teacher, grad_output=1.0, *, delta=1.0):
+    sides = [_relations(x) for x in (student, teacher)]
+    units = [differences * inverse[..., None] for differences, _, inverse in sides]
+    cosines = [np.einsum("ijd,ikd->ijk", e, e) for e in units]
+    losses, slope = _huber(cosines[0] - cosines[1], delta)
+    entries = max(losses.size, 1)
+    gradients = []
+    for sign, (_, _, inverse), e in zip((1, -1), sides, units, strict=True):
+        # Each cosine is of two directions, and the slopes are symmetric in them.
+        by_unit = 2 * sign * grad_output / entries * np.einsum("ijk,ikd->ijd", slope, e)
+        across = by_unit - e * (e * by_unit).sum(-1, keepdims=True)
+        gradients.append(_to_points(across * inverse[..., None]))
+    return losses.sum() / entries, gradients
+
+
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def similarity(student, teacher, grad_output=1.0):
+    batch = len(student)
+    rows = [x.reshape(batch, np.prod(x.shape[1:], dtype=int)) for x in (student, teacher)]
+    grams = [x @ x.T for x in rows]
+    norms = [np.sqrt((g**2).sum(1, keepdims=True)) for g in grams]
+    q = [g / np.maximum(n, 1e-12) for g, n in zip(grams, norms, strict=True)]
+    difference = (q[0] - q[1]) / max(batch, 1)
+    gradients = []
+    for sign, shape, x, norm, one in zip(
+        (1, -1), (student.shape, teacher.shape), rows, norms, q, strict=True
+    ):
+        by_q = 2 * sign * grad_output / max(batch, 1) * difference
+        radial = np.where(norm < 1e-12, 0, one * (one * by_q).sum(1, keepdims=True))
+        by_gram = np.where(norm == 0, 0, (by_q - radial) / np.maximum(norm, 1e-12))
+        gradients.append(((by_gram + by_gram.T) @ x).reshape(shape))
+    return (difference**2).sum(), gradients
+
+
+def _max_pooled(x, height, width):
+    """The maxima of adaptive bins, and the function that carries a gradient of them back."""
+    pooled, winners = np.empty((*x.shape[:2], height, width)), {}
+    bins = [
+        [slice(i * size // to, -(-(i + 1) * size // to)) for i in range(to)]
+        for size, to in zip(x.shape[2:], (height, width), strict=True)
+    ]
+    for i, rows in enumerate(bins[0]):
+        for j, columns in enumerate(bins[1]):
+            bin = x[:, :, rows, columns]
+            flat = bin.reshape(*x.shape[:2], bin.shape[2] * bin.shape[3])
+            winners[i, j] = np.divmod(flat.argmax(-1), bin.shape[3])
+            pooled[:, :, i, j] = flat.max(-1)
+
+    def back(gradient):
+        to = np.zeros_like(x)
+        samples, channels = np.ogrid[: x.shape[0], : x.shape[1]]
+        for (i, j), (row, column) in winners.items():
+            at = row + bins[0][i].start, column + bins[1][j].start
+            np.add.at(to, (samples, channels, *at), gradient[:, :, i, j])
+        return to
+
+    return pooled, back
+
+
+def fsp(students, teachers, grad_output=1.0):
+    """Takes lists of pairs; the gradients are those of all students' features, then teachers'."""
+    loss, to_students, to_teachers = 0.0, [], []
+    for pairs in zip(students, teachers, strict=True):
+        sides = []
+        for first, second in pairs:
+            height, width = np.minimum(first.shape[2:], second.shape[2:])
+            (one, back), (other, back_other) = (
+                _max_pooled(x, height, width) for x in (first, second)
+            )
+            gram = np.einsum("bchw,bdhw->bcd", one, other) / (height * width)
+            sides.append((gram, one, back, other, back_other))
+        difference = sides[0][0] - sides[1][0]
+        batch = max(len(difference), 1)
+        loss += (difference**2).sum() / batch
+        for sign, to, (_, one, back, other, back_other) in zip(
+            (1, -1), (to_students, to_teachers), sides, strict=True
+        ):
+            slope = 2 * sign * grad_output * difference / batch / np.prod(one.shape[2:])
+            to.append(back(np.einsum("bcd,bdhw->bchw", slope, other)))
+            to.append(back_other(np.einsum("bcd,bchw->bdhw", slope, one)))
+    return loss, [*to_students, *to_teachers]

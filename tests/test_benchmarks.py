@@ -251,10 +251,11 @@ def documents(folder: Path) -> list[Path]:
     paths = [folder / name for name in readme.DOCUMENTS]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sections = ("benchmarks", "demo") if path.name == "README.md" else ("benchmarks",)
-        marks = [mark for section in sections for mark in readme.markers(section)]
+        more = ("demo", "comparison") if path.name == "README.md" else ()
+        marks = [mark for section in ("benchmarks", *more) for mark in readme.markers(section)]
         path.write_text("\n".join(["before", *marks, "after", ""]))
-    (folder / readme.DEMO).write_text((ROOT / readme.DEMO).read_text())
+    for results in (readme.DEMO, readme.COMPARISON):
+        (folder / results).write_text((ROOT / results).read_text())
     return paths
 
 
@@ -265,7 +266,7 @@ def test_readme_is_filled_and_checked(tmp_path):
 
     full_record().save(results / "cpu.json")
     full_record(complete=False).save(results / "cpu-partial.json")
-    assert len(readme.update(tmp_path, results, check=True)) == 3
+    assert len(readme.update(tmp_path, results, check=True)) == 4
     assert readme.update(tmp_path, results, check=False) == []
     assert readme.update(tmp_path, results, check=True) == []
     texts = [path.read_text() for path in paths]
@@ -273,6 +274,7 @@ def test_readme_is_filled_and_checked(tmp_path):
     assert all(text.count("**2.00×**") >= 5 for text in texts)
     assert "(benchmarks/results/cpu.png)" in texts[0]
     assert "| student alone | 9" in texts[0]
+    assert "| FitNet | " in texts[0]
     assert "(../benchmarks/results/cpu.png)" in texts[1]
 
     paths[0].write_text(texts[0].replace("**2.00×**", "**3.00×**", 1))
@@ -281,7 +283,7 @@ def test_readme_is_filled_and_checked(tmp_path):
     ]
     paths[0].write_text("no markers")
     paths[1].unlink()
-    assert len(readme.update(tmp_path, results, check=False)) == 3
+    assert len(readme.update(tmp_path, results, check=False)) == 4
     assert paths[0].read_text() == "no markers"
 
 

@@ -20,7 +20,7 @@ META = torch.empty(2, 3, 4, 5, device="meta")
 @pytest.fixture(autouse=True)
 def no_kernel_runs(monkeypatch):
     """All checks come before the choice of a backend: so they are the same for each of them."""
-    for module in ("soft_target", "attention", "hint"):
+    for module in ("soft_target", "attention", "hint", "rkd", "similarity", "fsp"):
         monkeypatch.setattr(
             f"fastkd.losses.{module}.select", lambda *_: pytest.fail("the checks let it through")
         )
@@ -211,7 +211,48 @@ def feature_cases():
         yield name, (iter([X]), iter([X])), {}, TypeError, ["student", "tensor", "iterator"]
 
 
+def relation_cases():
+    for name in ("rkd_distance_loss", "rkd_angle_loss"):
+        for value in (0, -1.0, math.nan, math.inf):
+            yield name, (ROWS, ROWS), {"delta": value}, ValueError, ["delta", "> 0", repr(value)]
+        for value in ("1", None, True, torch.tensor(1.0)):
+            kind = type(value).__name__
+            yield name, (ROWS, ROWS), {"delta": value}, TypeError, ["delta", kind]
+        for one, other in ((X, ROWS), (ROWS, ROWS[0]), (ROWS, ROWS[:3])):
+            words = ["(N, D)", "same N", str(tuple(one.shape)), str(tuple(other.shape))]
+            yield name, (one, other), {}, ValueError, words
+    for one, other in ((X, X[:1]), (ROWS[0], ROWS), (ROWS, ROWS[0, 0])):
+        words = ["(B, *any)", "same B", str(tuple(one.shape)), str(tuple(other.shape))]
+        yield "similarity_preserving_loss", (one, other), {}, ValueError, words
+
+
+def fsp_cases():
+    def case(student=(X, X), teacher=(X, X), error=ValueError, words=()):
+        return "fsp_loss", (student, teacher), {}, error, words
+
+    wide, flat = torch.randn(2, 6, 4, 5), X.flatten(2)
+    yield case(X, error=TypeError, words=["student", "pair (first, second)", "Tensor"])
+    yield case(teacher=iter([X, X]), error=TypeError, words=["teacher", "iterator"])
+    yield case(teacher=(), words=["teacher", "at least one pair", "none"])
+    yield case((X, X, X), words=["student", "pair (first, second)", "3"])
+    yield case([(X, X), (X,)], words=["student[1]", "pair (first, second)", "1"])
+    yield case([(X, X)] * 2, [(X, X)], words=["same number of pairs", "2 and 1"])
+    yield case((X, [X, X]), error=TypeError, words=["student[1]", "tensor", "list"])
+    yield case([(X, X), (X, None)], error=TypeError, words=["student[1][1]", "NoneType"])
+    yield case((X, flat), words=["student", "(B, C, H, W)", "(2, 3, 20)"])
+    yield case(teacher=(X, X[:1]), words=["teacher", "same B", "(1, 3, 4, 5)"])
+    for empty in (X[..., :0], X[:, :0]):
+        words = ["student", "one channel and one position", str(tuple(empty.shape))]
+        yield case((X, empty), words=words)
+    yield case((X, wide), words=["student and teacher", "batch size and channels", "(2, 6, 4, 5)"])
+    yield case([(X, X)] * 2, [(X, X), (X[:1], X[:1])], words=["teacher[1]", "(1, 3, 4, 5)"])
+    yield case((META, META), words=["student", "same device", HERE, "meta"])
+    yield case([(X, X), (META, META)], [(X, X)] * 2, words=["student[1]", HERE, "meta"])
+
+
 CASES = [
+    *relation_cases(),
+    *fsp_cases(),
     *logit_cases(),
     *distillation_cases(),
     *map_cases(),
@@ -279,7 +320,7 @@ def test_devices_that_differ(name):
     if len(call.tensors) == 1:
         return
     with pytest.raises(ValueError, match=rf"same device.* {HERE} and meta"):
-        call(call.tensors[0], call.tensors[1].to("meta"))
+        call(call.tensors[0], call.tensors[1].to("meta"), *call.tensors[2:])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -288,4 +329,4 @@ def test_unknown_keywords_and_positional_ones(name):
     with pytest.raises(TypeError, match="tau"):
         call(tau=4.0)
     with pytest.raises(TypeError, match="positional"):
-        call.function(*call.tensors, *call.keywords.values(), 1, 2, 3)
+        getattr(fastkd, name)(*call.tensors, *call.keywords.values(), 1, 2, 3)

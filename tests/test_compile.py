@@ -70,15 +70,15 @@ def test_without_gradients(backend, name):
 def test_student_alone(kernel_backend, name):
     """The path on which forward already computes the gradient."""
     call = sample(name)
-    others = call.tensors[1:]
+    students, others = call.tensors[: call.students], call.tensors[call.students :]
 
-    def loss(student):
-        return call(student, *others, backend=kernel_backend)
+    def loss(*student):
+        return call(*student, *others, backend=kernel_backend)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert_same(
-        value_and_gradients(compiled, call.tensors[:1], 0.3),
-        value_and_gradients(loss, call.tensors[:1], 0.3),
+        value_and_gradients(compiled, students, 0.3),
+        value_and_gradients(loss, students, 0.3),
     )
 
 
@@ -133,7 +133,7 @@ def operators_of(name, backend):
     with Recorder() as recorder:
         # In half precision a gradient is computed again for another grad_output.
         for call in (*variants(name), *variants(name, torch.bfloat16)):
-            for count in {1, len(call.tensors)}:
+            for count in {call.students, len(call.tensors)}:
                 leaves = [
                     x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)
                 ]

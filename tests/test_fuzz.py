@@ -118,18 +118,25 @@ def test_soft_target_loss(backend, data):
     shape = draw(shapes())
     specials = (math.nan, -math.inf, 1e4, 0.0)
     student = draw(tensors(shape, specials=specials)).requires_grad_()
-    teacher = draw(tensors(sometimes(draw, shape, shapes()), specials=specials))
-    teacher = teacher.requires_grad_(False)
+    teachers = [
+        draw(tensors(sometimes(draw, shape, shapes()), specials=specials, stream=1 + index))
+        for index in range(draw(st.sampled_from([1, 1, 2, 3])))
+    ]
+    alone = len(teachers) == 1
+    weights = st.none() if alone else st.sampled_from([None, [1, 0.5, 3][: len(teachers)]])
     keywords = {
         "temperature": draw(st.sampled_from([0.5, 1.0, 4, 20.0, np.float32(3)])),
         "scale_t2": draw(st.booleans()),
         "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
         "dim": draw(st.integers(-len(shape), max(len(shape) - 1, 0))),
+        "teacher_weights": draw(weights),
     }
     keywords = odd_keywords(draw, keywords)
     compare(
-        fastkd.soft_target_loss, backend, [student, teacher],
-        lambda: oracle.soft_target(array(student), array(teacher), 2.0, **keywords), **keywords,
+        lambda s, *t, **k: fastkd.soft_target_loss(s, t[0] if alone else t, **k), backend,
+        [student, *teachers],
+        lambda: oracle.soft_target(array(student), [*map(array, teachers)], 2.0, **keywords),
+        **keywords,
     )  # fmt: skip
 
 
@@ -305,7 +312,58 @@ def test_hint_loss(backend, data):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss"])
+RELATIONS = {
+    "rkd_distance_loss": oracle.rkd_distance,
+    "rkd_angle_loss": oracle.rkd_angle,
+    "similarity_preserving_loss": oracle.similarity,
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+@settings(EXAMPLES, max_examples=60)
+@given(st.data())
+def test_relations(backend, name, data):
+    draw = data.draw
+    batch, matrices = draw(SIZES), name.startswith("rkd")
+    sides = []
+    for stream in range(2):
+        shape = (batch, *draw(st.lists(SIZES, min_size=1, max_size=1 if matrices else 3)))
+        shape = sometimes(draw, shape, shapes())
+        sides.append(draw(tensors(shape, specials=(0.0, math.nan), stream=stream)))
+    sides[0].requires_grad_()
+    keywords = {"delta": draw(st.sampled_from([0.1, 1.0, 3]))} if matrices else {}
+    keywords = odd_keywords(draw, keywords)
+
+    def expected():
+        value, gradients = RELATIONS[name](*map(array, sides), 2.0, **keywords)
+        # What is the same for all, as points on a line are, has gradients that rounding decides.
+        return value, [np.full_like(g, np.nan) for g in gradients]
+
+    compare(getattr(fastkd, name), backend, sides, expected, **keywords)
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(st.data())
+def test_fsp_loss(backend, data):
+    draw = data.draw
+    batch, channels = draw(SIZES), [draw(SIZES), draw(SIZES)]
+    sides = []
+    for stream in range(4):
+        shape = (batch, channels[stream % 2], draw(SIZES), draw(SIZES))
+        shape = sometimes(draw, shape, shapes())
+        sides.append(draw(tensors(shape, specials=(0.0, 1e4), stream=stream)).requires_grad_())
+
+    def flat(*x, **keywords):
+        return fastkd.fsp_loss(x[:2], x[2:], **keywords)
+
+    def expected():
+        arrays = [*map(array, sides)]
+        return oracle.fsp([arrays[:2]], [arrays[2:]], 2.0)
+
+    compare(flat, backend, sides, expected)
+
+
+@pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss", "fsp_loss"])
 @EXAMPLES
 @given(
     st.recursive(

@@ -159,6 +159,7 @@ def test_the_selection_for_the_sanitizer_agrees_with_float64(losses, monkeypatch
     monkeypatch.setattr(selection, "SHAPES", selection.SHAPES[:2])
     monkeypatch.setattr(selection, "LOGITS", selection.LOGITS[::4])
     monkeypatch.setattr(selection, "MAPS", selection.MAPS[1:3])
+    monkeypatch.setattr(selection, "BATCHES", selection.BATCHES[:1])
     selection.main("reference", losses)
     assert "calls agree with float64" in capsys.readouterr().out
 

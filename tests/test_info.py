@@ -20,6 +20,10 @@ LOSSES = {
     "attention_map",
     "attention_transfer_loss",
     "hint_loss",
+    "fsp_loss",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "similarity_preserving_loss",
 }
 
 

@@ -14,6 +14,9 @@ from agreement import (
 )
 from conftest import BACKENDS
 from layouts import channels_last, contiguous, sliced
+from test_rkd import NAMES, points
+from test_rkd import check as check_relations
+from test_similarity import check as check_similarities
 
 from fastkd.kernels import compiled
 
@@ -74,6 +77,20 @@ def test_soft_targets_along_other_dims(isa, dtype):
             check_distillation(*pair, labels, "native", teachers=False, **keywords)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ensembles(isa, dtype):
+    """Of rows, and of rows that lie side by side."""
+    for shape in [shape for size in SIZES[1::3] for shape in ((16, size), (4, 5, size))]:
+        student, *teachers = (sliced(logits(*shape, dtype=dtype)) for _ in range(4))
+        keywords = {"dim": 1, "teacher_weights": [1, 2, 3], "temperature": 2.0}
+        check_soft_target(student, teachers, "native", **keywords)
+        labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+        labels[0] = -100
+        check_distillation(
+            student, teachers, labels, "native", teachers=False, label_smoothing=0.1, **keywords
+        )
+
+
 @pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +136,13 @@ def test_soft_targets_past_the_cache(isa, dtype, shape):
     check_distillation(*pair, labels, "native", teachers=False)
 
 
+def test_ensembles_past_the_cache(isa):
+    student, *teachers = (logits(73, 31013) for _ in range(3))
+    labels = torch.randint(31013, (73,))
+    labels[::7] = -100
+    check_distillation(student, teachers, labels, "native", teachers=False)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", LARGE_MAPS)
 @pytest.mark.parametrize("dtype", LARGE_DTYPES)
@@ -158,3 +182,12 @@ def test_roundings_are_to_nearest_even(isa):
                 [student.detach()], [-t[None]], True, 0.5, "sum", "native"
             )
             assert torch.equal(loss[1][0][0], t.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relations(isa, dtype):
+    for size in (3, 4, 5, 8, 9, 16, 17, 33):
+        student, teacher = points(size, 7, dtype=dtype), points(size, 130, dtype=dtype)
+        for name in NAMES:
+            check_relations(name, student, teacher, "native")
+        check_similarities(student, teacher, "native")

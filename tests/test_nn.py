@@ -15,11 +15,19 @@ MODULES = {
     fastkd.nn.SoftTargetLoss: fastkd.soft_target_loss,
     fastkd.nn.DistillationLoss: fastkd.distillation_loss,
     fastkd.nn.AttentionTransferLoss: fastkd.attention_transfer_loss,
+    fastkd.nn.RKDDistanceLoss: fastkd.rkd_distance_loss,
+    fastkd.nn.RKDAngleLoss: fastkd.rkd_angle_loss,
+    fastkd.nn.SimilarityPreservingLoss: fastkd.similarity_preserving_loss,
+    fastkd.nn.FSPLoss: fastkd.fsp_loss,
 }
 KEYWORDS = {
     fastkd.nn.SoftTargetLoss: {"temperature": 3.0, "scale_t2": False, "reduction": "none"},
     fastkd.nn.DistillationLoss: {"temperature": 2.0, "hard_weight": 2.0, "label_smoothing": 0.2},
     fastkd.nn.AttentionTransferLoss: {"kind": "max_pow", "order": 3.0, "beta": 7.0},
+    fastkd.nn.RKDDistanceLoss: {"delta": 0.2},
+    fastkd.nn.RKDAngleLoss: {"delta": 0.2},
+    fastkd.nn.SimilarityPreservingLoss: {},
+    fastkd.nn.FSPLoss: {},
 }
 
 
@@ -58,7 +66,10 @@ def test_the_defaults_of_hint_loss():
 def test_the_numbers_are_the_function_s(backend, module, with_keywords):
     function = MODULES[module]
     call = sample(function.__name__)
-    inputs = [*call.tensors, *([call.keywords["labels"]] if "labels" in call.keywords else [])]
+    tensors = call.tensors
+    if function is fastkd.fsp_loss:
+        tensors = tensors[:2], tensors[2:]
+    inputs = [*tensors, *([call.keywords["labels"]] if "labels" in call.keywords else [])]
     keywords = {"backend": backend, **(KEYWORDS[module] if with_keywords else {})}
     assert torch.equal(module(**keywords)(*inputs), function(*inputs, **keywords))
 

@@ -60,6 +60,23 @@ def test_soft_target(numbers, temperature):
     check(loss, (student, teacher), *oracle.soft_target(student, teacher, temperature=temperature))
 
 
+@pytest.mark.parametrize("weights", [None, [3, 1]])
+def test_soft_target_of_an_ensemble(numbers, weights):
+    student, *teachers = (3 * numbers(2, 3) for _ in range(3))
+    shares = [mp.mpf(w) / sum(weights or [1, 1]) for w in weights or [1, 1]]
+
+    def row(s, *ts):
+        of_classes = zip(*(softmax(t, 2) for t in ts), strict=True)
+        p = [mp.fsum(map(mp.fmul, shares, one)) for one in of_classes]
+        return mp.fsum(a * mp.log(a / b) for a, b in zip(p, softmax(s, 2), strict=True))
+
+    check(
+        lambda s, *ts: 4 * mp.fsum(map(row, s, *ts)) / 2,
+        (student, *teachers),
+        *oracle.soft_target(student, teachers, temperature=2.0, teacher_weights=weights),
+    )
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_distillation(numbers, smoothing):
     student, teacher, labels = 3 * numbers(3, 4), 3 * numbers(3, 4), np.array([1, -100, 3])
@@ -146,3 +163,70 @@ def test_pooling_averages_the_bins_of_adaptive_pooling():
     np.testing.assert_array_equal(
         oracle.pooling(5, 2), np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]) / 3
     )
+
+
+def mp_huber(r, delta):
+    return r**2 / 2 if abs(r) <= delta else delta * (abs(r) - mp.mpf(delta) / 2)
+
+
+def mp_norm(x):
+    return mp.sqrt(mp.fsum(a**2 for a in x))
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.3])
+def test_rkd_distance(numbers, delta):
+    student, teacher = numbers(4, 2), numbers(4, 3)
+
+    def relative(x):
+        d = [mp_norm(a - b) for a in x for b in x]
+        positive = [a for a in d if a > 0]
+        return [a / (mp.fsum(positive) / len(positive)) for a in d]
+
+    def loss(s, t):
+        pairs = zip(relative(s), relative(t), strict=True)
+        return mp.fsum(mp_huber(a - b, delta) for a, b in pairs) / 16
+
+    check(loss, (student, teacher), *oracle.rkd_distance(student, teacher, delta=delta))
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.3])
+def test_rkd_angle(numbers, delta):
+    student, teacher = numbers(3, 2), numbers(3, 3)
+
+    def cosine(x, i, j, k):
+        one, other = x[j] - x[i], x[k] - x[i]
+        return mp.fsum(one * other) / (mp_norm(one) * mp_norm(other)) if i not in (j, k) else 0
+
+    def loss(s, t):
+        angles = list(np.ndindex(3, 3, 3))
+        return mp.fsum(mp_huber(cosine(s, *a) - cosine(t, *a), delta) for a in angles) / 27
+
+    check(loss, (student, teacher), *oracle.rkd_angle(student, teacher, delta=delta))
+
+
+def test_similarity(numbers):
+    student, teacher = numbers(3, 2, 2), numbers(3, 2)
+
+    def rows(x):
+        gram = [[mp.fsum(np.ravel(a) * np.ravel(b)) for b in x] for a in x]
+        return [g / mp_norm(row) for row in gram for g in row]
+
+    def loss(s, t):
+        return mp.fsum((a - b) ** 2 for a, b in zip(rows(s), rows(t), strict=True)) / 9
+
+    check(loss, (student, teacher), *oracle.similarity(student, teacher))
+
+
+def test_fsp(numbers):
+    arrays = numbers(2, 2, 3, 2), numbers(2, 3, 2, 2), numbers(2, 2, 2, 3), numbers(2, 3, 2, 3)
+
+    def flow(first, second):
+        # Of 3 rows or columns, bins of two that share the one in the middle.
+        if first.shape[2:] == (3, 2):
+            first = np.maximum(first[:, :, :2], first[:, :, 1:])
+        return np.array([[(a * b).mean() for b in y for a in x] for x, y in zip(first, second)])  # noqa: B905
+
+    def loss(*x):
+        return ((flow(*x[:2]) - flow(*x[2:])) ** 2).sum() / 2
+
+    check(loss, arrays, *oracle.fsp([arrays[:2]], [arrays[2:]]))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from calls import pair
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkd
@@ -45,12 +46,22 @@ GRADCHECKS = {
         ([(2, 3, 2, 2), (2, 4, 2, 2), (4, 3), (4,)], {"reduction": "mean"}),
         ([(2, 3), (2, 4), (4, 3, 1, 1), (4,)], {"reduction": "sum"}),
     ],
+    "rkd_distance_loss": [([(4, 2), (4, 3)], {}), ([(4, 2), (4, 3)], {"delta": 0.3})],
+    "rkd_angle_loss": [([(4, 2), (4, 3)], {}), ([(4, 2), (4, 3)], {"delta": 0.3})],
+    "similarity_preserving_loss": [([(3, 2, 2), (3, 3)], {})],
+    "fsp_loss": [
+        ([(2, 2, 2, 2), (2, 3, 2, 2)] * 2, {}),
+        ([(1, 2, 3, 2), (1, 2, 2, 3), (1, 2, 1, 4), (1, 2, 2, 2)], {}),
+    ],
 }
 CASES = [(name, case) for name, cases in GRADCHECKS.items() for case in cases]
 
 
 def reference(name, keywords):
     function = functools.partial(getattr(fastkd, name), backend="reference", **keywords)
+
+    if name == "fsp_loss":
+        return pair(function)
 
     def call(*tensors):
         regressor = dict(zip(("regressor_weight", "regressor_bias"), tensors[2:], strict=False))

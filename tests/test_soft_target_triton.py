@@ -275,7 +275,7 @@ def test_counts_of_labels(kept):
         labels[-1:] = -100
         labels[-1] = 5
         expected = int((labels != -100).sum())
-        assert soft_target._count(labels, torch.empty(1), -100) == expected
+        assert soft_target.count_kept(labels, torch.empty(1), -100) == expected
 
 
 @pytest.mark.parametrize("dim", [1, 2])

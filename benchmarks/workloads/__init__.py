@@ -4,7 +4,7 @@ The eager statements compute in float32, also on bfloat16 inputs. That is what a
 these operations, and without it softmax and norms of bfloat16 are wrong in the second digit.
 """
 
-from benchmarks.workloads import attention, hint, soft_target
+from benchmarks.workloads import attention, fsp, hint, rkd, similarity, soft_target
 from benchmarks.workloads.workload import Workload
 
 __all__ = ["WORKLOADS", "Workload"]
@@ -13,4 +13,7 @@ WORKLOADS: tuple[Workload, ...] = (
     *soft_target.WORKLOADS,
     *attention.WORKLOADS,
     *hint.WORKLOADS,
+    *rkd.WORKLOADS,
+    *similarity.WORKLOADS,
+    *fsp.WORKLOADS,
 )

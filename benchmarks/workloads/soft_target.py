@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads.workload import Shape, Workload
+from benchmarks.workloads.workload import Shape, Workload, total
 
 
 def soft_target_loss(
@@ -17,6 +17,13 @@ def soft_target_loss(
     p = F.softmax(teacher.float() / temperature, dim=dim)
     rows = student.numel() // student.shape[dim]
     return F.kl_div(log_q, p, reduction="sum") / rows * temperature**2
+
+
+def ensemble_loss(student: Tensor, teachers: list[Tensor], *, temperature: float) -> Tensor:
+    """The target is the mean of the teachers' probabilities."""
+    log_q = F.log_softmax(student.float() / temperature, dim=-1)
+    p = total([F.softmax(t.float() / temperature, dim=-1) for t in teachers]) / len(teachers)
+    return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
 
 
 def distillation_loss(
@@ -62,6 +69,19 @@ def _distillation(shape: Shape, **others: Any) -> Workload:
     )
 
 
+def _ensemble(shape: Shape, temperature: float, **others: Any) -> Workload:
+    return Workload(
+        "soft_target_loss",
+        "soft targets, ensemble",
+        (shape,),
+        (shape,) * 3,
+        ensemble_loss,
+        title="3 teachers",
+        keywords={"temperature": temperature},
+        **others,
+    )
+
+
 _vision = partial(_logits, "vision", 4.0)
 _language = partial(_logits, "language", 2.0)
 
@@ -94,4 +114,7 @@ WORKLOADS = (
     _distillation((1024, 32000), **_CPU),
     _distillation((4096, 32000), **_GPU),
     _distillation((8192, 128256), **_LARGE),
+    _ensemble((256, 1000), 4.0),
+    _ensemble((1024, 32000), 2.0, headline=True, **_CPU),
+    _ensemble((4096, 32000), 2.0, headline=True, **_GPU),
 )

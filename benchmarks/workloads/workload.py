@@ -62,12 +62,14 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Workload:
-    """One loss, by the name of its function in fastkd, on the pairs `student` and `teacher`.
+    """One loss, by the name of its function in fastkd, on the pairs `student` and `teacher`,
+    or on one student and several teachers.
 
     `eager` takes the arguments of the fastkd function. `fused` stands in for that function where
     it returns no loss. The reads of the student are those of the best possible kernel: in one
     forward and backward, and where one sample stays on the chip between two reads. `devices` are
-    those that it is measured on.
+    those that it is measured on. A loss on relations needs `samples_least`, also in a smoke test.
+    `parts` yields what adds up to the exact loss, where that in one piece has no room.
     """
 
     loss: str
@@ -86,6 +88,8 @@ class Workload:
     student_reads: int = 1
     student_reads_on_chip: int = 1
     devices: tuple[str, ...] = ("cpu", "cuda")
+    samples_least: int = 1
+    parts: Callable[..., Iterator[Tensor]] | None = None
 
     @property
     def name(self) -> str:
@@ -97,10 +101,18 @@ class Workload:
         function: Callable[..., Tensor] = self.fused or getattr(fastkd, self.loss)
         return function
 
+    def exact(self, inputs: Inputs) -> Iterator[Tensor]:
+        """What adds up to the reference's loss."""
+        arguments = {**inputs.parameters, **self.keywords}
+        if self.parts is not None:
+            yield from self.parts(*inputs.batch, **arguments)
+        else:
+            yield self.function(*inputs.batch, **arguments, backend="reference")
+
     def shrunk(self, factor: int) -> "Workload":
         """The same on a fraction of the samples, for smoke tests."""
         student, teacher = (
-            tuple((max(1, shape[0] // factor), *shape[1:]) for shape in side)
+            tuple((max(self.samples_least, shape[0] // factor), *shape[1:]) for shape in side)
             for side in (self.student, self.teacher)
         )
         return replace(self, student=student, teacher=teacher)
@@ -129,12 +141,12 @@ class Workload:
 
     def ideal_bytes(self, dtype: torch.dtype, on_chip: int) -> int:
         """What the best possible kernel moves: reads of both sides, and the gradient."""
-        total = 0
-        for student, teacher in zip(self.student, self.teacher, strict=True):
-            size, teacher_size = (_elements(s) * dtype.itemsize for s in (student, teacher))
-            fits = size <= on_chip * student[0]
+        total = sum(_elements(shape) for shape in self.teacher) * dtype.itemsize
+        for shape in self.student:
+            size = _elements(shape) * dtype.itemsize
+            fits = size <= on_chip * shape[0]
             reads = self.student_reads_on_chip if fits else self.student_reads
-            total += (reads + 1) * size + teacher_size
+            total += (reads + 1) * size
         return total
 
 

@@ -54,6 +54,8 @@ void put(const Tensor& loss, int64_t i, double value) {
     reinterpret_cast<float*>(loss.data)[i] = float(value);
 }
 
+double* doubles(const Tensor& t) { return reinterpret_cast<double*>(t.data); }
+
 // grad_output of one pair: the scalar, or the pair's row of (pairs, batch).
 Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
   Tensor row = grad_output;
@@ -83,6 +85,16 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
   expect_writing(to_teacher, total);
   kernels().soft_target.backward(grad_output, student, teacher, labels, statistics, to_student,
                                  to_teacher, p);
+}
+
+void soft_target_ensemble(const Tensor& student, const Tensors& teachers,
+                          const std::vector<double>& weights, Labels labels, void* loss,
+                          void* parts, Tensor gradient, const Tensor& grad_output,
+                          const SoftTargetParameters& p) {
+  check_labels(labels, student, p);
+  expect_writing(gradient, bytes_of(gradient));
+  kernels().ensemble.both(student, teachers, weights.data(), labels, loss, parts, gradient,
+                          grad_output, p);
 }
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
@@ -158,6 +170,34 @@ void hint_backward(const Tensor& grad_output, const Tensors& students, const Ten
     kernels().hint.backward(of_pair(grad_output, j, pairs), students[j], teachers[j], coefficient,
                             gradients[j], to_teacher, p.threads);
   }
+}
+
+void squared_distances(const Tensor& x, const Tensor& to, int threads) {
+  kernels().rkd.squares(x, doubles(to), threads);
+}
+
+void rkd_distance(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                  const Tensor& slopes, double delta, int threads) {
+  const int64_t n = student.sizes[0];
+  put(loss, 0,
+      n == 0 ? 0
+             : kernels().rkd.distance(doubles(student), doubles(teacher), n, doubles(slopes), delta,
+                                      threads));
+}
+
+void rkd_angle(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+               const Tensor& slopes, double delta, int threads) {
+  const int64_t n = student.sizes[0];
+  put(loss, 0,
+      n == 0 ? 0
+             : kernels().rkd.angle(doubles(student), doubles(teacher), n, doubles(slopes), delta,
+                                   threads));
+}
+
+void similarity(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                const Tensor& slopes, int threads) {
+  const bool is_empty = student.sizes[0] == 0;
+  put(loss, 0, is_empty ? 0 : kernels().similarity.compare(student, teacher, slopes, threads));
 }
 
 }  // namespace fastkd::calls

@@ -18,6 +18,11 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
                           Labels labels, const void* statistics, Tensor to_student,
                           Tensor to_teacher, const SoftTargetParameters& p);
 
+void soft_target_ensemble(const Tensor& student, const Tensors& teachers,
+                          const std::vector<double>& weights, Labels labels, void* loss,
+                          void* parts, Tensor gradient, const Tensor& grad_output,
+                          const SoftTargetParameters& p);
+
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
                            const MapParameters& p);
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
@@ -38,5 +43,13 @@ void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor
 // `gradients` are of students, then teachers; any may be absent.
 void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
                    Tensors gradients, const HintParameters& p);
+
+void squared_distances(const Tensor& x, const Tensor& to, int threads);
+void rkd_distance(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                  const Tensor& slopes, double delta, int threads);
+void rkd_angle(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+               const Tensor& slopes, double delta, int threads);
+void similarity(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                const Tensor& slopes, int threads);
 
 }  // namespace fastkd::calls

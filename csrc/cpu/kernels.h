@@ -18,6 +18,14 @@ struct SoftTargetKernels {
                    const Tensor& to_teacher, const SoftTargetParameters& p);
 };
 
+struct EnsembleKernels {
+  // loss is a scalar, or one per row. It, its parts (hard, KL, rows that count) and the gradient
+  // may be absent. grad_output, absent for 1, is a scalar, or one per row.
+  void (*both)(const Tensor& student, const Tensors& teachers, const double* weights,
+               const int64_t* labels, void* loss, void* parts, const Tensor& gradient,
+               const Tensor& grad_output, const SoftTargetParameters& p);
+};
+
 struct AttentionKernels {
   // The unnormalised map (B, positions), and the winning channels of max_pow.
   void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p);
@@ -44,19 +52,41 @@ struct HintKernels {
                    int threads);
 };
 
+// Matrices are contiguous; those of squared distances n x n, in double. Slopes, the derivatives of
+// the loss by the student's in either order together, may be absent. The loss is returned.
+struct RkdKernels {
+  void (*squares)(const Tensor& x, double* to, int threads);
+  double (*distance)(const double* student, const double* teacher, int64_t n, double* slopes,
+                     double delta, int threads);
+  double (*angle)(const double* student, const double* teacher, int64_t n, double* slopes,
+                  double delta, int threads);
+};
+
+// The same of Gram matrices of one dtype, the slopes' too.
+struct SimilarityKernels {
+  double (*compare)(const Tensor& student, const Tensor& teacher, const Tensor& slopes,
+                    int threads);
+};
+
 struct Kernels {
   const char* isa;
   SoftTargetKernels soft_target;
+  EnsembleKernels ensemble;
   AttentionKernels attention;
   HintKernels hint;
+  RkdKernels rkd;
+  SimilarityKernels similarity;
 };
 
 // The kernels of each instruction set, defined by its object files.
 #define FASTKD_DECLARE(isa)                           \
   namespace isa {                                     \
   extern const SoftTargetKernels soft_target_kernels; \
+  extern const EnsembleKernels ensemble_kernels;      \
   extern const AttentionKernels attention_kernels;    \
   extern const HintKernels hint_kernels;              \
+  extern const RkdKernels rkd_kernels;                \
+  extern const SimilarityKernels similarity_kernels;  \
   }
 FASTKD_DECLARE(baseline)
 FASTKD_DECLARE(avx2)

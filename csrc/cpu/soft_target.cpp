@@ -69,17 +69,6 @@ void forward_side_by_side(const Tensors& t, const Rows<3>& rows, const Plan<A>& 
   });
 }
 
-// Where both terms are switched off nothing is left of a gradient, NaN neither.
-template <class A, int N>
-void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradient, int side) {
-  if (gradient == nullptr || plan.soft_gradient != 0 || plan.hard_gradient != 0) return;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    int64_t offsets[N];
-    rows.offsets(row, offsets);
-    zero_row<A>(*gradient, offsets[side], rows.class_stride[side], rows.classes);
-  }
-}
-
 // Without a table the statistics are forgotten.
 template <class A>
 void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,

@@ -47,6 +47,14 @@ struct Plan {
     hard_gradient = hard ? p.hard_weight / divisor : 0;
   }
 
+  // The same for a grad_output of `factor`.
+  Plan times(double factor) const {
+    Plan plan = *this;
+    plan.soft_gradient *= factor;
+    plan.hard_gradient *= factor;
+    return plan;
+  }
+
   bool ignores(const int64_t* labels, int64_t row) const {
     return hard && labels[row] == ignore_index;
   }
@@ -90,6 +98,17 @@ void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classe
   for (int64_t first = 0; first < classes; first += kBlock)
     scatter(zeros, int(classes - first < kBlock ? classes - first : kBlock), gradient,
             at + first * stride, stride);
+}
+
+// Where both terms are switched off nothing is left of a gradient, NaN neither.
+template <class A, int N>
+void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradient, int side) {
+  if (gradient == nullptr || plan.soft_gradient != 0 || plan.hard_gradient != 0) return;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    int64_t offsets[N];
+    rows.offsets(row, offsets);
+    zero_row<A>(*gradient, offsets[side], rows.class_stride[side], rows.classes);
+  }
 }
 
 // Rows to losses, in an order that no thread changes.

@@ -10,6 +10,26 @@ constexpr int kColumns = 128;  // rows per tile: 8 cache lines of float32 per cl
 constexpr int kClassesAhead = 4;
 constexpr int64_t kMostColumnClasses = 4096;  // tiles of more do not stay in cache
 
+// The statistics of one vector of rows, whose exponentials are s, t and h, and the gradient in the
+// place of s.
+template <class A>
+void finish_lanes(const Lanes<A>& rows, A* s, A* t, A* h, const Plan<A>& plan,
+                  const int64_t* labels, int lanes, A* table, bool write) {
+  constexpr int W = Simd<A>::width;
+  const auto k = finish(rows, plan, labels, lanes, table);
+  if (!write) return;
+  for (int64_t c = 0; c < plan.classes; ++c) {
+    const auto of_class = [&](const A* e) { return load(e + c * W); };
+    store(k(of_class, Exponentials<A>{s, t, h}), s + c * W);
+  }
+  for (int lane = 0; labels && lane < lanes; ++lane) {
+    if (plan.ignores(labels, lane))
+      for (int64_t c = 0; c < plan.classes; ++c) s[c * W + lane] = 0;
+    else
+      s[labels[lane] * W + lane] -= plan.to_label();
+  }
+}
+
 // One vector of rows, class after class; s, t and h become the exponentials, s then the gradient.
 template <class A>
 void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels, int lanes,
@@ -52,18 +72,7 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     rows.difference += difference_part;
     rows.shifted += shifted_part;
   }
-  const auto k = finish(rows, plan, labels, lanes, table);
-  if (!write) return;
-  for (int64_t c = 0; c < plan.classes; ++c) {
-    const auto of_class = [&](const A* e) { return load(e + c * W); };
-    store(k(of_class, Exponentials<A>{s, t, h}), s + c * W);
-  }
-  for (int lane = 0; labels && lane < lanes; ++lane) {
-    if (plan.ignores(labels, lane))
-      for (int64_t c = 0; c < plan.classes; ++c) s[c * W + lane] = 0;
-    else
-      s[labels[lane] * W + lane] -= plan.to_label();
-  }
+  finish_lanes(rows, s, t, h, plan, labels, lanes, table, write);
 }
 
 // One class of a tile to and from its vectors of rows, `step` elements apart. Classes lie too far

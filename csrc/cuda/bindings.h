@@ -37,6 +37,17 @@ inline void bind(pybind11::module_& m) {
       },
       unlocked());
   m.def(
+      "cuda_soft_target_ensemble",
+      [](const Tensor& student, const Tensors& teachers, const std::vector<double>& weights,
+         uintptr_t labels, const Tensor& loss, uintptr_t parts, const Tensor& gradient,
+         const Tensor& grad_output, bool in_place, uintptr_t scratch, const SoftTargetArguments& p,
+         int device, uintptr_t stream) {
+        soft_target_ensemble(student, teachers, weights, reinterpret_cast<const int64_t*>(labels),
+                             loss, reinterpret_cast<void*>(parts), gradient, grad_output, in_place,
+                             reinterpret_cast<void*>(scratch), p, {device, stream});
+      },
+      unlocked());
+  m.def(
       "cuda_attention_map_forward",
       [](const Tensor& features, const Tensor& raw, uintptr_t winners, const MapArguments& p,
          int device, uintptr_t stream) {
@@ -87,6 +98,35 @@ inline void bind(pybind11::module_& m) {
          uintptr_t stream) {
         hint_backward(grad_output, students, teachers, gradients, in_place, scale,
                       Reduction(reduction), {device, stream});
+      },
+      unlocked());
+  m.def(
+      "cuda_squared_distances",
+      [](const Tensor& x, const Tensor& to, int device, uintptr_t stream) {
+        squared_distances(x, to, {device, stream});
+      },
+      unlocked());
+  m.attr("cuda_rkd_scratch_bytes") = kRkdScratchBytes;
+  const auto bind_rkd = [&](const char* name, auto* function) {
+    m.def(
+        name,
+        [function](const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                   const Tensor& slopes, uintptr_t scratch, double delta, int device,
+                   uintptr_t stream) {
+          function(student, teacher, loss, slopes, reinterpret_cast<void*>(scratch), delta,
+                   {device, stream});
+        },
+        unlocked());
+  };
+  bind_rkd("cuda_rkd_distance", rkd_distance);
+  bind_rkd("cuda_rkd_angle", rkd_angle);
+  m.def("cuda_similarity_scratch_bytes", similarity_scratch_bytes, unlocked());
+  m.def(
+      "cuda_similarity",
+      [](const Tensor& student, const Tensor& teacher, const Tensor& loss, const Tensor& slopes,
+         uintptr_t scratch, int device, uintptr_t stream) {
+        similarity_preserving(student, teacher, loss, slopes, reinterpret_cast<void*>(scratch),
+                              {device, stream});
       },
       unlocked());
   m.def(

@@ -39,6 +39,15 @@ void soft_target_backward(const Tensor& grad_output, const Tensor& student, cons
                           const Tensor& to_teacher, bool in_place, const SoftTargetParameters& p,
                           const Place& place);
 
+// Those that are wanted of the loss, its parts and the student's gradient, for a target that is the
+// weighted mean of the teachers'. grad_output is 1, or a scalar, or one per row. `in_place`: the
+// gradient is that for a grad_output of 1, and stays where it is 1.
+void soft_target_ensemble(const Tensor& student, const Tensors& teachers,
+                          const std::vector<double>& weights, const int64_t* labels,
+                          const Tensor& loss, void* parts, const Tensor& gradient,
+                          const Tensor& grad_output, bool in_place, void* scratch,
+                          const SoftTargetParameters& p, const Place& place);
+
 // The unnormalised map, and the winning channels of max_pow. The arithmetic is that of the map's
 // dtype.
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
@@ -79,6 +88,22 @@ void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor
 void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
                    const Tensors& gradients, bool in_place, double scale, Reduction reduction,
                    const Place& place);
+
+// Squared distances (N, N) in float64 between the rows of x (N, D), in float32 or float64.
+void squared_distances(const Tensor& x, const Tensor& to, const Place& place);
+
+// Relations: the loss, and its slopes (N, N) by the student's squared distances where they are
+// wanted, in float64; those of a pair in both orders are added up.
+constexpr size_t kRkdScratchBytes = sizeof(double) * (4 * kMostBlocks + 6);
+void rkd_distance(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                  const Tensor& slopes, void* scratch, double delta, const Place& place);
+void rkd_angle(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+               const Tensor& slopes, void* scratch, double delta, const Place& place);
+
+// Similarities: the same by the student's Gram matrix. All are of the loss's dtype.
+size_t similarity_scratch_bytes(int64_t rows);
+void similarity_preserving(const Tensor& student, const Tensor& teacher, const Tensor& loss,
+                           const Tensor& slopes, void* scratch, const Place& place);
 
 // Multiplies each gradient in place by the scalar grad_output. Where that is 1, no gradient is
 // touched. All are float32 or float64, and each is one stretch of memory, in whatever order.

@@ -112,12 +112,27 @@ struct Memory {
 };
 static_assert(sizeof(Memory) == kSoftTargetScratchBytes);
 
+}  // namespace
+
 void clear(void* p, int64_t elements, DType dtype, const Stream& stream) {
   if (p != nullptr && elements > 0)
     check(cudaMemsetAsync(p, 0, size_t(elements * size_of(dtype)), stream.handle), "clearing");
 }
 
-}  // namespace
+Scratch prepare(Call& call, void* scratch, const Stream& stream) {
+  auto* const memory = static_cast<Memory*>(scratch);
+  call.partial = memory->partial;
+  if (call.labels != nullptr && call.rows > kCountedByEach) {
+    clear(&memory->kept, 1, DType::f64, stream);
+    call.kept = &memory->kept;
+    Grid grid{1, kCountThreads};
+    grid.blocks = std::min((int64_t(call.rows) + kCountThreads - 1) / kCountThreads,
+                           resident_clusters(count_kernel, grid, stream));
+    launch(count_kernel, grid, stream, call.labels, call.rows, call.ignore_index, &memory->kept);
+  }
+  return {reinterpret_cast<unsigned*>(&memory->counter)};
+}
+
 }  // namespace logits
 
 void soft_target_forward(const Tensor& student, const Tensor& teacher, const int64_t* labels,
@@ -130,22 +145,14 @@ void soft_target_forward(const Tensor& student, const Tensor& teacher, const int
   Call& call = plan.call;
   call.loss = loss.data;
   call.statistics = statistics;
+  if (statistics != nullptr)
+    call.parts = static_cast<char*>(statistics) + int64_t(call.rows) * kCount * size_of(loss.dtype);
   if (call.rows == 0) {
     clear(call.loss, loss.numel(), loss.dtype, stream);
-    clear(call.statistics, kParts, loss.dtype, stream);
+    clear(call.parts, kParts, loss.dtype, stream);
     return;
   }
-  auto* const memory = static_cast<Memory*>(scratch);
-  call.partial = memory->partial;
-  if (labels != nullptr && call.rows > kCountedByEach) {
-    clear(&memory->kept, 1, DType::f64, stream);
-    call.kept = &memory->kept;
-    Grid grid{1, kCountThreads};
-    grid.blocks = std::min((int64_t(call.rows) + kCountThreads - 1) / kCountThreads,
-                           resident_clusters(count_kernel, grid, stream));
-    launch(count_kernel, grid, stream, labels, call.rows, p.ignore_index, &memory->kept);
-  }
-  const Scratch own{reinterpret_cast<unsigned*>(&memory->counter)};
+  const Scratch own = prepare(call, scratch, stream);
   if (plan.are_columns)
     launch_columns(call, own, stream);
   else if (is_double(call) || !launch_rows(call, own, stream))

@@ -43,8 +43,9 @@ struct Call {
   float binary;    // log2(e) / T
   double inverse;  // 1 / T, as `binary` has it unless the arithmetic is double
 
-  void* loss;
+  void* loss;                      // absent in a backward call of ensembles
   void* statistics;                // or absent
+  void* parts;                     // of the loss, or absent
   double* partial;                 // (KL, cross-entropy) of each block
   const unsigned long long* kept;  // rows that count, where they were counted before; or absent
 
@@ -320,13 +321,18 @@ __device__ __forceinline__ double divisor_of(const Call& call, double kept) {
   return divisor > 0 ? divisor : 1;
 }
 
+template <class A>
+__device__ void write_losses(const Call& call, uint32_t row, const Losses& losses) {
+  if (call.reduction == Reduction::none && call.loss != nullptr)
+    static_cast<A*>(call.loss)[row] =
+        A(weighted(call.soft_weight, losses.kl) + weighted(call.hard_weight, losses.ce));
+}
+
 // Writes what is asked for of one row; an ignored one has no sums.
 template <class A>
 __device__ void write_row(const Call& call, uint32_t row, const Sums<A>& sums,
                           const Losses& losses) {
-  if (call.reduction == Reduction::none)
-    static_cast<A*>(call.loss)[row] =
-        A(weighted(call.soft_weight, losses.kl) + weighted(call.hard_weight, losses.ce));
+  write_losses<A>(call, row, losses);
   if (call.statistics == nullptr) return;
   A* to = static_cast<A*>(call.statistics) + int64_t(row) * kCount;
   to[kStudentMax] = sums.student_max;
@@ -349,7 +355,8 @@ __device__ void write_loss(const Call& call, Losses total, double kept, const Ti
     __syncthreads();
     return x;
   };
-  if (call.reduction == Reduction::none && call.statistics == nullptr) return;
+  const bool is_reduced = call.reduction != Reduction::none && call.loss != nullptr;
+  if (!is_reduced && call.parts == nullptr) return;
   total = over_block(total);
   if (threadIdx.x == 0) {
     call.partial[2 * blockIdx.x] = total.kl;
@@ -365,11 +372,11 @@ __device__ void write_loss(const Call& call, Losses total, double kept, const Ti
   if (threadIdx.x != 0) return;
   const double divisor = divisor_of(call, kept);
   const double soft = total.kl / divisor, hard = total.ce / divisor;
-  if (call.reduction != Reduction::none)
+  if (is_reduced)
     *static_cast<A*>(call.loss) =
         A(weighted(call.soft_weight, soft) + weighted(call.hard_weight, hard));
-  if (call.statistics == nullptr) return;
-  A* parts = static_cast<A*>(call.statistics) + int64_t(call.rows) * kCount;
+  if (call.parts == nullptr) return;
+  A* const parts = static_cast<A*>(call.parts);
   parts[0] = A(hard);
   parts[1] = A(soft);
   parts[2] = A(kept);

@@ -37,6 +37,12 @@ struct Scratch {
   Tickets tickets(const Stream& stream) const { return cuda::tickets(stream, counter); }
 };
 
+// Gives a call its place for the sums of blocks, and counts its labels where they are many.
+Scratch prepare(Call& call, void* scratch, const Stream& stream);
+
+// Fills memory with zeros, if there is any.
+void clear(void* p, int64_t elements, DType dtype, const Stream& stream);
+
 // The columns form knows no float64, and neither do rows, which returns whether it has served the
 // call.
 void launch_columns(const Call& call, const Scratch& scratch, const Stream& stream);

@@ -121,6 +121,40 @@ def soft_target_backward(
     )
 
 
+def soft_target_ensemble(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: tuple[float, ...],
+    labels: Tensor | None,
+    loss: Tensor | None,
+    parts: Tensor | None,
+    gradient: Tensor | None,
+    grad_output: Tensor | None,
+    p: "soft_target_ops.Parameters",
+    in_place: bool = False,
+) -> None:
+    """Fill those that are wanted of the loss, its parts, and the student's gradient."""
+    if grad_output is not None:
+        grad_output = as_buffer(grad_output, compute_dtype(student, *teachers))
+    if labels is not None:
+        labels = labels.contiguous()
+    module = loaded()
+    scratch = _scratch(student, module.cuda_soft_target_scratch_bytes)
+    module.cuda_soft_target_ensemble(
+        view(student),
+        views(*teachers),
+        weights,
+        address(labels),
+        *views(loss),
+        address(parts),
+        *views(gradient, grad_output),
+        in_place,
+        scratch.data_ptr(),
+        soft_target_parameters(p, 0),
+        *_place(student),
+    )
+
+
 def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:
     """Multiply each gradient in place by a scalar, which is read on the device."""
     loaded().cuda_multiply(views(*gradients), view(grad_output), *_place(grad_output))
@@ -225,3 +259,36 @@ def attention_backward(
         map_parameters(p, 0),
         *_place(grad_output),
     )
+
+
+def squared_distances(x: Tensor, to: Tensor) -> None:
+    """Fill the squared distances between the rows of `x`."""
+    loaded().cuda_squared_distances(*views(x, to), *_place(to))
+
+
+def rkd_distance(
+    student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None, delta: float
+) -> None:
+    """Fill the loss on relative distances, and its slopes by the student's squared ones."""
+    module = loaded()
+    scratch = _scratch(loss, module.cuda_rkd_scratch_bytes)
+    sides = views(student, teacher, loss, slopes)
+    module.cuda_rkd_distance(*sides, scratch.data_ptr(), delta, *_place(loss))
+
+
+def rkd_angle(
+    student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None, delta: float
+) -> None:
+    """Fill the loss on angles, and its slopes by the student's squared distances."""
+    module = loaded()
+    scratch = _scratch(loss, module.cuda_rkd_scratch_bytes)
+    sides = views(student, teacher, loss, slopes)
+    module.cuda_rkd_angle(*sides, scratch.data_ptr(), delta, *_place(loss))
+
+
+def similarity(student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None) -> None:
+    """Fill the loss, and its slopes by the student's Gram matrix."""
+    module = loaded()
+    scratch = _scratch(loss, module.cuda_similarity_scratch_bytes(len(student)))
+    sides = views(student, teacher, loss, slopes)
+    module.cuda_similarity(*sides, scratch.data_ptr(), *_place(loss))

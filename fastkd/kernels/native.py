@@ -108,6 +108,44 @@ def soft_target_backward(
     )
 
 
+def soft_target_ensemble(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: tuple[float, ...],
+    labels: Tensor | None,
+    loss: Tensor | None,
+    parts: Tensor | None,
+    gradient: Tensor | None,
+    grad_output: Tensor | None,
+    p: "soft_target_ops.Parameters",
+    in_place: bool = False,
+) -> None:
+    """Fill those that are wanted of the loss, its parts, and the student's gradient.
+
+    The gradient is for `grad_output`, or for 1 without one. `in_place` says that it is that for a
+    `grad_output` of 1: on a GPU it stays where it is 1.
+    """
+    if not student.is_cpu:
+        return cuda.soft_target_ensemble(
+            student, teachers, weights, labels, loss, parts, gradient, grad_output, p, in_place
+        )
+    dtype = compute_dtype(student, *teachers)
+    if grad_output is not None:
+        grad_output = as_buffer(grad_output, dtype)
+    if labels is not None:
+        labels = labels.contiguous()
+    loaded().soft_target_ensemble(
+        view(student),
+        views(*teachers),
+        weights,
+        address(labels),
+        address(loss),
+        address(parts),
+        *views(gradient, grad_output),
+        soft_target_parameters(p, torch.get_num_threads()),
+    )
+
+
 def attention_map_forward(
     features: Tensor, raw: Tensor, winners: Tensor, p: "attention_ops.MapParameters"
 ) -> None:
@@ -214,6 +252,38 @@ def hint_backward(
         views(*gradients),
         _hint(p, torch.get_num_threads()),
     )
+
+
+def squared_distances(x: Tensor, to: Tensor) -> None:
+    """Fill the squared distances between the rows of a contiguous matrix."""
+    if not x.is_cpu:
+        return cuda.squared_distances(x, to)
+    loaded().squared_distances(*views(x, to), torch.get_num_threads())
+
+
+def rkd_distance(
+    student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None, delta: float
+) -> None:
+    """From squared distances, fill the loss and its derivatives by the student's."""
+    if not student.is_cpu:
+        return cuda.rkd_distance(student, teacher, loss, slopes, delta)
+    loaded().rkd_distance(*views(student, teacher, loss, slopes), delta, torch.get_num_threads())
+
+
+def rkd_angle(
+    student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None, delta: float
+) -> None:
+    """From squared distances, fill the loss and its derivatives by the student's."""
+    if not student.is_cpu:
+        return cuda.rkd_angle(student, teacher, loss, slopes, delta)
+    loaded().rkd_angle(*views(student, teacher, loss, slopes), delta, torch.get_num_threads())
+
+
+def similarity(student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | None) -> None:
+    """From Gram matrices, fill the loss and its derivatives by the student's."""
+    if not student.is_cpu:
+        return cuda.similarity(student, teacher, loss, slopes)
+    loaded().similarity(*views(student, teacher, loss, slopes), torch.get_num_threads())
 
 
 def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:

@@ -10,7 +10,11 @@ ON_GPUS = frozenset(
         "attention_map",
         "attention_transfer_loss",
         "distillation_loss",
+        "fsp_loss",
         "hint_loss",
+        "rkd_angle_loss",
+        "rkd_distance_loss",
+        "similarity_preserving_loss",
         "soft_target_loss",
     }
 )

@@ -1,6 +1,7 @@
-"""Soft targets (Hinton et al. 2014), alone and together with the hard labels."""
+"""Soft targets (Hinton et al. 2014) of one or several teachers, alone and with the hard labels."""
 
-from typing import Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from fastkd.dispatch import Backend, is_transformed, select
 from fastkd.losses import checks
 from fastkd.ops.soft_target import Parameters, soft_target, soft_target_parts
+from fastkd.ops.soft_target_ensemble import soft_target_ensemble, soft_target_ensemble_parts
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_MOST_TEACHERS = 64
 
 
 class DistillationParts(NamedTuple):
@@ -29,12 +32,13 @@ class DistillationParts(NamedTuple):
 
 def soft_target_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     *,
     temperature: float = 1.0,
     scale_t2: bool = True,
     reduction: str = "batchmean",
     dim: int = -1,
+    teacher_weights: Sequence[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""The KL divergence from the student's softened distribution to the teacher's.
@@ -47,18 +51,23 @@ def soft_target_loss(
         student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
             float64. `-inf` excludes a class.
         teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one.
+            if it requires one. A list or tuple of up to 64 such tensors is an ensemble, with the
+            target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of logits.
         temperature: T, above 0.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
         reduction: `"none"` for one loss per row (the input's shape without `dim`), `"sum"`,
             `"batchmean"` for the sum over the number of rows, `"mean"` for the sum over
             rows × classes (what `torch.nn.KLDivLoss` calls mean: K times smaller).
         dim: the dimension of the classes.
+        teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
+            which are divided by their sum; None weighs all teachers alike. A teacher of weight 0 is
+            not looked at.
         backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
 
     Returns:
         The loss in float32 (float64 if an input is float64). 0 for an empty batch; `+inf` for a
-        row in which only the student excludes a class; NaN for a row that holds NaN.
+        row in which the student excludes a class that a teacher does not; NaN for a row that holds
+        NaN.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -66,31 +75,39 @@ def soft_target_loss(
         BackendUnavailableError: the backend asked for cannot serve these tensors.
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
-    section 2.
+    section 2; section 1 for ensembles, of which this takes the arithmetic mean.
     """
-    dim = _check_logits(student_logits, teacher_logits, dim)
+    dim, teachers, weights, unused = _check_logits(
+        student_logits, teacher_logits, teacher_weights, dim
+    )
     temperature = checks.number("temperature", temperature, above=0)
     checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    chosen = select("soft_target_loss", (student_logits, teacher_logits), backend)
+    chosen = select("soft_target_loss", (student_logits, *teachers), backend)
     if chosen == "reference":
-        return reference.soft_target_loss(
+        loss = reference.soft_target_loss(
             student_logits,
-            teacher_logits,
+            teachers,
+            weights,
             temperature=temperature,
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
         )
+        return _tied(loss, unused)
     weight = temperature * temperature if scale_t2 else 1.0
     parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, dim, chosen)
-    return soft_target(student_logits, teacher_logits, None, parameters)
+    if len(teachers) == 1:
+        loss = soft_target(student_logits, teachers[0], None, parameters)
+    else:
+        loss = soft_target_ensemble(student_logits, teachers, weights, None, parameters)
+    return _tied(loss, unused)
 
 
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     *,
     temperature: float = ...,
@@ -99,6 +116,7 @@ def distillation_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     dim: int = ...,
+    teacher_weights: Sequence[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
@@ -107,7 +125,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     *,
     temperature: float = ...,
@@ -116,6 +134,7 @@ def distillation_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     dim: int = ...,
+    teacher_weights: Sequence[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
 ) -> DistillationParts: ...
@@ -123,7 +142,7 @@ def distillation_loss(
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     *,
     temperature: float = 4.0,
@@ -132,6 +151,7 @@ def distillation_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
+    teacher_weights: Sequence[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | DistillationParts:
@@ -145,7 +165,8 @@ def distillation_loss(
         student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
             float64. `-inf` excludes a class.
         teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one.
+            if it requires one. A list or tuple of up to 64 such tensors is an ensemble, with the
+            target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of logits.
         labels: int64 classes, of the logits' shape without `dim`.
         temperature: T, above 0, of the soft term only.
         soft_weight: the weight of the soft term; 0 switches it off.
@@ -155,6 +176,9 @@ def distillation_loss(
         label_smoothing: in [0, 1]; the hard target is `(1 - label_smoothing) * one_hot +
             label_smoothing / K`.
         dim: the dimension of the classes.
+        teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
+            which are divided by their sum; None weighs all teachers alike. A teacher of weight 0 is
+            not looked at.
         return_parts: return a `DistillationParts` in place of the loss.
         backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
 
@@ -173,21 +197,24 @@ def distillation_loss(
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
     section 2 (the weighted average of two objectives).
     """
-    dim = _check_logits(student_logits, teacher_logits, dim)
+    dim, teachers, weights, unused = _check_logits(
+        student_logits, teacher_logits, teacher_weights, dim
+    )
     temperature = checks.number("temperature", temperature, above=0)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     checks.flag("return_parts", return_parts)
     _check_labels(student_logits, labels, ignore_index, dim)
-    chosen = select("distillation_loss", (student_logits, teacher_logits), backend, (labels,))
+    chosen = select("distillation_loss", (student_logits, *teachers), backend, (labels,))
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         _check_label_range(labels, student_logits.shape[dim], ignore_index)
     if chosen == "reference":
         loss, hard, soft = reference.distillation_loss(
             student_logits,
-            teacher_logits,
+            teachers,
+            weights,
             labels,
             temperature=temperature,
             soft_weight=soft_weight,
@@ -196,6 +223,7 @@ def distillation_loss(
             label_smoothing=label_smoothing,
             dim=dim,
         )
+        loss = _tied(loss, unused)
         return DistillationParts(loss, hard.detach(), soft.detach()) if return_parts else loss
     t2 = temperature * temperature
     parameters = Parameters(
@@ -209,15 +237,41 @@ def distillation_loss(
         chosen,
     )
     if not return_parts:
-        return soft_target(student_logits, teacher_logits, labels, parameters)
-    loss, hard, kl = soft_target_parts(student_logits, teacher_logits, labels, parameters)
-    return DistillationParts(loss, hard, kl * t2)
+        if len(teachers) == 1:
+            loss = soft_target(student_logits, teachers[0], labels, parameters)
+        else:
+            loss = soft_target_ensemble(student_logits, teachers, weights, labels, parameters)
+        return _tied(loss, unused)
+    if len(teachers) == 1:
+        loss, hard, kl = soft_target_parts(student_logits, teachers[0], labels, parameters)
+    else:
+        loss, hard, kl = soft_target_ensemble_parts(
+            student_logits, teachers, weights, labels, parameters
+        )
+    return DistillationParts(_tied(loss, unused), hard, kl * t2)
 
 
-def _check_logits(student: Tensor, teacher: Tensor, dim: int) -> int:
-    checks.floating(("student_logits", student), ("teacher_logits", teacher))
-    checks.same_device("student_logits", student, "teacher_logits", teacher)
-    checks.same_shape("student_logits", student, "teacher_logits", teacher)
+def _tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:
+    """The loss, towards which a teacher of weight 0 that requires a gradient has one of 0."""
+    for teacher in unused:
+        if teacher.requires_grad:
+            loss = loss + reference.zero(teacher).to(loss.dtype)
+    return loss
+
+
+def _check_logits(
+    student: Tensor, teacher: Any, weights: Any, dim: int
+) -> tuple[int, list[Tensor], list[float], list[Tensor]]:
+    """The classes' dimension, the teachers with their weights, and the teachers of weight 0."""
+    is_ensemble = isinstance(teacher, list | tuple)
+    teachers = list(teacher) if is_ensemble else [teacher]
+    names = [
+        f"teacher_logits[{i}]" if is_ensemble else "teacher_logits" for i in range(len(teachers))
+    ]
+    checks.floating(("student_logits", student), *zip(names, teachers, strict=True))
+    for name, one in zip(names, teachers, strict=True):
+        checks.same_device("student_logits", student, name, one)
+        checks.same_shape("student_logits", student, name, one)
     if student.ndim == 0:
         raise ValueError("logits must have at least one dimension, got shape ()")
     dim = checks.dimension("dim", dim, student.ndim)
@@ -225,7 +279,45 @@ def _check_logits(student: Tensor, teacher: Tensor, dim: int) -> int:
         raise ValueError(
             f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
         )
-    return dim
+    if not 1 <= len(teachers) <= _MOST_TEACHERS:
+        raise ValueError(
+            f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
+        )
+    if weights is None:
+        return dim, teachers, [1 / len(teachers)] * len(teachers), []
+    if not is_ensemble:
+        raise ValueError(
+            "teacher_weights needs a list or tuple of teachers as teacher_logits, got one tensor"
+        )
+    shares = _check_weights(weights, len(teachers))
+    both = list(zip(teachers, shares, strict=True))
+    return (
+        dim,
+        [t for t, share in both if share > 0],
+        [share for share in shares if share > 0],
+        [t for t, share in both if share == 0],
+    )
+
+
+def _check_weights(weights: Any, teachers: int) -> list[float]:
+    """Their shares of the sum."""
+    if not isinstance(weights, list | tuple):
+        raise TypeError(
+            f"teacher_weights must be a list or tuple of numbers, got {type(weights).__name__}"
+        )
+    if len(weights) != teachers:
+        raise ValueError(
+            f"teacher_weights must hold one number for each of {teachers} teachers, "
+            f"got {len(weights)}"
+        )
+    numbers = [checks.number(f"teacher_weights[{i}]", w, at_least=0) for i, w in enumerate(weights)]
+    largest = max(numbers)
+    if largest == 0:
+        raise ValueError(f"teacher_weights must not all be 0, got {list(weights)}")
+    # Divided twice, because a sum of large weights may overflow.
+    numbers = [number / largest for number in numbers]
+    total = sum(numbers)
+    return [number / total for number in numbers]
 
 
 def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -> None:

@@ -30,7 +30,7 @@ from fastkd.reference.precision import compute_dtype
 STATISTICS = 7
 PARTS = 3
 
-_PARAMETERS = (
+PARAMETERS = (
     "float temperature, float soft_weight, float hard_weight, float label_smoothing, "
     "int ignore_index, str reduction, int dim, str backend"
 )
@@ -71,7 +71,7 @@ def _outputs(
 
 @define(
     "soft_target_forward(Tensor student, Tensor teacher, Tensor? labels, bool with_statistics, "
-    f"bool with_gradient, {_PARAMETERS}) -> (Tensor loss, Tensor statistics, Tensor gradient)",
+    f"bool with_gradient, {PARAMETERS}) -> (Tensor loss, Tensor statistics, Tensor gradient)",
     _outputs,
     Parameters,
 )
@@ -107,7 +107,7 @@ def _gradients(
 
 @define(
     "soft_target_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor? labels, "
-    f"Tensor statistics, bool to_student, bool to_teacher, {_PARAMETERS}) -> (Tensor, Tensor)",
+    f"Tensor statistics, bool to_student, bool to_teacher, {PARAMETERS}) -> (Tensor, Tensor)",
     _gradients,
     Parameters,
 )
@@ -130,7 +130,7 @@ def backward(
 
 @define(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, Tensor teacher, "
-    f"Tensor? labels, Tensor statistics, bool in_place, {_PARAMETERS}) -> ()",
+    f"Tensor? labels, Tensor statistics, bool in_place, {PARAMETERS}) -> ()",
     lambda *_: None,
     Parameters,
 )

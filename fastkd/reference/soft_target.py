@@ -1,4 +1,9 @@
-"""Soft targets (Hinton et al. 2014), alone and with the hard labels."""
+"""Soft targets (Hinton et al. 2014), alone and with the hard labels.
+
+`teachers` are one or several; `weights`, which sum to 1, belong to them in turn.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +34,26 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -
     return (1 - label_smoothing) * rows - label_smoothing * log_q.mean(-1)
 
 
-def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`KL(softmax(teacher/T) || softmax(student/T))` along the last dimension."""
-    log_p = log_softmax(teacher, temperature)
+def target(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The mean of the teachers' probabilities, not of their logits; and its logarithm."""
+    logs = [log_softmax(t, temperature) for t in teachers]
+    if len(logs) == 1:
+        return logs[0].exp(), logs[0]
+    p = torch.stack([w * log.exp() for w, log in zip(weights, logs, strict=True)]).sum(0)
+    # Where p underflows its logarithm is multiplied by 0, and must be finite.
+    return p, p.masked_fill(p == 0, 1).log()
+
+
+def kl_rows(
+    student: Tensor, teachers: Sequence[Tensor], weights: Sequence[float], temperature: float
+) -> Tensor:
+    """`KL(sum(w * softmax(teacher/T)) || softmax(student/T))` along the last dimension."""
+    p, log_p = target(teachers, weights, temperature)
     log_q = log_softmax(student, temperature)
-    p = log_p.exp()
-    # A class that the teacher excludes contributes 0, and (-inf) - (-inf) would be NaN.
-    excluded = teacher == -torch.inf
+    # A class that every teacher excludes contributes 0, and (-inf) - (-inf) would be NaN.
+    excluded = torch.stack([t == -torch.inf for t in teachers]).all(0)
     difference = log_p.masked_fill(excluded, 0) - log_q.masked_fill(excluded, 0)
     # One that only the student excludes is infinite, even where p underflows and 0 * inf is NaN.
     infinite = (student == -torch.inf) & ~excluded & (p == 0)
@@ -44,7 +62,8 @@ def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def soft_target_loss(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
     *,
     temperature: float,
     scale_t2: bool,
@@ -52,9 +71,9 @@ def soft_target_loss(
     dim: int,
 ) -> Tensor:
     """`T^2 * KL(p || q)` of each row, reduced."""
-    dtype = compute_dtype(student, teacher)
-    student, teacher = (x.to(dtype).movedim(dim, -1) for x in (student, teacher))
-    rows = kl_rows(student, teacher, temperature)
+    dtype = compute_dtype(student, *teachers)
+    student, *teachers = (x.to(dtype).movedim(dim, -1) for x in (student, *teachers))
+    rows = kl_rows(student, teachers, weights, temperature)
     if scale_t2:
         rows = rows * temperature**2
     if reduction == "none":
@@ -65,7 +84,8 @@ def soft_target_loss(
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
     labels: Tensor,
     *,
     temperature: float,
@@ -76,13 +96,13 @@ def distillation_loss(
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * KL`, over kept rows."""
-    dtype = compute_dtype(student, teacher)
+    dtype = compute_dtype(student, *teachers)
     classes = student.shape[dim]
     kept = (labels != ignore_index).reshape(-1)
     # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
-    student, teacher = (
+    student, *teachers = (
         x.to(dtype).movedim(dim, -1).reshape(-1, classes).masked_fill(~kept[:, None], 0)
-        for x in (student, teacher)
+        for x in (student, *teachers)
     )
     count = kept.sum().clamp(min=1)
     # A weight of 0 switches its term off, also where the term is infinite or NaN.
@@ -91,8 +111,8 @@ def distillation_loss(
         rows = cross_entropy_rows(student, classes_kept, label_smoothing)
         hard = rows.masked_fill(~kept, 0).sum() / count
     with torch.set_grad_enabled(torch.is_grad_enabled() if soft_weight else False):
-        soft = kl_rows(student, teacher, temperature).sum() * temperature**2 / count
-    loss = _zero(student) + _zero(teacher)
+        soft = kl_rows(student, teachers, weights, temperature).sum() * temperature**2 / count
+    loss = sum(map(zero, teachers), zero(student))
     if hard_weight:
         loss = loss + hard_weight * hard
     if soft_weight:
@@ -100,6 +120,6 @@ def distillation_loss(
     return loss, hard, soft
 
 
-def _zero(x: Tensor) -> Tensor:
+def zero(x: Tensor) -> Tensor:
     """0, with a gradient of 0, whatever `x` holds."""
     return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0).sum()

@@ -49,10 +49,34 @@ DEMANDS = {
     ],
     # A warp's accesses lie side by side, and a thread's are of one element.
     "soft_target_columns": [Demand("soft_target_columns_kernel<")],
+    # Of every dtype that a vector may have, and for zeros.
+    "soft_target_ensemble": [
+        Demand("soft_target_ensemble_passes_kernel<double"),
+        Demand("soft_target_ensemble_passes_kernel<float", loads=16, stores=8),
+    ],
+    "soft_target_ensemble_rows": [
+        Demand("soft_target_ensemble_rows_kernel<(Scope)2", loads=16, stores=24, since=90),
+        Demand("soft_target_ensemble_rows_kernel<", loads=16, stores=12),
+    ],
     "soft_target_backward": [
         Demand("soft_target_backward_rows_kernel<double"),
         Demand("soft_target_backward_rows_kernel<", loads=2, stores=2),
         Demand("soft_target_backward_columns_kernel<"),
+    ],
+    # A warp's accesses lie side by side, and cost little beside what is computed.
+    "rkd": [
+        Demand("squared_distances_kernel<"),
+        Demand("rkd_totals_kernel", shared="SumsOfTotals"),
+        Demand("rkd_distance_kernel", shared="SumsOfLoss"),
+        Demand("rkd_slopes_kernel"),
+    ],
+    "rkd_angle": [
+        Demand("rkd_angle_kernel<1", shared="SharedOfPair"),
+        Demand("rkd_angle_kernel<2", shared="SharedOfPairs"),
+    ],
+    "similarity": [
+        Demand("similarity_rows_kernel<", shared="Shared"),
+        Demand("similarity_slopes_kernel<", shared="Transposed"),
     ],
     "multiply": [Demand("multiply_kernel<", loads=4, stores=4)],
     "problem": [Demand("any_kernel")],

@@ -25,7 +25,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import attention, hint, multiply, soft_target
+from fastkd.kernels.triton import (
+    attention,
+    hint,
+    multiply,
+    rkd,
+    similarity,
+    soft_target,
+    soft_target_ensemble,
+)
 from fastkd.ops.attention import MapParameters, TransferParameters
 from fastkd.ops.hint import Parameters
 from fastkd.ops.soft_target import PARTS, STATISTICS
@@ -72,6 +80,7 @@ _ELEMENTWISE = {
     multiply.scale,
     soft_target.logits_forward,
     soft_target.logits_backward,
+    soft_target_ensemble.logits_ensemble,
 }
 
 
@@ -162,7 +171,9 @@ def regimes() -> Iterator[Regime]:
         call = functools.partial(multiply.multiply, [gradient], _features())
         yield Regime(f"{name}, multiply", call, _FEW if name in _GRADIENTS else None)
     yield from soft_target_regimes()
+    yield from ensemble_regimes()
     yield from attention_regimes()
+    yield from relation_regimes()
 
 
 def soft_target_regimes() -> Iterator[Regime]:
@@ -265,6 +276,81 @@ _NARROW_LOGITS = {
 }
 
 
+def ensemble_regimes() -> Iterator[Regime]:
+    for name, (sides, dim, names) in _ENSEMBLES.items():
+        for use, launch, narrow in _uses_of_ensembles(sides, dim):
+            if use in names:
+                is_wide = name not in _NARROW_ENSEMBLES
+                yield Regime(f"{name}, {use}", launch, narrow if is_wide else None)
+
+
+def _uses_of_ensembles(sides: Sequence[Tensor], dim: int) -> list[Regime]:
+    """Of a student and teachers; each is named after the use."""
+    student, *teachers = sides
+    dtype = compute_dtype(*sides)
+    weights = (1 / len(teachers),) * len(teachers)
+    gradient = torch.empty_like(student)
+    labels = student.new_empty(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.int64)
+    scalar, row = student.new_empty((), dtype=dtype), torch.empty_like(labels, dtype=dtype)
+    parts = student.new_empty(PARTS, dtype=dtype)
+    soft = SoftTargetParameters(4.0, 16.0, 0.0, 0.0, -100, "batchmean", dim, "triton")
+    hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
+    by_row = soft._replace(reduction="none")
+
+    def call(*args: Any) -> Callable[[], None]:
+        function = soft_target_ensemble.soft_target_ensemble
+        return functools.partial(function, student, teachers, weights, *args)
+
+    return [
+        # Narrow are labels, their logits, the rows that count, first logits, and sums.
+        Regime("hard", call(labels, scalar, parts, gradient, None, hard), Narrow(7, 3)),
+        Regime("soft", call(None, scalar, None, gradient, None, soft), Narrow(0, 3)),
+        Regime("loss only", call(None, scalar, None, None, None, soft), Narrow(0, 3)),
+        Regime("by row", call(None, row, None, None, None, by_row), Narrow(0, 4)),
+        Regime("backward", call(labels, None, None, gradient, scalar, hard, True), Narrow(4, 0)),
+        Regime("backward by row", call(None, None, None, gradient, row, by_row), Narrow(1, 0)),
+    ]
+
+
+_LOGITS_OF_3 = {
+    (classes, dtype): [_features(512, classes, dtype=dtype)] * 3
+    for classes in (10, 1000, 4096, 32000)
+    for dtype in (float32, bfloat16)
+}
+
+# A student and its teachers, the dimension of the classes, and the uses that are compiled.
+_ENSEMBLES: dict[str, tuple[list[Tensor], int, set[str]]] = {
+    "2 teachers, 1,000 classes": (
+        _LOGITS_OF_3[1000, float32],
+        1,
+        {"hard", "soft", "loss only", "by row", "backward", "backward by row"},
+    ),
+    "2 teachers, 1,000 classes, bfloat16": (_LOGITS_OF_3[1000, bfloat16], 1, {"soft", "backward"}),
+    "3 teachers, 1,000 classes, of each dtype": (
+        [_features(512, 1000, dtype=dtype) for dtype in (bfloat16, float16, float32, bfloat16)],
+        1,
+        {"hard"},
+    ),
+    "2 teachers, 4,096 classes": (_LOGITS_OF_3[4096, float32], 1, {"hard"}),
+    "2 teachers, 4,096 classes, bfloat16": (_LOGITS_OF_3[4096, bfloat16], 1, {"hard"}),
+    "2 teachers, 32,000 classes": (_LOGITS_OF_3[32000, float32], 1, {"backward"}),
+    "2 teachers, 32,000 classes, bfloat16": (
+        _LOGITS_OF_3[32000, bfloat16],
+        1,
+        {"hard", "loss only"},
+    ),
+    "2 teachers, 5,000 classes, float64": (
+        [_features(512, 5000, dtype=float64)] * 2 + [_features(512, 5000)],
+        1,
+        {"hard"},
+    ),
+    "2 teachers, 10 classes": (_LOGITS_OF_3[10, float32], 1, {"hard"}),
+    "2 teachers, rows side by side": ([_MAPS, _MAPS, _channels_last(_MAPS)], 1, {"hard"}),
+}
+# Of which some elements are accessed less than 16 bytes at a time.
+_NARROW_ENSEMBLES = {"2 teachers, 10 classes", "2 teachers, rows side by side"}
+
+
 def attention_regimes() -> Iterator[Regime]:
     for name, (features, channel_dim) in _FEATURES.items():
         is_wide = name not in _NARROW_FEATURES
@@ -361,6 +447,23 @@ _FEATURES = {
 }
 # Of which elements are accessed less than 16 bytes at a time.
 _NARROW_FEATURES = {"7 × 7", "14 × 14, bfloat16", "cropped"}
+
+
+def relation_regimes() -> Iterator[Regime]:
+    for dtype in (float32, float64):
+        loss, squares = _features(dtype=dtype), _features(500, 500, dtype=float64)
+        rows, grams = _features(500, 70, dtype=dtype), squares.to(dtype)
+        call: Callable[..., None] = functools.partial(rkd.squared_distances, rows, squares)
+        yield Regime(f"{dtype}, squared distances", call)
+        for uses, slopes in (("slopes", True), ("loss only", False)):
+            to = squares if slopes else None
+            for kind in (rkd.rkd_distance, rkd.rkd_angle):
+                call = functools.partial(kind, squares, squares, loss, to, 1.0)
+                yield Regime(f"{dtype}, {kind.__name__}, {uses}", call)
+            call = functools.partial(
+                similarity.similarity, grams, grams, loss, grams if slopes else None
+            )
+            yield Regime(f"{dtype}, similarity, {uses}", call)
 
 
 @contextlib.contextmanager

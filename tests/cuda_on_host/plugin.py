@@ -6,12 +6,14 @@ all of the kernels, are the real ones. Every test has its own schedule of the GP
 own kind of GPU, and one in three runs as if into a CUDA graph; FASTKD_TEST_SEED brings them back.
 """
 
+import functools
 import random
 
 import pytest
 
 from fastkd.kernels import compiled, cuda, native
 from fastkd.losses import soft_target
+from fastkd.ops.soft_target import Parameters
 
 # Half of the tests on the device that has clusters of blocks, half on one that has none.
 _WITH_CLUSTERS = 0
@@ -25,16 +27,22 @@ def pytest_configure():
     for part in ("map_forward", "transfer_forward", "backward"):
         setattr(native, f"attention_{part}", getattr(cuda, f"attention_{part}"))
     native.multiply = cuda.multiply
-    native.soft_target_forward = _with_checked_labels(cuda.soft_target_forward)
+    for function in ("squared_distances", "rkd_distance", "rkd_angle", "similarity"):
+        setattr(native, function, getattr(cuda, function))
+    native.soft_target_forward = _with_checked_labels(cuda.soft_target_forward, 2)
+    native.soft_target_ensemble = _with_checked_labels(cuda.soft_target_ensemble, 3)
 
 
-def _with_checked_labels(forward):
+def _with_checked_labels(function, place):
     """On a CPU, where these tensors are, a label that is no class is an error."""
 
-    def checked(student, teacher, labels, loss, statistics, gradient, p):
+    @functools.wraps(function)
+    def checked(student, *args):
+        p = next(arg for arg in args if isinstance(arg, Parameters))
+        labels = args[place - 1]
         if labels is not None:
             soft_target._check_label_range(labels, student.shape[p.dim], p.ignore_index)
-        forward(student, teacher, labels, loss, statistics, gradient, p)
+        function(student, *args)
 
     return checked
 

@@ -42,6 +42,7 @@ ON_THE_DEVICE = tuple(
     for name in (
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
+        *("rkd", "similarity", "fsp", "relation_regimes"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -51,10 +52,16 @@ FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or extreme",
     "hints": "hint",
+    "relations": "rkd or similarity or relation or fsp",
 }
-_WORKLOADS = {"attention": "attention", "logits": "soft", "hints": "hint"}
+_WORKLOADS = {
+    "attention": ("attention",),
+    "logits": ("soft",),
+    "hints": ("hint",),
+    "relations": ("rkd", "similarity"),
+}
 # Seconds of their benchmarks in bfloat16 and float32.
-_LIMITS = {"attention": (75, 75), "logits": (90, 55), "hints": (35, 35)}
+_LIMITS = {"attention": (75, 75), "logits": (90, 55), "hints": (35, 35), "relations": (40, 40)}
 _DTYPES = ("bfloat16", "float32")
 ONLY_ON_A_GPU = ("tests/test_cuda.py", "tests/test_cuda_large.py")
 # One needs a network, and one more time than there is.
@@ -164,7 +171,7 @@ def _benchmark(program: str, out: Path, *options: str) -> list[str]:
 
 
 def _benchmarks(out: Path, losses: str, dtype: str, limit: float) -> Part:
-    options = ("--filter", _WORKLOADS[losses], "--dtype", dtype, "--seconds", "0.3")
+    options = ("--filter", *_WORKLOADS[losses], "--dtype", dtype, "--seconds", "0.3")
     command = _benchmark("benchmarks", out / f"{losses}-{dtype}", *options)
     return Part(f"benchmarks: {losses}, {dtype}", command, limit)
 
@@ -273,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="only the build and parts whose names have it"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="all in all (default: %(default)g)"
+    )
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     import torch
@@ -287,7 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     todo = stages(out, capability)
-    results = run_all(only(todo, options.only) if options.only else todo, out)
+    chosen = only(todo, options.only) if options.only else todo
+    results = run_all(chosen, out, seconds=options.seconds)
     print(table(results), flush=True)
     return 1 if {r.status for r in results} & {"failed", "timed out"} else 0
 

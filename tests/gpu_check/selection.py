@@ -29,6 +29,8 @@ KINDS = (
     *({"kind": kind, "p": p} for kind in ("sum_pow", "max_pow") for p in (None, 1.5)),
 )
 DISTANCES = ({"distance": "mse"}, *({"order": order} for order in (None, 1.0, 3.0, math.inf)))
+# Part of a tile of pairs, and several.
+BATCHES = (5, 33, 70)
 TOLERANCE = 1e-2  # what a half-precision gradient is rounded to; wrong addresses show at once
 
 
@@ -128,8 +130,15 @@ def attention(backend: str) -> int:
     return runs
 
 
-def distillation(student: Tensor, teacher: Tensor, *, labels: Tensor, **keywords) -> Tensor:
+def distillation(
+    student: Tensor, teacher: Tensor | list[Tensor], *, labels: Tensor, **keywords
+) -> Tensor:
     return fastkd.distillation_loss(student, teacher, labels.to(student.device), **keywords)
+
+
+def ensemble(student: Tensor, *teachers: Tensor, **keywords) -> Tensor:
+    weights = range(1, len(teachers) + 1)
+    return distillation(student, list(teachers), teacher_weights=list(weights), **keywords)
 
 
 def logits(backend: str) -> int:
@@ -145,12 +154,38 @@ def logits(backend: str) -> int:
                 check(soft, pair, backend, count)
                 check(partial(distillation, labels=labels, **keywords), pair, backend, count)
                 runs += 2
+            sides = [pair[0], *(layout(x) for x in draw(shape, (*dtypes, DTYPES[2])))]
+            check(partial(ensemble, labels=labels, **keywords), sides, backend, 1)
+            runs += 1
+    return runs
+
+
+def relations(backend: str) -> int:
+    """Batches around the tiles of pairs; both losses on either side of other widths."""
+    runs = 0
+    losses = (
+        *(
+            partial(function, delta=delta)
+            for function in (fastkd.rkd_distance_loss, fastkd.rkd_angle_loss)
+            for delta in (1.0, 0.1)
+        ),
+        fastkd.similarity_preserving_loss,
+    )
+    for dtypes, batch in itertools.product(LOGITS_DTYPES, BATCHES):
+        for loss, count in itertools.product(losses, (1, 2)):
+            student, teacher = (
+                draw((batch, width), (dtype,))[0]
+                for width, dtype in zip((40, 33), dtypes, strict=True)
+            )
+            check(loss, (student, teacher), backend, count)
+            runs += 1
     return runs
 
 
 def main(backend: str, losses: str) -> None:
     torch.manual_seed(0)
-    runs = {"attention": attention, "hints": hints, "logits": logits}[losses](backend)
+    every = {"attention": attention, "hints": hints, "logits": logits, "relations": relations}
+    runs = every[losses](backend)
     print(f"{backend}: {runs} calls agree with float64")
 
 

@@ -38,7 +38,7 @@ _LABELS = 4 * TILE
 _ROW = tl.constexpr(7)
 _PARTS = 3
 
-_BY_ROWS = frozenset({"batchmean", "mean"})
+BY_ROWS = frozenset({"batchmean", "mean"})
 
 
 @triton.jit(
@@ -308,7 +308,7 @@ def conclude(
 
 
 # All of the GPU waits for such a program: it has as many threads as there can be.
-_ALONE = {"COLUMNS": TILE, "num_warps": 32}
+ALONE = {"COLUMNS": TILE, "num_warps": 32}
 
 
 def soft_target_forward(
@@ -329,18 +329,18 @@ def soft_target_forward(
     sums = kept = None
     if losses is None or statistics is not None:
         sums = loss.new_empty(3 * plan.programs, dtype=torch.float64)
-    if labels is not None and gradient is not None and p.reduction in _BY_ROWS:
-        kept = _count(labels, loss.new_empty(1), p.ignore_index)
+    if labels is not None and gradient is not None and p.reduction in BY_ROWS:
+        kept = count_kept(labels, loss.new_empty(1), p.ignore_index)
     launch(
         logits_forward,
         plan.programs,
         student,
         *(student, teacher, gradient, labels, losses, statistics, sums, kept),
         *(p.soft_weight, p.hard_weight),
-        *_arguments(plan, labels, p),
+        *arguments(plan, labels, p),
         SMOOTHS=p.label_smoothing > 0,
         WHOLE=student.shape[p.dim] <= plan.tile["CLASSES"],
-        **_constants(plan, labels, loss.dtype, p),
+        **constants(plan, labels, loss.dtype, p),
     )
     if sums is not None:
         launch(
@@ -350,9 +350,9 @@ def soft_target_forward(
             sums,
             loss if losses is None else None,
             None if statistics is None else statistics[-_PARTS:],
-            *(p.soft_weight, p.hard_weight, _size(plan, p), plan.programs),
-            BY_ROWS=p.reduction in _BY_ROWS,
-            **_ALONE,
+            *(p.soft_weight, p.hard_weight, size_of_row(plan, p), plan.programs),
+            BY_ROWS=p.reduction in BY_ROWS,
+            **ALONE,
         )
 
 
@@ -379,27 +379,28 @@ def soft_target_backward(
         student.shape, tuple([x.stride() for x in logits]), upstream, p.dim, statistics.dtype
     )
     labels = labels if labels is None else labels.contiguous()
-    kept = statistics[-1:] if labels is not None and p.reduction in _BY_ROWS else None
+    kept = statistics[-1:] if labels is not None and p.reduction in BY_ROWS else None
     launch(
         logits_backward,
         plan.programs,
         student,
         *(grad_output, student, teacher, to_student, to_teacher, labels, statistics, kept),
-        *_arguments(plan, labels, p),
+        *arguments(plan, labels, p),
         plan.upstream_strides,
         IN_PLACE=in_place,
-        **_constants(plan, labels, statistics.dtype, p),
+        **constants(plan, labels, statistics.dtype, p),
     )
 
 
-def _size(plan: Plan, p: "Parameters") -> float:
+def size_of_row(plan: Plan, p: "Parameters") -> float:
     """What the reduction divides by, but for the number of rows."""
     return float(plan.units * plan.tile["UNIT"]) if p.reduction == "mean" else 1.0
 
 
-def _arguments(plan: Plan, labels: Tensor | None, p: "Parameters") -> tuple[Any, ...]:
-    divisor = _size(plan, p)
-    if labels is None and p.reduction in _BY_ROWS:
+def arguments(plan: Plan, labels: Tensor | None, p: "Parameters") -> tuple[Any, ...]:
+    """What kernels take after the tensors."""
+    divisor = size_of_row(plan, p)
+    if labels is None and p.reduction in BY_ROWS:
         divisor *= max(plan.rows, 1)
     limits = torch.finfo(torch.float32)
     return (
@@ -413,14 +414,15 @@ def _arguments(plan: Plan, labels: Tensor | None, p: "Parameters") -> tuple[Any,
     )
 
 
-def _constants(
+def constants(
     plan: Plan, labels: Tensor | None, dtype: torch.dtype, p: "Parameters"
 ) -> dict[str, Any]:
+    """What kernels are compiled for."""
     sharp = labels is not None and p.temperature != 1
     return {"COMPUTE": COMPUTE[dtype], "SHARP": sharp, **plan.tile}
 
 
-def _count(labels: Tensor, kept: Tensor, ignore_index: int) -> Tensor:
+def count_kept(labels: Tensor, kept: Tensor, ignore_index: int) -> Tensor:
     """The number of rows that count, into `kept`."""
     rows = labels.numel()
     programs = -(-rows // _LABELS)
@@ -428,5 +430,5 @@ def _count(labels: Tensor, kept: Tensor, ignore_index: int) -> Tensor:
     args = labels, counts, ignore_index, rows
     launch(count, programs, labels, *args, LABELS=_LABELS, num_warps=32)
     if programs > 1:
-        launch(add_up, 1, labels, counts, kept, 1, programs, ROWS=1, **_ALONE)
+        launch(add_up, 1, labels, counts, kept, 1, programs, ROWS=1, **ALONE)
     return kept

@@ -1,0 +1,108 @@
+"""The flow of solution procedure between layers (Yim et al. 2017)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastkd.dispatch import Backend, select
+from fastkd.losses import checks
+from fastkd.ops.hint import Parameters, hint
+from fastkd.reference import fsp as reference
+from fastkd.reference.precision import compute_dtype
+
+Pairs = Sequence[Tensor] | Sequence[Sequence[Tensor]]
+
+
+def fsp_loss(student: Pairs, teacher: Pairs, *, backend: Backend | None = None) -> Tensor:
+    r"""How the student's features flow from one layer to another, against the teacher's.
+
+    `‖G_T − G_S‖_F²` summed over all entries of the FSP matrix, averaged over the batch and summed
+    over pairs of layers, where `G = F₁ᵀ F₂ / (h·w)` of one sample is `(C₁, C₂)`. Where the two
+    layers of a network differ in height (or width), the larger one is max-pooled to the smaller, as
+    `F.adaptive_max_pool2d` does. The products are torch's, in float32 also for half precision and
+    under autocast (float64 for float64 inputs); on a GPU torch's setting decides whether that is
+    TF32.
+
+    Args:
+        student: two feature maps `(first, second)` of the student, `(B, C₁, H, W)` and
+            `(B, C₂, H', W')`, as a list or tuple; or a list or tuple of such pairs. float32,
+            float16, bfloat16 or float64, in any memory layout.
+        teacher: as many of the teacher, on the same device, with the student's C₁ and C₂; heights,
+            widths and dtypes may differ. They receive their gradient if they require one.
+        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+
+    Returns:
+        The loss, a scalar in float32 (float64 if an input is float64); 0 for an empty batch.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: there is no pair, the sides do not have as many, or batch sizes, channels,
+            dimensions or devices do not fit; a feature map is empty but for its batch.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Source: Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
+        Minimization and Transfer Learning", CVPR 2017, equations 1 and 2.
+    """
+    students, teachers = _pairs("student", student), _pairs("teacher", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student and teacher must have the same number of pairs, "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    for (name, one), (other_name, other) in zip(students, teachers, strict=True):
+        checks.same_device("student[0]", students[0][1][0], name, one[0])
+        checks.same_device(name, one[0], other_name, other[0])
+        shapes = [[x.shape[:2] for x in pair] for pair in (one, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name} and {other_name} must have the same batch size and channels, got "
+                f"{_shapes(one)} and {_shapes(other)}"
+            )
+    sides = [pair for _, pair in students], [pair for _, pair in teachers]
+    tensors = tuple(x for side in sides for pair in side for x in pair)
+    chosen = select("fsp_loss", tensors, backend)
+    dtype = compute_dtype(*tensors)
+    if chosen == "reference":
+        return reference.fsp_loss(*sides, dtype=dtype)
+    flows, targets = ([reference.flow(pair, dtype) for pair in side] for side in sides)
+    return hint(flows, targets, True, Parameters(1.0, "batchmean", chosen))
+
+
+def _pairs(side: str, value: Any) -> list[tuple[str, reference.Pair]]:
+    """The pairs of one network, each with what the user calls it."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(
+            f"{side} must be a pair (first, second) of feature maps or a list or tuple of such "
+            f"pairs, got {type(value).__name__}"
+        )
+    if not value:
+        raise ValueError(f"{side} must hold at least one pair (first, second), got none")
+    if not all(isinstance(x, list | tuple) for x in value):
+        return [(side, _pair(side, value))]
+    return [(f"{side}[{i}]", _pair(f"{side}[{i}]", pair)) for i, pair in enumerate(value)]
+
+
+def _pair(name: str, value: Sequence[Any]) -> reference.Pair:
+    if len(value) != 2:
+        raise ValueError(
+            f"{name} must be a pair (first, second) of feature maps, got {len(value)} of them"
+        )
+    first, second = value
+    checks.floating((f"{name}[0]", first), (f"{name}[1]", second))
+    checks.same_device(f"{name}[0]", first, f"{name}[1]", second)
+    if first.ndim != 4 or second.ndim != 4 or len(first) != len(second):
+        raise ValueError(
+            f"{name} must be two feature maps (B, C, H, W) with the same B, got "
+            f"{_shapes((first, second))}"
+        )
+    if 0 in (*first.shape[1:], *second.shape[1:]):
+        raise ValueError(
+            f"{name} must have at least one channel and one position, got "
+            f"{_shapes((first, second))}"
+        )
+    return first, second
+
+
+def _shapes(pair: Sequence[Tensor]) -> str:
+    return " and ".join(str(tuple(x.shape)) for x in pair)

@@ -1,0 +1,111 @@
+"""Operators and autograd of relational distillation, on squared distances in float64."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.library import (
+    Fused,
+    define,
+    differentiate_once,
+    kernels,
+    no_grad,
+    wants_gradient,
+)
+from fastkd.reference.precision import compute_dtype
+
+# Columns of the embeddings that are in float64 at a time, where there are fewer samples.
+_COLUMNS = 256
+
+
+class Parameters(NamedTuple):
+    """The arguments that the forward operator ends with; `kind` is distance or angle."""
+
+    kind: str
+    delta: float
+    backend: str
+
+
+def _outputs(
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = student.shape[0]
+    one, other = (
+        student.new_empty((count, count) if wanted else (0,), dtype=torch.float64)
+        for wanted in (to_student, to_teacher)
+    )
+    return student.new_empty((), dtype=compute_dtype(student, teacher)), one, other
+
+
+@define(
+    "rkd_forward(Tensor student, Tensor teacher, bool to_student, bool to_teacher, str kind, "
+    "float delta, str backend) -> (Tensor loss, Tensor student_slopes, Tensor teacher_slopes)",
+    _outputs,
+    Parameters,
+)
+def forward(
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its derivatives by the squared distances of the sides that are wanted."""
+    loss, one, other = _outputs(student, teacher, to_student, to_teacher, p)
+    module = kernels(p.backend, "rkd")
+    compare = module.rkd_angle if p.kind == "angle" else module.rkd_distance
+    s, t = _squared_distances(student, p.backend), _squared_distances(teacher, p.backend)
+    if to_student or not to_teacher:
+        compare(s, t, loss, one if to_student else None, p.delta)
+    if to_teacher:
+        compare(t, s, loss, other, p.delta)
+    return loss, one, other
+
+
+def _squared_distances(embeddings: Tensor, backend: str) -> Tensor:
+    count = embeddings.shape[0]
+    to = embeddings.new_empty((count, count), dtype=torch.float64)
+    rows = embeddings.to(compute_dtype(embeddings)).contiguous()
+    kernels(backend, "rkd").squared_distances(rows, to)
+    return to
+
+
+@define(
+    "rkd_backward(Tensor grad_output, Tensor slopes, Tensor embeddings) -> Tensor",
+    lambda grad_output, slopes, embeddings: torch.empty_like(embeddings),
+)
+def backward(grad_output: Tensor, slopes: Tensor, embeddings: Tensor) -> Tensor:
+    """`2 Σ_j slopes_ij (x_i − x_j)` times `grad_output`: rounded once, in float64 before."""
+    to = torch.empty_like(embeddings)
+    totals, scale = slopes.sum(1, keepdim=True), 2 * grad_output.double()
+    step = max(len(embeddings), _COLUMNS)
+    for columns, part in zip(to.split(step, 1), embeddings.split(step, 1), strict=True):
+        wide = part.double()
+        columns.copy_(torch.addmm(totals * wide, slopes, wide, alpha=-1).mul_(scale))
+    return to
+
+
+class Rkd(Fused):
+    """The loss: `apply(student, teacher, parameters)`."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *slopes = forward(student, teacher, *needed, p)
+        sides = zip((student, teacher), slopes, needed, strict=True)
+        ctx.save_for_backward(*(x for *side, want in sides if want for x in side))
+        ctx.kind = p.kind
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        embeddings, slopes = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+        with no_grad():
+            found = [backward(grad_output, *pair) for pair in zip(slopes, embeddings, strict=True)]
+        gradients = iter(differentiate_once(f"rkd_{ctx.kind}_loss", tuple(found), embeddings))
+        return (*(next(gradients) if want else None for want in ctx.needs_input_grad[:2]), None)
+
+
+def rkd(student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:
+    """The loss, differentiable where that is wanted."""
+    if wants_gradient(student, teacher):
+        loss: Tensor = Rkd.record(student, teacher, p)
+        return loss
+    return forward(student, teacher, False, False, p)[0]

@@ -1,0 +1,125 @@
+"""Operators and autograd of similarity-preserving distillation, on Gram matrices."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.library import (
+    Fused,
+    define,
+    differentiate_once,
+    kernels,
+    no_grad,
+    wants_gradient,
+)
+from fastkd.reference.precision import compute_dtype
+
+
+def _outputs(
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, dtype = student.shape[0], compute_dtype(student, teacher)
+    one, other = (
+        student.new_empty((count, count) if wanted else (0,), dtype=dtype)
+        for wanted in (to_student, to_teacher)
+    )
+    return student.new_empty((), dtype=dtype), one, other
+
+
+@define(
+    "similarity_forward(Tensor student, Tensor teacher, bool to_student, bool to_teacher, "
+    "str backend) -> (Tensor loss, Tensor student_slopes, Tensor teacher_slopes)",
+    _outputs,
+)
+def forward(
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its derivatives by the Gram matrices of the sides that are wanted."""
+    loss, one, other = _outputs(student, teacher, to_student, to_teacher, backend)
+    compare = kernels(backend, "similarity").similarity
+    s, t = _gram(student, loss.dtype), _gram(teacher, loss.dtype)
+    if to_student or not to_teacher:
+        compare(s, t, loss, one if to_student else None)
+    if to_teacher:
+        compare(t, s, loss, other)
+    return loss, one, other
+
+
+def _rows(features: Tensor, like: Tensor) -> Tensor:
+    """`(B, features)`, a view where it can be: in the order in which `like` has them in memory."""
+    dims = sorted(range(1, like.ndim), key=like.stride, reverse=True)
+    return features.permute(0, *dims).reshape(len(features), features[:1].numel())
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    is_on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
+
+
+def _gram(features: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = _rows(features, features)
+    with _no_autocast(features.device.type):
+        if _widens(rows, dtype):
+            return torch.mm(rows, rows.mT, out_dtype=dtype)
+        rows = rows.to(dtype)
+        return torch.mm(rows, rows.mT)
+
+
+def _widens(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch has a product of these in float32, without a copy of them in float32."""
+    is_half = rows.dtype.itemsize == 2 and dtype == torch.float32
+    return is_half and rows.device.type == "cuda" and torch.version.hip is None
+
+
+@define(
+    "similarity_backward(Tensor grad_output, Tensor slopes, Tensor features) -> Tensor",
+    lambda grad_output, slopes, features: torch.empty_like(features),
+)
+def backward(grad_output: Tensor, slopes: Tensor, features: Tensor) -> Tensor:
+    """`slopes @ features` times `grad_output`, rounded once."""
+    to = torch.empty_like(features)
+    rows, weights = _rows(features, to).to(slopes.dtype), slopes * grad_output
+    columns = _rows(to, to)
+    with _no_autocast(features.device.type):
+        if columns.data_ptr() == to.data_ptr() and to.dtype == slopes.dtype:
+            torch.mm(weights, rows, out=columns)
+        else:
+            _write(to, torch.mm(weights, rows))
+    return to
+
+
+def _write(to: Tensor, rows: Tensor) -> None:
+    """The inverse of `_rows`."""
+    dims = [0, *sorted(range(1, to.ndim), key=to.stride, reverse=True)]
+    to.permute(dims).copy_(rows.view([to.shape[d] for d in dims]))
+
+
+class Similarity(Fused):
+    """The loss: `apply(student, teacher, backend)`."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *slopes = forward(student, teacher, *needed, backend)
+        sides = zip((student, teacher), slopes, needed, strict=True)
+        ctx.save_for_backward(*(x for *side, want in sides if want for x in side))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        features, slopes = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+        with no_grad():
+            found = [backward(grad_output, *pair) for pair in zip(slopes, features, strict=True)]
+        gradients = differentiate_once("similarity_preserving_loss", tuple(found), features)
+        left = iter(gradients)
+        return (*(next(left) if want else None for want in ctx.needs_input_grad[:2]), None)
+
+
+def similarity(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    """The loss, differentiable where that is wanted."""
+    if wants_gradient(student, teacher):
+        loss: Tensor = Similarity.record(student, teacher, backend)
+        return loss
+    return forward(student, teacher, False, False, backend)[0]

@@ -1,0 +1,118 @@
+"""The flow between layers against the oracle."""
+
+import agreement
+import layouts
+import oracle
+import pytest
+import torch
+from agreement import DTYPES, features
+
+import fastkd
+
+# Of the student's two layers and the teacher's: channels, heights and widths.
+SHAPES = [
+    [(4, 5, 6), (7, 5, 6), (4, 5, 6), (7, 5, 6)],
+    [(4, 8, 8), (3, 4, 4), (4, 6, 9), (3, 3, 3)],  # the first is larger
+    [(1, 3, 2), (2, 7, 5), (1, 4, 4), (2, 5, 7)],  # the second is, and bins overlap
+    [(3, 6, 2), (2, 4, 5), (3, 1, 1), (2, 5, 5)],  # each in one dimension
+]
+
+
+@pytest.fixture(autouse=True)
+def promised(monkeypatch):
+    for tolerance in (agreement.LOSS_TOLERANCE, agreement.GRADIENT_TOLERANCE):
+        monkeypatch.setitem(tolerance, torch.float32, 1e-6)
+
+
+def in_pairs(flat):
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def check(student, teacher, backend, grad_output=None):
+    """Lists of pairs."""
+    flat = [x for side in (student, teacher) for pair in side for x in pair]
+    count = len(flat) // 2
+
+    def loss(*x):
+        return fastkd.fsp_loss(in_pairs(x[:count]), in_pairs(x[count:]), backend=backend)
+
+    def expected(*x, grad_output):
+        return oracle.fsp(in_pairs(x[:count]), in_pairs(x[count:]), grad_output)
+
+    agreement.check(loss, expected, flat, students=count, grad_output=grad_output)
+
+
+def draw(shapes, batch=3, dtype=torch.float32):
+    """A pair of the student's and one of the teacher's."""
+    one, other = in_pairs([features(batch, *shape, dtype=dtype) for shape in shapes])
+    return one, other
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes(backend, shapes, dtype):
+    student, teacher = draw(shapes, dtype=dtype)
+    check([student], [teacher], backend)
+    check([student], [teacher], backend, grad_output=3.7)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batches(backend, batch):
+    for shapes in SHAPES:
+        student, teacher = draw(shapes, batch)
+        check([student], [teacher], backend)
+
+
+def test_several_pairs_are_summed(backend):
+    students, teachers = zip(*map(draw, SHAPES), strict=True)
+    check(students, teachers, backend)
+    losses = [fastkd.fsp_loss(*pairs) for pairs in zip(students, teachers, strict=True)]
+    total = fastkd.fsp_loss([list(s) for s in students], tuple(teachers), backend=backend)
+    torch.testing.assert_close(total, sum(losses))
+
+
+def test_one_pair_is_a_sequence_of_one(backend):
+    student, teacher = draw(SHAPES[1])
+    alone = fastkd.fsp_loss(student, list(teacher), backend=backend)
+    assert torch.equal(alone, fastkd.fsp_loss([student], [teacher], backend=backend))
+
+
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_dtypes(backend, dtype, other):
+    student, teacher = draw(SHAPES[1])
+    check([(student[0].to(dtype), student[1].to(other))], [teacher], backend)
+
+
+@pytest.mark.parametrize("layout", layouts.FEATURES)
+def test_layouts(backend, layout):
+    for shapes in SHAPES[:2]:
+        student, teacher = draw(shapes)
+        student, teacher = tuple(map(layout, student)), (teacher[0], layout(teacher[1]))
+        check([student], [teacher], backend)
+
+
+def test_half_precision_beyond_its_squares(backend):
+    pair, other = draw(SHAPES[0])
+    pair = tuple((300 + x).half() for x in pair)
+    check([pair], [tuple((280 + x).half() for x in other)], backend)
+
+
+def test_ties_of_the_maximum(backend):
+    """The gradient goes to one of them."""
+    student, teacher = draw(SHAPES[1])
+    first = torch.ones_like(student[0]).requires_grad_()
+    loss = fastkd.fsp_loss((first, student[1]), teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, first)
+    assert (gradient != 0).sum() == 3 * 4 * 4 * 4
+
+
+def test_under_autocast(backend):
+    results = []
+    (first, second), teacher = draw(SHAPES[0])
+    for enabled in (False, True):
+        leaf = first.clone().requires_grad_()
+        with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=enabled):
+            loss = fastkd.fsp_loss((leaf, second), teacher, backend=backend)
+        results.append([loss, *torch.autograd.grad(loss, leaf)])
+    assert all(map(torch.equal, *results))
