@@ -20,8 +20,8 @@ CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtim
 SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # What reaches every address that a CPU kernel may.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation extreme_logits fuzz \
-    hint isa soft_target)
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation ensemble extreme_logits \
+    fuzz hint isa rkd similarity soft_target)
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G Ninja $(2) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \

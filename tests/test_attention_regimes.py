@@ -224,7 +224,7 @@ def test_pairs_of_every_kind_in_one_call(backend, kind):
     check_transfer(students, teachers, backend, kind=kind)
 
 
-@pytest.mark.parametrize("batch", [1, 2731])
+@pytest.mark.parametrize("batch", [1, 4096])
 def test_batches(backend, batch):
     """Of more samples than a stream has counters for."""
     student, teacher = features(batch, 1, 2), features(batch, 2, 2)
@@ -235,7 +235,7 @@ def test_batches(backend, batch):
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.cropped])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_gradients_of_backward(backend, monkeypatch, dtype, layout, kind):
-    """As of features that are too large for their gradient to follow in forward."""
+    """As on a GPU, where gradients never follow in forward."""
     monkeypatch.setattr(attention, "gradient_follows", lambda *_: False)
     student, teacher = layout(features(3, 24, 7, 7, dtype=dtype)), features(3, 3, 7, 7)
     for grad_output in (None, 1.0, -2.5):
@@ -311,18 +311,6 @@ def test_gradients_and_nothing_beside_them(shape, layout):
             assert_gradient(gradient, expected_gradient(x, slopes, won, 3.0))
             before[inside] = gradient
             assert torch.equal(memory, before)
-
-
-def test_where_gradients_follow_in_forward():
-    """On a GPU, where a sample is small and the gradient needs its features."""
-    small, large = (torch.empty(8, c, 32, 32, device="meta") for c in (256, 257))
-    assert attention.gradient_follows([small, small], SUM)
-    assert attention.gradient_follows([large.half()], SUM)
-    assert not attention.gradient_follows([small, large], SUM)
-    assert not attention.gradient_follows([small], MAX)
-    assert not attention.gradient_follows([small], SUM._replace(backend="triton"))
-    on_the_cpu = torch.empty(8, 4096, 32, 32, device="cpu")
-    assert attention.gradient_follows([on_the_cpu], MAX)
 
 
 @pytest.mark.skipif(not hasattr(compiled.load(), "set_capturing"), reason="needs the shim")

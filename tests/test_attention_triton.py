@@ -179,23 +179,6 @@ def test_grad_output_of_any_dtype_and_strides(dtype):
                 assert_gradient(gradients[j], expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_to_do_in_place(dtype):
-    """Nothing is read either: gradients of NaN would be NaN."""
-    x = features(3, 70, 7, 7, dtype=dtype)
-    slopes, winners = slopes_of(x)
-    for p, won in ((SUM, []), (MAX, [winners])):
-        gradient = features(*x.shape, dtype=dtype)
-        before = gradient.clone()
-        nothing = [torch.full_like(x, math.nan)], [torch.full_like(slopes, math.nan)]
-        attention.attention_backward(torch.ones(()), *nothing, won, [gradient], p, True)
-        assert torch.equal(gradient, before)
-        attention.attention_backward(
-            torch.tensor(3.0), [x], [slopes], won, [gradient], p, in_place=True
-        )
-        assert_gradient(gradient, expected_gradient(x, slopes, won[0] if won else None, 3.0))
-
-
 @pytest.mark.parametrize("kind", ["sum_pow", "max_pow"])
 def test_slopes_of_teachers_are_not_computed_unless_wanted(kind):
     """The student's are the same, and the teacher's map stays where it is."""

@@ -15,14 +15,13 @@ using namespace maps;
 
 namespace {
 
-// Of a launch: the units that were drawn, the parts of samples whose slopes are there, the units of
-// gradients that have ended; and for each sample the units of its maps, of its sums and of its
-// slopes that are done. The last block leaves them at 0.
+// Of a launch: the units that were drawn and the parts of samples whose slopes are there; and for
+// each sample the units of its maps and of its sums that are done. The last block leaves them at 0.
 constexpr int kStreams = 16;
 constexpr size_t kMostCounters = 8192;
 __device__ unsigned counters_of_streams[kStreams][kMostCounters];
-enum Counter { kDrawn, kConcluded, kEnded, kOfSamples };
-enum SampleCounter { kMapsDone, kSumsDone, kSlopesDone, kPerSample };
+enum Counter { kDrawn, kConcluded, kOfSamples };
+enum SampleCounter { kMapsDone, kSumsDone, kPerSample };
 
 constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
 
@@ -40,8 +39,8 @@ struct Call {
   bool by_sample;
   double* losses;  // one a sample
   A* loss;
-  bool adds;                           // an earlier launch has put its part into the loss
-  uint32_t samples, parts, gradients;  // of the launch: parts of samples, units of gradients
+  bool adds;                // an earlier launch has put its part into the loss
+  uint32_t samples, parts;  // of the launch
 };
 
 // By all threads, after what they have written.
@@ -65,13 +64,13 @@ __device__ __forceinline__ Work work_of(const Pair& pair, uint32_t unit) {
   uint32_t slot, beyond;
   if (unit < pair.steady_begin) {
     slot = 0;
-    beyond = pair.lag[kGradient];
+    beyond = pair.lag[kSlopes];
   } else if (unit < pair.steady_end) {
-    slot = pair.lag[kGradient] + (unit - pair.steady_begin) / pair.in_slot;
+    slot = pair.lag[kSlopes] + (unit - pair.steady_begin) / pair.in_slot;
     beyond = slot + 1;
   } else {
-    slot = pair.lag[kGradient] < pair.batch ? pair.batch : 0;
-    beyond = pair.batch + pair.lag[kGradient];
+    slot = pair.lag[kSlopes] < pair.batch ? pair.batch : 0;
+    beyond = pair.batch + pair.lag[kSlopes];
   }
   while (beyond - slot > 1) {
     const uint32_t middle = (slot + beyond) / 2;
@@ -162,17 +161,11 @@ __device__ __forceinline__ bool is_last(unsigned* counter, uint32_t all, Shared&
   return shared.number == all - 1;
 }
 
-// By the last block that others may wait for.
-template <class A>
-__device__ __forceinline__ void clear(unsigned* counters, const Call<A>& call) {
-  const uint32_t all = kOfSamples + kPerSample * call.samples;
-  for (uint32_t i = threadIdx.x; i < all; i += kMapThreads) counters[i] = 0;
-}
-
 // By the last block that finds slopes.
 template <class A>
 __device__ __forceinline__ void conclude(unsigned* counters, const Call<A>& call, Shared& shared) {
-  if (call.gradients == 0) clear(counters, call);
+  const uint32_t all = kOfSamples + kPerSample * call.samples;
+  for (uint32_t i = threadIdx.x; i < all; i += kMapThreads) counters[i] = 0;
   if (call.by_sample) return;
   double total[1] = {};
 #pragma unroll 1
@@ -191,23 +184,13 @@ __device__ __forceinline__ void do_work(const Pair& pair, const Axis* axes, cons
   if (work.stage <= kTeacherMap) {
     map_unit<A, Fold>(pair, axes, work, call.is_map, power, shared);
     if (!call.is_map) count(done + kMapsDone);
-  } else if (work.stage <= kSlopes) {
+  } else {
     const bool are_sums = work.stage == kSums;
     wait_for(done + (are_sums ? kMapsDone : kSumsDone),
              are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
     distance_unit<A, Fold>(pair, work, call, power, shared.distance);
     if (are_sums && pair.parts > 1) return count(done + kSumsDone);
-    // Before gradients may begin, for the last of them clears the counters.
-    const bool concludes = is_last(counters + kConcluded, call.parts, shared);
-    if (call.gradients > 0) count(done + kSlopesDone);
-    if (concludes) conclude(counters, call, shared);
-  } else {
-    wait_for(done + kSlopesDone, pair.parts);
-    const int64_t first = int64_t(work.sample) * pair.positions;
-    const Slopes<A> slopes{reinterpret_cast<const A*>(pair.slopes[0]) + first,
-                           Fold::kHasWinner ? pair.winners[0] + first : nullptr, A(1)};
-    gradient_unit<A, Fold>(pair.gradient, axes, work.sample, work.unit, power, slopes);
-    if (is_last(counters + kEnded, call.gradients, shared)) clear(counters, call);
+    if (is_last(counters + kConcluded, call.parts, shared)) conclude(counters, call, shared);
   }
 }
 
@@ -245,9 +228,8 @@ void set_lags(Pair& pair, int64_t blocks) {
   const uint32_t lag = std::min(parts_of(blocks, pair.in_slot), pair.batch);
   pair.lag[kSums] = pair.units[kSums] > 0 ? lag : 0;
   pair.lag[kSlopes] = pair.lag[kSums] + (pair.units[kSlopes] > 0);
-  pair.lag[kGradient] = pair.lag[kSlopes] + (pair.units[kGradient] > 0 ? (lag + 1) / 2 : 0);
-  const bool is_steady = pair.lag[kGradient] < pair.batch;
-  pair.steady_begin = is_steady ? pair.units_before(pair.lag[kGradient]) : 0;
+  const bool is_steady = pair.lag[kSlopes] < pair.batch;
+  pair.steady_begin = is_steady ? pair.units_before(pair.lag[kSlopes]) : 0;
   pair.steady_end = is_steady ? pair.units_before(pair.batch) : 0;
 }
 
@@ -309,7 +291,6 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
       pair.first_sample -= first_sample;
       part.samples += pair.batch;
       part.parts += pair.batch * pair.parts;
-      part.gradients += pair.batch * pair.units[kGradient];
     }
     if (part.by_sample) part.loss += first_sample;
     grid.blocks = table.jobs[table.count - 1].last_unit;
@@ -360,9 +341,9 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
 
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes,
-                                const std::vector<int32_t*>& winners, const Tensors& gradients,
-                                void* scratch, const TransferParameters& transfer,
-                                const MapParameters& p, const Place& place) {
+                                const std::vector<int32_t*>& winners, void* scratch,
+                                const TransferParameters& transfer, const MapParameters& p,
+                                const Place& place) {
   const Stream stream(place);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];
@@ -372,7 +353,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
             "clearing the loss");
     return;
   }
-  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64, !gradients.empty());
+  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
   const Measure measure = measure_of(transfer);
   Room room(scratch);
   const Workspace workspace = lay_out(room, slopes, pairs);
@@ -399,10 +380,6 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     pair.units[kTeacherMap] = pair.maps[1].units;
     pair.units[kSums] = pair.parts;
     pair.units[kSlopes] = pair.parts > 1 ? pair.parts : 0;
-    if (!gradients.empty()) {
-      pair.gradient = PassBuilder(students[j], gradients[j], cut, plan.axes);
-      pair.units[kGradient] = pair.gradient.units;
-    }
     pair.first_sample = uint32_t(j * size_t(batch));
     uint64_t units = 0;
     for (uint32_t of_sample : pair.units) units += of_sample;

@@ -10,13 +10,11 @@ using namespace maps;
 
 namespace {
 
-// The last samples first: forward has just read them. With `in_place` the gradients are those for a
-// grad_output of 1.
+// The last samples first: forward has just read them.
 template <class A, class Fold, class Table>
 __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
     attention_backward_kernel(const __grid_constant__ Table table, const A* grad_output,
-                              bool by_sample, const typename Fold::Raise power, bool in_place) {
-  if (in_place && *grad_output == A(1)) return;
+                              bool by_sample, const typename Fold::Raise power) {
   const uint32_t unit = gridDim.x - 1 - blockIdx.x;
   int j = 0;
   while (unit >= table.jobs[j].last_unit) ++j;
@@ -34,7 +32,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
 
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
                         const std::vector<int32_t*>& winners, const Tensors& gradients,
-                        bool in_place, const MapParameters& p, const Place& place) {
+                        const MapParameters& p, const Place& place) {
   const int64_t batch = features[0].sizes[0];
   if (batch == 0) return;
   const Stream stream(place);
@@ -62,8 +60,7 @@ void attention_backward(const Tensor& grad_output, const Tensors& features, cons
         constexpr auto kernel = attention_backward_kernel<A, Fold, Table>;
         const int64_t units = table.jobs[table.count - 1].last_unit;
         launch(kernel, {units, kMapThreads}, stream, table,
-               reinterpret_cast<const A*>(grad_output.data), by_sample, typename Fold::Raise(p.p),
-               in_place);
+               reinterpret_cast<const A*>(grad_output.data), by_sample, typename Fold::Raise(p.p));
       });
     });
   });

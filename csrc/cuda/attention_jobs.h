@@ -15,9 +15,8 @@ namespace fastkd::cuda::maps {
 constexpr int kMapThreads = 128;  // of a block
 
 // Bytes of a feature map that a block reads: a part of the call's, so that there are enough blocks,
-// within limits. What a block does besides takes as long as 16 KiB. Where gradients follow at once,
-// the blocks at work must leave room in the cache for what gradients read again.
-constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536, kMostUnitOfTwo = 32768;
+// within limits. What a block does besides takes as long as 16 KiB.
+constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536;
 constexpr int64_t kUnitsOfCall = 4096;
 constexpr int kLeastPositions = 8;  // of a unit, where a map has several
 
@@ -53,12 +52,12 @@ struct Pass {
 };
 
 // The slopes of one pair's sides, and the sums that lead to them. `units` of a sample come in the
-// order student's map, teacher's map, sums, slopes, gradient; those from the sums on are of an
-// earlier sample, whose maps are then complete.
-enum Stage { kStudentMap, kTeacherMap, kSums, kSlopes, kGradient, kStages };
+// order student's map, teacher's map, sums, slopes; those from the sums on are of an earlier
+// sample, whose maps are then complete.
+enum Stage { kStudentMap, kTeacherMap, kSums, kSlopes, kStages };
 
 struct Pair {
-  Pass maps[2], gradient;
+  Pass maps[2];
   char* slopes[2];  // before, the maps; of max_pow, the winning features
   int32_t* winners[2];
   double* squares;  // of a map's units, by samples
@@ -117,12 +116,11 @@ struct Cut {
   bool in_double;
   int64_t unit_bytes;
 
-  Cut(const Tensors& features, int channel_dim, bool in_double, bool reads_twice = false)
+  Cut(const Tensors& features, int channel_dim, bool in_double)
       : channel_dim(channel_dim), in_double(in_double) {
     int64_t bytes = 0;
     for (const Tensor& one : features) bytes += one.numel() * size_of(one.dtype);
-    unit_bytes =
-        std::clamp(bytes / kUnitsOfCall, kLeastUnit, reads_twice ? kMostUnitOfTwo : kMostUnit);
+    unit_bytes = std::clamp(bytes / kUnitsOfCall, kLeastUnit, kMostUnit);
   }
 };
 

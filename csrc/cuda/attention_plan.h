@@ -35,7 +35,6 @@ struct Plan {
 inline void rebase(Pass& pass, int first_axis) { pass.first_axis -= first_axis; }
 inline void rebase(Pair& pair, int first_axis) {
   for (Pass& map : pair.maps) rebase(map, first_axis);
-  rebase(pair.gradient, first_axis);
 }
 inline void rebase(Side& side, int first_axis) { rebase(side.gradient, first_axis); }
 inline int axes_from(const Pair& pair) { return pair.maps[0].first_axis; }
@@ -72,7 +71,7 @@ template <class Job>
 using Few = Table<Job, 5, 6>;
 template <class Job>
 using Many = Table<Job, 48, 200>;
-static_assert(sizeof(Many<Pair>) < 32000 && Many<Pair>::kAxes >= 3 * kMaxDims);
+static_assert(sizeof(Many<Pair>) < 32000 && Many<Pair>::kAxes >= 2 * kMaxDims);
 
 template <class Fold, class Job, class F>
 void with_tables(const Plan<Job>& plan, const F& f) {

@@ -59,20 +59,19 @@ inline void bind(pybind11::module_& m) {
   m.def(
       "cuda_attention_transfer_forward",
       [](const Tensors& students, const Tensors& teachers, const Tensor& loss,
-         const Tensors& slopes, const std::vector<uintptr_t>& winners, const Tensors& gradients,
-         uintptr_t scratch, const TransferArguments& transfer, const MapArguments& p, int device,
-         uintptr_t stream) {
-        attention_transfer_forward(students, teachers, loss, slopes, winners_at(winners), gradients,
+         const Tensors& slopes, const std::vector<uintptr_t>& winners, uintptr_t scratch,
+         const TransferArguments& transfer, const MapArguments& p, int device, uintptr_t stream) {
+        attention_transfer_forward(students, teachers, loss, slopes, winners_at(winners),
                                    reinterpret_cast<void*>(scratch), transfer, p, {device, stream});
       },
       unlocked());
   m.def(
       "cuda_attention_backward",
       [](const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-         const std::vector<uintptr_t>& winners, const Tensors& gradients, bool in_place,
-         const MapArguments& p, int device, uintptr_t stream) {
-        attention_backward(grad_output, features, slopes, winners_at(winners), gradients, in_place,
-                           p, {device, stream});
+         const std::vector<uintptr_t>& winners, const Tensors& gradients, const MapArguments& p,
+         int device, uintptr_t stream) {
+        attention_backward(grad_output, features, slopes, winners_at(winners), gradients, p,
+                           {device, stream});
       },
       unlocked());
   m.def(

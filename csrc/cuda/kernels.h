@@ -57,20 +57,18 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
 // and of its teacher after all students' where they are wanted.
 size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs);
 
-// The loss, slopes and winners, and the students' gradients for a grad_output of 1 if there are
-// any. The arithmetic is that of the loss's dtype.
+// The loss, slopes and winners. The arithmetic is that of the loss's dtype.
 void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
                                 const Tensor& loss, const Tensors& slopes,
-                                const std::vector<int32_t*>& winners, const Tensors& gradients,
-                                void* scratch, const TransferParameters& transfer,
-                                const MapParameters& p, const Place& place);
+                                const std::vector<int32_t*>& winners, void* scratch,
+                                const TransferParameters& transfer, const MapParameters& p,
+                                const Place& place);
 
 // The gradients from slopes. grad_output is a scalar, or one per pair and sample; its dtype is the
-// arithmetic's. `in_place`: the gradients are those for a grad_output of 1, and stay as they are
-// where it is 1.
+// arithmetic's.
 void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
                         const std::vector<int32_t*>& winners, const Tensors& gradients,
-                        bool in_place, const MapParameters& p, const Place& place);
+                        const MapParameters& p, const Place& place);
 
 // Bytes that hints with a loss for each sample need instead.
 size_t hint_scratch_bytes(const Tensors& students, const Tensors& teachers,

@@ -217,11 +217,11 @@ def attention_transfer_forward(
     loss: Tensor,
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor],  # none: backward computes them
     transfer: "attention_ops.TransferParameters",
     p: "attention_ops.MapParameters",
 ) -> None:
-    """Fill the loss, slopes and winners, and the gradients if there are any."""
+    """Fill the loss, slopes and winners."""
     module, of_slopes = loaded(), views(*slopes)
     scratch = _scratch(loss, module.cuda_attention_scratch_bytes(of_slopes, len(students)))
     module.cuda_attention_transfer_forward(
@@ -230,7 +230,6 @@ def attention_transfer_forward(
         view(loss),
         of_slopes,
         addresses(winners, slopes),
-        views(*gradients),
         scratch.data_ptr(),
         transfer_parameters(transfer),
         map_parameters(p, 0),
@@ -245,7 +244,6 @@ def attention_backward(
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: "attention_ops.MapParameters",
-    in_place: bool = False,
 ) -> None:
     """Fill the features' gradients."""
     grad_output = as_buffer(grad_output, slopes[0].dtype)
@@ -255,7 +253,6 @@ def attention_backward(
         views(*slopes),
         addresses(winners, slopes),
         views(*gradients),
-        in_place,
         map_parameters(p, 0),
         *_place(grad_output),
     )

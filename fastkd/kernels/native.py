@@ -190,16 +190,10 @@ def attention_backward(
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: "attention_ops.MapParameters",
-    in_place: bool = False,
 ) -> None:
-    """Fill the features' gradients.
-
-    `in_place` says that they are those for a `grad_output` of 1: on a GPU they stay where it is 1.
-    """
+    """Fill the features' gradients."""
     if not grad_output.is_cpu:
-        return cuda.attention_backward(
-            grad_output, features, slopes, winners, gradients, p, in_place
-        )
+        return cuda.attention_backward(grad_output, features, slopes, winners, gradients, p)
     grad_output = as_buffer(grad_output, slopes[0].dtype)
     loaded().attention_backward(
         view(grad_output),

@@ -153,7 +153,7 @@ def backward(
 
 @define(
     "attention_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] features, "
-    f"Tensor[] slopes, Tensor[] winners, bool in_place, {_MAP}) -> ()",
+    f"Tensor[] slopes, Tensor[] winners, {_MAP}) -> ()",
     lambda *_: None,
     MapParameters,
 )
@@ -163,15 +163,11 @@ def rescale(
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    in_place: bool,
     p: MapParameters,
 ) -> None:
-    """Forward's gradients for another scalar `grad_output`, computed again.
-
-    `in_place` says that they hold those for a `grad_output` of 1.
-    """
+    """Forward's gradients for another scalar `grad_output`, computed again."""
     kernels(p.backend, "attention").attention_backward(
-        grad_output, features, slopes, winners, gradients, p, in_place=in_place
+        grad_output, features, slopes, winners, gradients, p
     )
 
 
@@ -183,22 +179,12 @@ def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParamete
     return slopes * (p.p * won.abs().pow(p.p - 1) * won.sign())
 
 
-# Bytes of a sample that a GPU's second-level cache still has when its gradient follows in forward.
-# Backward would read it again; but it writes once, whatever `grad_output` is.
-_NEAR = 1 << 20
-
-
 def gradient_follows(students: Sequence[Tensor], p: MapParameters) -> bool:
     """Whether the kernels compute gradients in forward, from features that are still in cache.
 
-    On a GPU not those of `max_pow`, whose backward reads none.
+    On a GPU reading them from there takes longer than backward does.
     """
-    if p.backend != "native":
-        return False
-    if students[0].is_cpu:
-        return True
-    sizes = [math.prod(s.shape[1:]) * s.element_size() for s in students]
-    return p.kind != "max_pow" and max(sizes) <= _NEAR
+    return p.backend == "native" and students[0].is_cpu
 
 
 class AttentionMap(Fused):
@@ -267,9 +253,7 @@ class AttentionTransfer(Fused):
                     gradients,
                     grad_output,
                     p.backend,
-                    lambda to, in_place: rescale(
-                        to, grad_output, features, slopes, winners, in_place, p
-                    ),
+                    lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
                 )
         found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
         found += (None,) * (len(needed) - len(found))

@@ -21,8 +21,7 @@ DEMANDS = {
     # to gradients. Those of max_pow are written alone.
     "attention": [
         Demand("attention_forward_kernel<double", shared="Shared"),
-        Demand("attention_forward_kernel<float, LargestOf", shared="Shared", loads=16, stores=16),
-        Demand("attention_forward_kernel<float", shared="Shared", loads=32, stores=16),
+        Demand("attention_forward_kernel<float", shared="Shared", loads=16),
     ],
     "attention_backward": [
         Demand("attention_backward_kernel<double"),

@@ -411,7 +411,6 @@ def _uses_of_features(features: Tensor, channel_dim: int) -> list[Regime]:
             functools.partial(attention.attention_backward, row, *gradient),
             Narrow(17, 0),
         ),
-        Regime("gradient in place", functools.partial(backward, in_place=True), Narrow(17, 0)),
     ]
     return uses
 

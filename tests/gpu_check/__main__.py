@@ -42,7 +42,7 @@ ON_THE_DEVICE = tuple(
     for name in (
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
-        *("rkd", "similarity", "fsp", "relation_regimes"),
+        *("ensemble", "ensemble_regimes", "rkd", "similarity", "fsp", "relation_regimes"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -50,7 +50,7 @@ TRAINING = "tests/test_train_step.py"
 # The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
 FUSED = {
     "attention": "attention",
-    "logits": "soft_target or distillation or extreme",
+    "logits": "soft_target or distillation or extreme or ensemble",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }
@@ -147,6 +147,9 @@ def _tests(
         "FASTKD_TEST_DEVICE": device,
         "OMP_NUM_THREADS": "2",
     }
+    # Triton compiles a kernel for nearly every case.
+    if backends == "triton":
+        environment["FASTKD_TEST_CASES"] = "6"
     return Part(f"tests: {name}", command, _TESTS_LIMIT, environment)
 
 

@@ -22,7 +22,7 @@ SHAPES = ((3, 40, 9, 11), (2, 64, 8, 8), (5, 3), (2, 4099))
 CLASSES = (100, 300, 1000, 1003, 4099, 9000, 20000, 40000)
 LOGITS = (*(((4, classes), 1) for classes in CLASSES), ((2, 19, 9, 11), 1))
 LOGITS_DTYPES = (*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16))
-# As hints; tokens; a sample beyond what kernels read twice from the L2 cache; more than one pair.
+# As hints; tokens; a sample of more than a MiB; more than one pair.
 MAPS = (*SHAPES[:2], (3, 33, 17), (1, 96, 61, 67))
 KINDS = (
     {"kind": "sum"},

@@ -139,20 +139,14 @@ def channel_gradient(
     P: tl.constexpr,
     CHANNELS: tl.constexpr,  # which dimension they are
     BY_SAMPLE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradient of one tile after another: of winners their slopes, else times d|x|^p/dx.
-
-    With IN_PLACE the gradient holds what a `grad_output` of 1 makes of it.
-    """
+    """Gradient of one tile after another: of winners their slopes, else times d|x|^p/dx."""
     upstream = tl.full((), 1, COMPUTE)
     if not BY_SAMPLE:
         upstream = tl.load(grad_output).to(COMPUTE)
-        if IN_PLACE:
-            tiles = tl.where(upstream == 1, 0, tiles)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         place, mask = locate(tile, parts, counts, sizes, DEPTH, ROWS, COLUMNS)
         at, exists, channel = at_position(place, sizes, slope_strides, CHANNELS)
@@ -214,13 +208,8 @@ def attention_backward(
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: "MapParameters",
-    in_place: bool = False,
 ) -> None:
-    """Fill the features' gradients.
-
-    With `in_place` they hold their values for a `grad_output` of 1, and where it is 1 nothing is
-    read or written.
-    """
+    """Fill the features' gradients."""
     by_sample = grad_output.ndim > 0
     for j, (x, slope, gradient) in enumerate(zip(features, slopes, gradients, strict=True)):
         upstream = grad_output[j % len(grad_output)] if by_sample else grad_output
@@ -232,7 +221,7 @@ def attention_backward(
         along = tiles.strides[2]
         launch(
             channel_gradient,
-            tiles.few if in_place else tiles.tiles,
+            tiles.tiles,
             x,
             upstream,
             upstream.stride(0) if by_sample else 0,
@@ -250,7 +239,6 @@ def attention_backward(
             P=known(p.p) if won is None else None,
             CHANNELS=along.index(0) if 0 in along else -1,
             BY_SAMPLE=by_sample,
-            IN_PLACE=in_place,
             **tiles.shape,
         )
 
