@@ -184,11 +184,7 @@ class Trainer:
         start = time.perf_counter()
         with self._backend():
             self._fit(network, self._loss(run, network), run)
-        network.eval()
-        found = accuracy(
-            lambda batch: network(self.images(batch.pixels)).logits.argmax(1), self.data.test
-        )
-        result = Result(found, time.perf_counter() - start)
+        result = Result(self.accuracy(network), time.perf_counter() - start)
         if run == TEACHER_RUN:
             self.store.keep_weights(run, network)
         self.store.keep(run, result)
