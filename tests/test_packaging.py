@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 from pathlib import Path
@@ -74,8 +73,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     done = run(sys.executable, "-c", build, str(folder), cwd=folder / "checkout")
     assert done.returncode == 0, done.stdout
-    with tarfile.open(next(folder.glob("fastkd-*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("fastkd-*.tar.gz")), folder)
     return next(path for path in folder.glob("fastkd-*") if path.is_dir())
 
 

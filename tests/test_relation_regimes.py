@@ -160,11 +160,12 @@ def test_many_points_that_are_copies_of_few(kernel_backend, loss):
 
 
 @every_loss
-def test_equal_sides_differ_by_nothing(kernel_backend, loss):
+def test_equal_sides_differ_by_rounding_at_most(kernel_backend, loss):
     student, _ = draw(loss, 33, F32)
     value, slopes = found(loss, student, student.clone(), 1.0, F32, kernel_backend)
-    assert value == 0
-    assert not slopes.any()
+    # A processor may round a product and its sum once, and so one side otherwise than the other.
+    assert 0 <= value <= 1e-28
+    assert slopes.abs().max() <= 1e-14
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e40])

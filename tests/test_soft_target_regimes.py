@@ -262,16 +262,16 @@ KEPT_COLUMNS = (413, 583, 619, 875)
 @every_pair
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
 @pytest.mark.parametrize("classes", [5, 15, 16, 17, 33])
-def test_rows_side_by_side(backend, classes, rows, dtypes):
+def test_rows_side_by_side(kernel_backend, classes, rows, dtypes):
     # Small ones: where p is nearly 1 nothing is left of the teacher's gradient but rounding.
     tensors = [logits(classes, rows, dtype=dtype, scale=1.0) for dtype in dtypes]
     labels = edge_labels(rows, classes)
     labels[1::5] = -100
     for temperature in (1.0, 3.0):
         check_distillation(
-            *tensors, labels, backend, dim=0, temperature=temperature, label_smoothing=0.1
+            *tensors, labels, kernel_backend, dim=0, temperature=temperature, label_smoothing=0.1
         )
-    check_soft_target(*tensors, backend, logits(rows), dim=0, reduction="none")
+    check_soft_target(*tensors, kernel_backend, logits(rows), dim=0, reduction="none")
 
 
 @pytest.mark.parametrize("kept", KEPT_COLUMNS)
