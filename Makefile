@@ -92,15 +92,16 @@ bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.train_step --small)
 
-# Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; and
-# what varies numbers alone (GPU), or sizes at which only a GPU's kernels change (CPU).
+# Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; memory,
+# of which sanitizers take their own; and what varies numbers alone (GPU), or sizes at which only a
+# GPU's kernels change (CPU).
 sanitize: sanitize-cpu sanitize-cuda  ## Run the kernels' tests under ASan and UBSan
 
 sanitize-cpu: .venv/installed
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
 	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) -k 'not compile' $(ARGS)
+	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) -k 'not compile and not memory' $(ARGS)
 
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)

@@ -110,10 +110,12 @@ Array<T> numbers(Array<T> values) {
   return got;
 }
 
+constexpr int kFloatPairs = 17;
+
 // What only a float has, beside what it shares with a double.
 __global__ void float_pairs_kernel(const float* values, float* got) {
   const float x = values[threadIdx.x];
-  const float pairs[][2] = {
+  const float pairs[kFloatPairs][2] = {
       {expf(x), exp(x)},
       {__expf(x), exp(x)},
       {exp2f(x), exp2(x)},
@@ -132,7 +134,7 @@ __global__ void float_pairs_kernel(const float* values, float* got) {
       {__int2float_rn(0x1000003), 0x1000004},
       {__uint2float_rn(0xffffffff), 0x1p32f},
   };
-  float* mine = got + threadIdx.x * 32;
+  float* mine = got + threadIdx.x * kFloatPairs * 2;
   for (const auto& pair : pairs) {
     *mine++ = pair[0];
     *mine++ = pair[1];
@@ -140,7 +142,7 @@ __global__ void float_pairs_kernel(const float* values, float* got) {
 }
 
 Array<float> float_pairs(Array<float> values) {
-  Array<float> got({int(values.size()), 16, 2});
+  Array<float> got({int(values.size()), kFloatPairs, 2});
   Launch{1, unsigned(values.size())}(float_pairs_kernel, values.data(), got.mutable_data());
   return got;
 }
