@@ -101,7 +101,8 @@ sanitize-cpu: .venv/installed
 	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
 	    --build-temp build/sanitize --build-lib build/sanitize
 	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) -k 'not compile and not memory_is' $(ARGS)
+	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) \
+	    -k 'not compile and not memory_is' $(ARGS)
 
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
