@@ -5,14 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import (
-    Fused,
-    define,
-    differentiate_once,
-    kernels,
-    no_grad,
-    wants_gradient,
-)
+from fastkd.ops import relations
+from fastkd.ops.library import Fused, define, kernels, wants_gradient
 from fastkd.reference.precision import compute_dtype
 
 # Columns of the embeddings that are in float64 at a time, where there are fewer samples.
@@ -52,10 +46,8 @@ def forward(
     module = kernels(p.backend, "rkd")
     compare = module.rkd_angle if p.kind == "angle" else module.rkd_distance
     s, t = _squared_distances(student, p.backend), _squared_distances(teacher, p.backend)
-    if to_student or not to_teacher:
-        compare(s, t, loss, one if to_student else None, p.delta)
-    if to_teacher:
-        compare(t, s, loss, other, p.delta)
+    wanted = one if to_student else None, other if to_teacher else None
+    relations.compare_sides(compare, s, t, loss, *wanted, p.delta)
     return loss, one, other
 
 
@@ -87,20 +79,14 @@ class Rkd(Fused):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        loss, *slopes = forward(student, teacher, *needed, p)
-        sides = zip((student, teacher), slopes, needed, strict=True)
-        ctx.save_for_backward(*(x for *side, want in sides if want for x in side))
+        loss, *slopes = forward(student, teacher, *ctx.needs_input_grad[:2], p)
+        relations.keep(ctx, (student, teacher), slopes)
         ctx.kind = p.kind
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        embeddings, slopes = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
-        with no_grad():
-            found = [backward(grad_output, *pair) for pair in zip(slopes, embeddings, strict=True)]
-        gradients = iter(differentiate_once(f"rkd_{ctx.kind}_loss", tuple(found), embeddings))
-        return (*(next(gradients) if want else None for want in ctx.needs_input_grad[:2]), None)
+        return (*relations.gradients(ctx, f"rkd_{ctx.kind}_loss", backward, grad_output), None)
 
 
 def rkd(student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:

@@ -6,14 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import (
-    Fused,
-    define,
-    differentiate_once,
-    kernels,
-    no_grad,
-    wants_gradient,
-)
+from fastkd.ops import relations
+from fastkd.ops.library import Fused, define, kernels, wants_gradient
 from fastkd.reference.precision import compute_dtype
 
 
@@ -40,17 +34,19 @@ def forward(
     loss, one, other = _outputs(student, teacher, to_student, to_teacher, backend)
     compare = kernels(backend, "similarity").similarity
     s, t = _gram(student, loss.dtype), _gram(teacher, loss.dtype)
-    if to_student or not to_teacher:
-        compare(s, t, loss, one if to_student else None)
-    if to_teacher:
-        compare(t, s, loss, other)
+    wanted = one if to_student else None, other if to_teacher else None
+    relations.compare_sides(compare, s, t, loss, *wanted)
     return loss, one, other
 
 
 def _rows(features: Tensor, like: Tensor) -> Tensor:
     """`(B, features)`, a view where it can be: in the order in which `like` has them in memory."""
-    dims = sorted(range(1, like.ndim), key=like.stride, reverse=True)
-    return features.permute(0, *dims).reshape(len(features), features[:1].numel())
+    return features.permute(_order(like)).reshape(len(features), features[:1].numel())
+
+
+def _order(features: Tensor) -> list[int]:
+    """The batch, and the other dimensions from the sparsest to the densest."""
+    return [0, *sorted(range(1, features.ndim), key=features.stride, reverse=True)]
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -92,7 +88,7 @@ def backward(grad_output: Tensor, slopes: Tensor, features: Tensor) -> Tensor:
 
 def _write(to: Tensor, rows: Tensor) -> None:
     """The inverse of `_rows`."""
-    dims = [0, *sorted(range(1, to.ndim), key=to.stride, reverse=True)]
+    dims = _order(to)
     to.permute(dims).copy_(rows.view([to.shape[d] for d in dims]))
 
 
@@ -101,20 +97,14 @@ class Similarity(Fused):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, backend: str) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        loss, *slopes = forward(student, teacher, *needed, backend)
-        sides = zip((student, teacher), slopes, needed, strict=True)
-        ctx.save_for_backward(*(x for *side, want in sides if want for x in side))
+        loss, *slopes = forward(student, teacher, *ctx.needs_input_grad[:2], backend)
+        relations.keep(ctx, (student, teacher), slopes)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        features, slopes = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
-        with no_grad():
-            found = [backward(grad_output, *pair) for pair in zip(slopes, features, strict=True)]
-        gradients = differentiate_once("similarity_preserving_loss", tuple(found), features)
-        left = iter(gradients)
-        return (*(next(left) if want else None for want in ctx.needs_input_grad[:2]), None)
+        found = relations.gradients(ctx, "similarity_preserving_loss", backward, grad_output)
+        return (*found, None)
 
 
 def similarity(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
