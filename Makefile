@@ -21,7 +21,7 @@ SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libas
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # What reaches every address that a CPU kernel may.
 SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation ensemble extreme_logits \
-    fuzz hint isa rkd similarity soft_target)
+    fsp fuzz hint isa rkd similarity soft_target)
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G Ninja $(2) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
@@ -39,6 +39,9 @@ ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or
 # interpreter it takes minutes.
 NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attention_regimes isa \
     cuda_on_host)
+
+# Tests run beside others: a thread that waits for work must not keep them from a core.
+test-% sanitize-%: export OMP_WAIT_POLICY = passive
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20

@@ -105,6 +105,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("rkd_distance", calls::rkd_distance, unlocked());
   m.def("rkd_angle", calls::rkd_angle, unlocked());
   m.def("similarity", calls::similarity, unlocked());
+  m.def(
+      "max_pool",
+      [](const Tensor& features, const Tensor& pooled, Address winners, int threads) {
+        calls::max_pool(features, pooled, at<int32_t>(winners), threads);
+      },
+      unlocked());
+  m.def(
+      "max_pool_backward",
+      [](const Tensor& grad_output, Address winners, const Tensor& gradient, int threads) {
+        calls::max_pool_backward(grad_output, at<const int32_t>(winners), gradient, threads);
+      },
+      unlocked());
 
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def(

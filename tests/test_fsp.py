@@ -15,6 +15,7 @@ SHAPES = [
     [(4, 8, 8), (3, 4, 4), (4, 6, 9), (3, 3, 3)],  # the first is larger
     [(1, 3, 2), (2, 7, 5), (1, 4, 4), (2, 5, 7)],  # the second is, and bins overlap
     [(3, 6, 2), (2, 4, 5), (3, 1, 1), (2, 5, 5)],  # each in one dimension
+    [(37, 9, 70), (5, 4, 33), (37, 8, 8), (5, 2, 4)],  # wider than vectors are
 ]
 
 
@@ -86,7 +87,7 @@ def test_mixed_dtypes(backend, dtype, other):
 
 @pytest.mark.parametrize("layout", layouts.FEATURES)
 def test_layouts(backend, layout):
-    for shapes in SHAPES[:2]:
+    for shapes in (*SHAPES[:2], SHAPES[-1]):
         student, teacher = draw(shapes)
         student, teacher = tuple(map(layout, student)), (teacher[0], layout(teacher[1]))
         check([student], [teacher], backend)
@@ -98,13 +99,21 @@ def test_half_precision_beyond_its_squares(backend):
     check([pair], [tuple((280 + x).half() for x in other)], backend)
 
 
-def test_ties_of_the_maximum(backend):
-    """The gradient goes to one of them."""
+@pytest.mark.parametrize("layout", layouts.FEATURES[:2])
+def test_ties_of_the_maximum(backend, layout):
+    """The gradient goes to the first of them in memory."""
+    for shapes in SHAPES[1:]:
+        student, teacher = (tuple(layout(x.round()) for x in pair) for pair in draw(shapes))
+        check([student], [teacher], backend)
+
+
+def test_nan_is_a_maximum(backend):
     student, teacher = draw(SHAPES[1])
-    first = torch.ones_like(student[0]).requires_grad_()
-    loss = fastkd.fsp_loss((first, student[1]), teacher, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, first)
-    assert (gradient != 0).sum() == 3 * 4 * 4 * 4
+    for pair in (student, teacher):
+        first = pair[0].clone()
+        first[0, 0, 3, 2] = torch.nan
+        sides = ((first, pair[1]), teacher) if pair is student else (student, (first, pair[1]))
+        assert fastkd.fsp_loss(*sides, backend=backend).isnan()
 
 
 def test_under_autocast(backend):

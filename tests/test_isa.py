@@ -14,11 +14,13 @@ from agreement import (
 )
 from conftest import BACKENDS
 from layouts import channels_last, contiguous, sliced
+from test_fsp import check as check_flows
 from test_rkd import NAMES, points
 from test_rkd import check as check_relations
 from test_similarity import check as check_similarities
 
 from fastkd.kernels import compiled
+from fastkd.ops import fsp
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="native is not under test")
 
@@ -191,3 +193,26 @@ def test_relations(isa, dtype):
         for name in NAMES:
             check_relations(name, student, teacher, "native")
         check_similarities(student, teacher, "native")
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flows(isa, dtype, layout):
+    """Lanes are columns, or channels where those lie side by side."""
+    for size in SIZES[:-3]:
+        shapes = [(5, 3, size), (2, 2, (size + 1) // 2), (5, 2, 3), (2, 2, 1)]
+        if layout is channels_last:
+            shapes = [(size, 3, 5), (2, 2, 3), (size, 4, 2), (2, 2, 1)]
+        pairs = [layout(features(2, *shape, dtype=dtype)) for shape in shapes]
+        check_flows([tuple(pairs[:2])], [tuple(pairs[2:])], "native")
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_the_first_of_infinite_maxima_wins(isa, layout):
+    features = layout(torch.full((2, 3, 4, 6), -torch.inf)).requires_grad_()
+    pooled = fsp.max_pool(features, 2, 3, torch.float32)
+    assert (pooled == -torch.inf).all()
+    (gradient,) = torch.autograd.grad(pooled, features, torch.ones_like(pooled))
+    assert gradient.stride() == features.stride()
+    assert (gradient[..., ::2, ::2] == 1).all()
+    assert gradient.sum() == pooled.numel()

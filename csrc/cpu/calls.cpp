@@ -200,4 +200,14 @@ void similarity(const Tensor& student, const Tensor& teacher, const Tensor& loss
   put(loss, 0, is_empty ? 0 : kernels().similarity.compare(student, teacher, slopes, threads));
 }
 
+void max_pool(const Tensor& features, const Tensor& pooled, int32_t* winners, int threads) {
+  kernels().fsp.pool(features, pooled, winners, threads);
+}
+
+void max_pool_backward(const Tensor& grad_output, const int32_t* winners, Tensor gradient,
+                       int threads) {
+  expect_writing(gradient, bytes_of(gradient));
+  kernels().fsp.unpool(grad_output, winners, gradient, threads);
+}
+
 }  // namespace fastkd::calls

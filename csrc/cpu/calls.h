@@ -52,4 +52,8 @@ void rkd_angle(const Tensor& student, const Tensor& teacher, const Tensor& loss,
 void similarity(const Tensor& student, const Tensor& teacher, const Tensor& loss,
                 const Tensor& slopes, int threads);
 
+void max_pool(const Tensor& features, const Tensor& pooled, int32_t* winners, int threads);
+void max_pool_backward(const Tensor& grad_output, const int32_t* winners, Tensor gradient,
+                       int threads);
+
 }  // namespace fastkd::calls

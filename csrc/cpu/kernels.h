@@ -68,6 +68,14 @@ struct SimilarityKernels {
                     int threads);
 };
 
+// The maxima, contiguous, of bins of a layer's positions; and where in their plane they were, which
+// may be absent.
+struct FspKernels {
+  void (*pool)(const Tensor& features, const Tensor& pooled, int32_t* winners, int threads);
+  void (*unpool)(const Tensor& grad_output, const int32_t* winners, const Tensor& gradient,
+                 int threads);
+};
+
 struct Kernels {
   const char* isa;
   SoftTargetKernels soft_target;
@@ -76,6 +84,7 @@ struct Kernels {
   HintKernels hint;
   RkdKernels rkd;
   SimilarityKernels similarity;
+  FspKernels fsp;
 };
 
 // The kernels of each instruction set, defined by its object files.
@@ -87,6 +96,7 @@ struct Kernels {
   extern const HintKernels hint_kernels;              \
   extern const RkdKernels rkd_kernels;                \
   extern const SimilarityKernels similarity_kernels;  \
+  extern const FspKernels fsp_kernels;                \
   }
 FASTKD_DECLARE(baseline)
 FASTKD_DECLARE(avx2)

@@ -280,6 +280,17 @@ def similarity(student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | 
     loaded().similarity(*views(student, teacher, loss, slopes), torch.get_num_threads())
 
 
+def max_pool(features: Tensor, pooled: Tensor, winners: Tensor | None) -> None:
+    """Fill the maxima of as many bins as `pooled` has positions, and where they were if wanted."""
+    loaded().max_pool(*views(features, pooled), address(winners), torch.get_num_threads())
+
+
+def max_pool_backward(grad_output: Tensor, winners: Tensor, gradient: Tensor) -> None:
+    """Fill the gradient of the features that `winners` were among."""
+    threads = torch.get_num_threads()
+    loaded().max_pool_backward(view(grad_output), winners.data_ptr(), view(gradient), threads)
+
+
 def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:
     """Multiply each gradient in place by a scalar."""
     if not grad_output.is_cpu:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import Backend, select
 from fastkd.losses import checks
+from fastkd.ops import fsp
 from fastkd.ops.hint import Parameters, hint
 from fastkd.reference import fsp as reference
 from fastkd.reference.precision import compute_dtype
@@ -65,7 +66,8 @@ def fsp_loss(student: Pairs, teacher: Pairs, *, backend: Backend | None = None) 
     dtype = compute_dtype(*tensors)
     if chosen == "reference":
         return reference.fsp_loss(*sides, dtype=dtype)
-    flows, targets = ([reference.flow(pair, dtype) for pair in side] for side in sides)
+    pool = fsp.max_pool if fsp.has_kernels(chosen, tensors) else reference.max_pool
+    flows, targets = ([reference.flow(pair, dtype, pool) for pair in side] for side in sides)
     return hint(flows, targets, True, Parameters(1.0, "batchmean", chosen))
 
 

@@ -1,7 +1,7 @@
 """The flow of solution procedure (Yim et al. 2017)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +18,14 @@ def fsp_loss(students: Sequence[Pair], teachers: Sequence[Pair], *, dtype: torch
     return hint_loss(*grams, reduction="batchmean", half=False)
 
 
-def flow(pair: Pair, dtype: torch.dtype) -> Tensor:
-    """`F₁ᵀ F₂ / (h·w)` of each sample, `(B, C₁, C₂)`."""
-    first, second = pair
-    height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
-    # Widened first, so that what several bins give to one element is rounded once.
-    first, second = (_pooled(x.to(dtype), height, width).flatten(2) for x in pair)
-    with torch.autocast(first.device.type, enabled=False):
-        return torch.bmm(first, second.mT) / (height * width)
-
-
-def _pooled(features: Tensor, height: int, width: int) -> Tensor:
+def max_pool(features: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """The maxima of as many bins, as adaptive pooling has them. At ties the first in memory wins.
 
-    Bins that overlap are taken in one dimension after the other: an element then is in two at most,
-    and the order in which it receives their gradients does not matter.
+    Widened first, so that what several bins give to one element is rounded once. Bins that overlap
+    are taken in one dimension after the other: an element then is in two at most, and the order in
+    which it receives their gradients does not matter.
     """
+    features = features.to(dtype)
     rows, columns = features.shape[2:]
     if rows % height or columns % width:
         return _winners(_winners(features, rows, width), height, width)
@@ -43,6 +35,15 @@ def _pooled(features: Tensor, height: int, width: int) -> Tensor:
         parts = features.unflatten(dim, (size, features.shape[dim] // size)).unbind(dim + 1)
         features = functools.reduce(torch.maximum, parts)
     return features
+
+
+def flow(pair: Pair, dtype: torch.dtype, pool: Callable[..., Tensor] = max_pool) -> Tensor:
+    """`F₁ᵀ F₂ / (h·w)` of each sample, `(B, C₁, C₂)`; `pool` does what `max_pool` does."""
+    first, second = pair
+    height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
+    first, second = (pool(x, height, width, dtype).flatten(2) for x in pair)
+    with torch.autocast(first.device.type, enabled=False):
+        return torch.bmm(first, second.mT) / (height * width)
 
 
 def _winners(features: Tensor, height: int, width: int) -> Tensor:
