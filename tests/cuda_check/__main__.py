@@ -12,7 +12,7 @@ from rich.table import Table
 
 from csrc import nvcc
 
-from . import triton_regimes
+from . import compile_triton
 from .compile import FOLDER, SOURCES, compiled
 from .kernels import Kernel, memory_problems, occupancy, problems
 
@@ -43,7 +43,7 @@ def main() -> None:
     jobs = list(product(SOURCES, architectures))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         from_nvcc = pool.map(lambda job: compiled(toolkit.path, *job), jobs)
-        from_triton = triton_regimes.compile_all(
+        from_triton = compile_triton.compile_all(
             [number for number in TRITON_ARCHITECTURES if number in architectures]
         )
         kernels = dict(zip(jobs, from_nvcc, strict=True))
@@ -74,7 +74,7 @@ def check_cuda(
 
 
 def check_triton(
-    kernels: list[triton_regimes.Compiled],
+    kernels: list[compile_triton.Compiled],
     architectures: list[int],
     table: Table,
     found: Problems,

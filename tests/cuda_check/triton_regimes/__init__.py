@@ -1,0 +1,15 @@
+"""Calls of each launcher of Triton kernels that between them take every way through the kernels."""
+
+from collections.abc import Iterator
+
+from . import attention, hint, multiply, rkd, similarity, soft_target, soft_target_ensemble
+from .regime import Narrow, Regime
+
+__all__ = ["Narrow", "Regime", "regimes"]
+
+_LOSSES = (hint, multiply, soft_target, soft_target_ensemble, attention, rkd, similarity)
+
+
+def regimes() -> Iterator[Regime]:
+    for loss in _LOSSES:
+        yield from loss.regimes()
