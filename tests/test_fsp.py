@@ -16,6 +16,7 @@ SHAPES = [
     [(1, 3, 2), (2, 7, 5), (1, 4, 4), (2, 5, 7)],  # the second is, and bins overlap
     [(3, 6, 2), (2, 4, 5), (3, 1, 1), (2, 5, 5)],  # each in one dimension
     [(37, 9, 70), (5, 4, 33), (37, 8, 8), (5, 2, 4)],  # wider than vectors are
+    [(3, 27, 36), (2, 13, 18), (3, 13, 18), (2, 13, 18)],  # more bins than are done together
 ]
 
 
@@ -87,7 +88,7 @@ def test_mixed_dtypes(backend, dtype, other):
 
 @pytest.mark.parametrize("layout", layouts.FEATURES)
 def test_layouts(backend, layout):
-    for shapes in (*SHAPES[:2], SHAPES[-1]):
+    for shapes in (*SHAPES[:2], *SHAPES[-2:]):
         student, teacher = draw(shapes)
         student, teacher = tuple(map(layout, student)), (teacher[0], layout(teacher[1]))
         check([student], [teacher], backend)

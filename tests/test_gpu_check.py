@@ -151,6 +151,8 @@ def test_the_whole_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "stages", lambda *_: [[python("1 / 0", "one")]])
     assert gpu_check.main(["--out", str(tmp_path / "new")]) == 1
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
+    assert gpu_check.main(["--out", str(tmp_path / "new"), "--seconds", str(GRACE)]) == 0
+    assert "no time was left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("losses", FUSED)

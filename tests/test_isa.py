@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import (
     DTYPES,
     check_distillation,
@@ -207,12 +208,23 @@ def test_flows(isa, dtype, layout):
         check_flows([tuple(pairs[:2])], [tuple(pairs[2:])], "native")
 
 
+@pytest.mark.parametrize("value", [0.0, -torch.inf, torch.nan])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_the_first_of_infinite_maxima_wins(isa, layout):
-    features = layout(torch.full((2, 3, 4, 6), -torch.inf)).requires_grad_()
-    pooled = fsp.max_pool(features, 2, 3, torch.float32)
-    assert (pooled == -torch.inf).all()
-    (gradient,) = torch.autograd.grad(pooled, features, torch.ones_like(pooled))
-    assert gradient.stride() == features.stride()
-    assert (gradient[..., ::2, ::2] == 1).all()
-    assert gradient.sum() == pooled.numel()
+def test_the_first_of_equal_maxima_wins(isa, layout, value):
+    shape = (2, 3, 5, 8)
+    falling = -torch.arange(40.0).view(5, 8).expand(shape)
+    features = layout(torch.full(shape, value))
+    for size in ((3, 7), (5, 4), (1, 3)):
+        _, first = F.adaptive_max_pool2d(falling, size, return_indices=True)
+        pooled, winners = fsp.forward(features, *size, True)
+        assert torch.equal(winners.long(), first)
+        torch.testing.assert_close(pooled, torch.full_like(pooled, value), equal_nan=True)
+
+
+def test_gradients_of_maxima_lie_as_the_features_do(isa):
+    for layout in (contiguous, channels_last):
+        features = layout(torch.randn(2, 3, 6, 4)).requires_grad_()
+        pooled = fsp.max_pool(features, 3, 2, torch.float32)
+        (gradient,) = torch.autograd.grad(pooled.sum(), features)
+        assert gradient.stride() == features.stride()
+        assert torch.equal(gradient != 0, torch.isin(features, pooled))

@@ -58,7 +58,7 @@ _WORKLOADS = {
     "attention": ("attention",),
     "logits": ("soft",),
     "hints": ("hint",),
-    "relations": ("rkd", "similarity"),
+    "relations": ("rkd", "similarity", "fsp"),
 }
 # Seconds of their benchmarks in bfloat16 and float32.
 _LIMITS = {"attention": (75, 75), "logits": (90, 55), "hints": (35, 35), "relations": (40, 40)}
