@@ -227,7 +227,7 @@ def test_pairs_of_every_kind_in_one_call(backend, kind):
 @pytest.mark.parametrize("batch", [1, 4096])
 def test_batches(backend, batch):
     """Of more samples than a stream has counters for."""
-    student, teacher = features(batch, 1, 2), features(batch, 2, 2)
+    student, teacher = features(batch, 1, 8), features(batch, 2, 8)
     check_transfer(student, teacher, backend, with_teachers=batch == 1, kind="max_pow")
 
 
