@@ -144,6 +144,17 @@ def features(*shape, dtype=torch.float32, channel_dim=1):
     return (torch.randn(shape, dtype=float64) * strength).to(dtype)
 
 
+def distinct(draw, loss, size):
+    """Two sides, drawn again while they nearly agree: all that is left of them then is rounding.
+
+    Their loss is at least a tenth of `size`.
+    """
+    while True:
+        sides = draw()
+        if loss(*sides, backend="reference") >= 0.1 * size(*sides):
+            return sides
+
+
 def check_map(x, backend, **keywords):
     positions = math.prod(x.shape[1:]) // x.shape[keywords.get("channel_dim", 1)]
     check(

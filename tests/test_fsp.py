@@ -1,11 +1,13 @@
 """The flow between layers against the oracle."""
 
+import math
+
 import agreement
 import layouts
 import oracle
 import pytest
 import torch
-from agreement import DTYPES, features
+from agreement import DTYPES, distinct, features
 
 import fastkd
 
@@ -46,8 +48,18 @@ def check(student, teacher, backend, grad_output=None):
 
 def draw(shapes, batch=3, dtype=torch.float32):
     """A pair of the student's and one of the teacher's."""
-    one, other = in_pairs([features(batch, *shape, dtype=dtype) for shape in shapes])
-    return one, other
+
+    def size(student, teacher):
+        """Of sums of terms of either sign, which cancel."""
+        nothing = [torch.zeros_like(x) for x in teacher]
+        magnitudes = [x.abs() for x in student]
+        terms = math.prod(map(min, zip(*(x.shape[2:] for x in student), strict=True)))
+        return 10 * fastkd.fsp_loss(magnitudes, nothing, backend="reference") / terms
+
+    def sides():
+        return in_pairs([features(batch, *shape, dtype=dtype) for shape in shapes])
+
+    return distinct(sides, fastkd.fsp_loss, size)
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
