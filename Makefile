@@ -65,10 +65,10 @@ test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
 	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton FASTKD_TEST_CASES=$(CASES) \
 	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile'
 
-test-cuda: cuda-on-host  ## Run the CUDA kernels, on the CPU
+test-cuda: .venv/native cuda-on-host  ## Run the CUDA kernels, on the CPU
 	$(call test_on_host,build/cuda_on_host,'$(FUSED)')
 
-cuda-on-host: .venv/native  ## Compile the CUDA kernels for the CPU
+cuda-on-host: .venv/installed  ## Compile the CUDA kernels for the CPU
 	$(call on_host,build/cuda_on_host,)
 
 cuda-check: .venv/native $(CUDA)/bin/nvcc  ## Compile the GPU's kernels and look at the machine code
