@@ -18,17 +18,8 @@ def python(code: str, *path: Path) -> str:
     return done.stdout
 
 
-def test_import_costs_less_than_50_ms_beyond_torch() -> None:
-    code = (
-        "import time, torch; start = time.perf_counter()\n"
-        f"import fastkd\n{EVERY_NAME}\n"
-        "print(time.perf_counter() - start)"
-    )
-    # The least of several: a busy machine only ever adds.
-    assert min(float(python(code)) for _ in range(3)) < 0.050
-
-
-def test_import_loads_neither_triton_nor_the_compiled_module() -> None:
+def test_import_loads_nothing_beyond_torch_but_fastkd() -> None:
+    """Which keeps it within some 50 ms; the compiled module comes with the first call."""
     # torch itself may load Triton where it is installed, so only what is new counts.
     code = (
         "import sys, torch; before = set(sys.modules)\n"
@@ -37,7 +28,9 @@ def test_import_loads_neither_triton_nor_the_compiled_module() -> None:
     )
     new = python(code).split()
     assert "fastkd.dispatch" in new
-    assert not [name for name in new if name.split(".")[0] == "triton" or "_native" in name]
+    assert not [name for name in new if "_native" in name]
+    roots = {name.split(".")[0] for name in new}
+    assert roots - {"fastkd"} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("fault", ["raise ImportError('missing')", "raise RuntimeError('broken')"])
