@@ -4,7 +4,7 @@ The products are torch's, and so is all of it on a GPU.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,19 +36,21 @@ def forward(features: Tensor, height: int, width: int, with_winners: bool) -> tu
     return pooled, winners
 
 
-def _gradient(
-    grad_output: Tensor,
-    winners: Tensor,
-    height: int,
-    width: int,
-    channels_last: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+class Layout(NamedTuple):
+    """What a gradient has of the features it belongs to, beside batch and channels."""
+
+    height: int
+    width: int
+    channels_last: bool
+    dtype: torch.dtype
+
+
+def _gradient(grad_output: Tensor, winners: Tensor, layout: Layout) -> Tensor:
     return torch.empty(
-        (*winners.shape[:2], height, width),
-        dtype=dtype,
+        (*winners.shape[:2], layout.height, layout.width),
+        dtype=layout.dtype,
         device=grad_output.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=torch.channels_last if layout.channels_last else torch.contiguous_format,
     )
 
 
@@ -56,17 +58,11 @@ def _gradient(
     "max_pool_backward(Tensor grad_output, Tensor winners, SymInt height, SymInt width, "
     "bool channels_last, ScalarType dtype) -> Tensor",
     _gradient,
+    Layout,
 )
-def backward(
-    grad_output: Tensor,
-    winners: Tensor,
-    height: int,
-    width: int,
-    channels_last: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def backward(grad_output: Tensor, winners: Tensor, layout: Layout) -> Tensor:
     """What the winners receive, summed before it is rounded."""
-    to = _gradient(grad_output, winners, height, width, channels_last, dtype)
+    to = _gradient(grad_output, winners, layout)
     kernels("native", "fsp").max_pool_backward(grad_output, winners, to)
     return to
 
@@ -80,13 +76,15 @@ class MaxPool(Fused):
         ctx.save_for_backward(winners)
         is_contiguous = features.is_contiguous()
         channels_last = features.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = (*features.shape[2:], channels_last and not is_contiguous, features.dtype)
+        rows, columns = features.shape[2:]
+        interleaved = channels_last and not is_contiguous
+        ctx.layout = Layout(rows, columns, interleaved, features.dtype)
         return pooled
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         with no_grad():
-            gradient = backward(grad_output, *ctx.saved_tensors, *ctx.layout)
+            gradient = backward(grad_output, *ctx.saved_tensors, ctx.layout)
         return (*differentiate_once("fsp_loss", (gradient,), (grad_output,)), None, None)
 
 

@@ -50,7 +50,7 @@ def nobody_listens(args: Sequence[Any]) -> bool:
     )
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, torch.dtype, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None)})
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
