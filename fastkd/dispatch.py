@@ -1,7 +1,7 @@
 """Which implementation serves a call, and why.
 
-A choice rests on facts only: the device, the dtypes, what is loaded, and whether a function
-transform has wrapped the tensors. A backend refuses a call with a `Refusal`; the first backend of
+A choice rests on facts only: the device, the dtypes, what is loaded, and what stands between the
+tensors and their memory. A backend refuses a call with a `Refusal`; the first backend of
 `ORDER` that does not refuse serves it. To add one, register its refusal function in `_REFUSE`.
 """
 
@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastkd.tensors import obstacle_to_kernels, obstacle_while_compiling
 
 Backend = Literal["native", "triton", "reference"]
 
@@ -36,7 +38,7 @@ class Facts(NamedTuple):
     loss: str
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
-    transformed: bool
+    obstacle: str | None  # of fastkd.tensors
 
 
 @dataclass(frozen=True)
@@ -135,28 +137,22 @@ def select(
     device = "cpu" if first.is_cpu else f"{first.device.type}:{first.device.index}"
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
-        return _resolve_compiled(loss, device, dtypes, requested)
-    transformed = any([is_transformed(t) for t in (*tensors, *others) if t is not None])
+        kinds = tuple([type(t) for t in tensors])
+        return _resolve_compiled(loss, device, dtypes, kinds, requested)
+    obstacle = obstacle_to_kernels((*tensors, *others))
     if _explaining.get():
-        raise _Explained(_explain(Facts(loss, device, dtypes, transformed), requested))
-    return _resolve(loss, device, dtypes, transformed, requested)
-
-
-# Private to torch; where it is missing, a transform fails inside autograd with torch's own message.
-_is_wrapped: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether memory does not hold the tensor's values: a torch.func transform, a lazy negation."""
-    return tensor.is_neg() or _is_wrapped(tensor)
+        raise _Explained(_explain(Facts(loss, device, dtypes, obstacle), requested))
+    return _resolve(loss, device, dtypes, obstacle, requested)
 
 
 def _resolve_compiled(
-    loss: str, device: str, dtypes: tuple[torch.dtype, ...], requested: Backend | None
+    loss: str,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    kinds: tuple[type[Tensor], ...],
+    requested: Backend | None,
 ) -> Backend:
-    return _resolve(loss, device, dtypes, False, requested)
+    return _resolve(loss, device, dtypes, obstacle_while_compiling(kinds), requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -169,10 +165,10 @@ def _resolve(
     loss: str,
     device: str,
     dtypes: tuple[torch.dtype, ...],
-    transformed: bool,
+    obstacle: str | None,
     requested: Backend | None,
 ) -> Backend:
-    facts = Facts(loss, device, dtypes, transformed)
+    facts = Facts(loss, device, dtypes, obstacle)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:

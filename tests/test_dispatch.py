@@ -227,7 +227,7 @@ def test_explain_of_a_stranger(stranger):
 
 
 def on_a_gpu(loss="hint_loss"):
-    return dispatch.Facts(loss, "cuda:0", (torch.float32, torch.float32), False)
+    return dispatch.Facts(loss, "cuda:0", (torch.float32, torch.float32), None)
 
 
 def module_for(archs, problem=""):

@@ -8,6 +8,7 @@ import torch
 
 from fastkd.dispatch import Facts
 from fastkd.kernels import triton
+from fastkd.tensors import TRANSFORM
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,8 +20,8 @@ def fresh_triton():
     triton._cannot_load.cache_clear()
 
 
-def facts(device="cuda:0", loss="hint_loss", transformed=False):
-    return Facts(loss, device, (torch.float32, torch.float32), transformed)
+def facts(device="cuda:0", loss="hint_loss", obstacle=None):
+    return Facts(loss, device, (torch.float32, torch.float32), obstacle)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_other_devices(on_gpus, device):
 
 
 def test_transformed_tensors(on_gpus):
-    assert "torch.func" in triton.refuse(facts(transformed=True)).reason
+    assert "torch.func" in triton.refuse(facts(obstacle=TRANSFORM)).reason
 
 
 def test_triton_is_missing(on_gpus, monkeypatch):
@@ -98,6 +99,6 @@ def test_refused_calls_do_not_import_triton(on_gpus, monkeypatch):
         facts("cpu"),
         facts("mps"),
         facts(loss="perfect_loss"),
-        facts("cuda", transformed=True),
+        facts("cuda", obstacle=TRANSFORM),
     ):
         assert triton.refuse(refused) is not None

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from calls import LOSSES, sample
+from calls import LOSSES, sample, variants
 from torch.utils._pytree import tree_map, tree_map_only
 
 import fastkd
@@ -68,18 +68,83 @@ def test_labels_in_a_subclass(backend):
     torch.testing.assert_close(plain(actual), call(backend=backend))
 
 
-@pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("name", LOSSES)
-def test_lazy_negation(name, position):
+def negated(x):
     """The imaginary part of a conjugate is a float32 view of the negated numbers."""
-    call = sample(name)
-    if position >= len(call.tensors):
-        return
-    tensors = list(call.tensors)
-    x = tensors[position]
-    tensors[position] = torch.complex(torch.zeros_like(x), -x).conj().imag
-    assert tensors[position].is_neg()
-    torch.testing.assert_close(call(*tensors), call())
+    lazily = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert lazily.is_neg()
+    return lazily
+
+
+def zero(x):
+    """Zeros without memory: their address is a null pointer."""
+    return torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device)
+
+
+# Each with what it stands for.
+ODD = {"negated": (negated, lambda x: x), "zero": (zero, torch.zeros_like)}
+
+
+def with_(tensors, position, x):
+    return [*tensors[:position], x, *tensors[position + 1 :]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", LOSSES)
+def test_tensors_whose_memory_is_something_else(backend, name, odd, dtype):
+    make, meant = ODD[odd]
+    for call in variants(name, dtype):
+        for position, x in enumerate(call.tensors):
+            actual = call(*with_(call.tensors, position, make(x)), backend=backend)
+            expected = call(*with_(call.tensors, position, meant(x)), backend=backend)
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_beside_such_tensors(backend, name, odd):
+    """Of the tensors that are ordinary, and of the odd one itself."""
+    make, meant = ODD[odd]
+    for call in variants(name):
+        for position, x in enumerate(call.tensors):
+            found = []
+            for one in (make(x), meant(x)):
+                leaves = with_(call.leaves(), position, one.detach().requires_grad_())
+                loss = call(*leaves, backend=backend)
+                found.append(torch.autograd.grad(loss, leaves, torch.full_like(loss, 3.0)))
+            torch.testing.assert_close(*found, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_grad_output_whose_memory_is_something_else(backend, name, odd, dtype):
+    make, meant = ODD[odd]
+    for call in variants(name, dtype):
+        for count in {call.students, len(call.tensors)}:
+            leaves = [
+                x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)
+            ]
+            loss = call(*leaves, backend=backend)
+            # 1 is what hands forward's gradient on.
+            for value in (torch.ones_like(loss), torch.randn_like(loss)):
+                loss = call(*leaves, backend=backend)
+                find = functools.partial(torch.autograd.grad, loss, leaves[:count])
+                kept = find(make(value), retain_graph=True)
+                expected = find(meant(value), retain_graph=True)
+                torch.testing.assert_close(kept, expected)
+                torch.testing.assert_close(find(make(value)), expected)
+
+
+def test_the_sign_of_a_gradient_that_torch_negates_lazily(backend):
+    student, teacher = sample("soft_target_loss").tensors
+    found = []
+    for sign in (lambda loss: loss, lambda loss: (torch.complex(0 * loss, loss).conj() * 1j).real):
+        leaf = student[:1].clone().requires_grad_()
+        loss = fastkd.soft_target_loss(leaf, teacher[:1], reduction="none", backend=backend)
+        sign(loss).sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
 
 
 def scalar(call, student, **keywords):
@@ -123,15 +188,156 @@ def test_gradient_of_the_regressor_alone():
     torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_forward_mode(name):
-    """It works on the reference, and says so where a kernel cannot do it."""
-    call = sample(name)
+def directional(call, position, tangent, **keywords):
+    """The derivative of the summed loss along a tangent, by a gradient and by forward mode."""
+    leaves = call.leaves()
+    gradients = torch.autograd.grad(call(*leaves, **keywords).sum(), leaves)
     dual = torch.autograd.forward_ad
     with dual.dual_level():
-        student = dual.make_dual(call.tensors[0], torch.ones_like(call.tensors[0]))
-        loss = scalar(call, student, backend="reference")
-        assert dual.unpack_dual(loss).tangent.isfinite()
+        tensors = with_(call.tensors, position, dual.make_dual(call.tensors[position], tangent))
+        loss = call(*tensors, **keywords).sum()
+        return (gradients[position] * tangent).sum(), dual.unpack_dual(loss).tangent
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode(name):
+    """No backend is asked for: a kernel, which has no tangents, steps back."""
+    for call in variants(name, torch.float64):
+        for position, x in enumerate(call.tensors):
+            for keywords in ({}, {"backend": "reference"}):
+                torch.testing.assert_close(
+                    *directional(call, position, torch.randn_like(x), **keywords)
+                )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_over_a_kernel_asked_for_raises(kernel_backend, name):
+    call = sample(name)
+    for position, x in enumerate(call.tensors):
+        with pytest.raises(fastkd.BackendUnavailableError, match="forward mode"):
+            directional(call, position, torch.ones_like(x), backend=kernel_backend)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_level_of_forward_mode_without_tangents_is_no_obstacle(kernel_backend, name):
+    call = sample(name)
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(call(backend=kernel_backend), call(backend=kernel_backend))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_tangent_that_only_backward_sees(kernel_backend, name):
+    """Forward mode over reverse mode: the tangent is that of a factor of the loss."""
+    dual = torch.autograd.forward_ad
+    for call in variants(name):
+        with dual.dual_level():
+            leaves = call.leaves()
+            loss = call(*leaves, backend=kernel_backend)
+            factor = dual.make_dual(torch.ones_like(loss), torch.ones_like(loss))
+            with pytest.raises(RuntimeError, match=r'forward mode.*backend="reference"'):
+                torch.autograd.grad(loss, leaves, factor)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_batches_of_gradients(backend, name):
+    """Vectorised jacobians and is_grads_batched: the reference takes them, a kernel names it."""
+    for call in variants(name):
+        leaves = call.leaves()
+        loss = call(*leaves, backend=backend)
+        batch = torch.randn(3, *loss.shape)
+
+        def by_vmap(loss=loss, leaves=leaves):
+            def one(cotangent):
+                return torch.autograd.grad(loss, leaves, cotangent, retain_graph=True)
+
+            return torch.func.vmap(one)
+
+        def find(*args, loss=loss, leaves=leaves, **keywords):
+            return torch.autograd.grad(loss, leaves, *args, retain_graph=True, **keywords)
+
+        batched = functools.partial(find, is_grads_batched=True)
+        if backend != "reference":
+            for vectorised in (batched, by_vmap()):
+                with pytest.raises(RuntimeError, match=r'one grad_output.*backend="reference"'):
+                    vectorised(batch)
+            continue
+        expected = [torch.stack(x) for x in zip(*map(find, batch), strict=True)]
+        torch.testing.assert_close(list(batched(batch)), expected)
+        torch.testing.assert_close(list(by_vmap()(batch)), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vectorised_jacobian(name):
+    call = sample(name)
+    one_by_one, at_once = (
+        torch.autograd.functional.jacobian(
+            lambda *x: call(*x, backend="reference"), call.tensors, vectorize=vectorize
+        )
+        for vectorize in (False, True)
+    )
+    torch.testing.assert_close(at_once, one_by_one)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_jit_trace(name):
+    """A trace holds torch's own operations, so it computes: for other values, with gradients."""
+    for first, second in zip(variants(name), variants(name), strict=True):
+
+        def loss(*tensors, call=first):
+            return call(*tensors)
+
+        traced = torch.jit.trace(loss, first.tensors, check_trace=False)
+        for call in (first, second):
+            call = call._replace(keywords=first.keywords)
+            torch.testing.assert_close(traced(*call.tensors), call())
+            mine, theirs = call.leaves(), call.leaves()
+            traced(*mine).sum().backward()
+            call(*theirs).sum().backward()
+            torch.testing.assert_close([x.grad for x in mine], [x.grad for x in theirs])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_jit_trace_of_a_kernel_asked_for_raises(kernel_backend, name):
+    call = sample(name)
+    with pytest.raises(fastkd.BackendUnavailableError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lambda *x: call(*x, backend=kernel_backend), call.tensors)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "hessian": torch.func.hessian,
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](torch.ones(())),
+    "jacrev": torch.func.jacrev,
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_inside_a_compiled_function(name, transform):
+    call = sample(name, torch.float64)
+    transformed = TRANSFORMS[transform](lambda x: scalar(call, x))
+    actual = compiled(transformed)(call.tensors[0])
+    torch.testing.assert_close(actual, transformed(call.tensors[0]))
+    leaves = [x for x in torch.utils._pytree.tree_leaves(actual)]
+    assert all(x.abs().sum() > 0 for x in leaves)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_function_inside_a_transform(name):
+    call = sample(name, torch.float64)
+    expected = torch.func.grad(lambda x: scalar(call, x))(call.tensors[0])
+    torch._dynamo.reset()
+    inner = torch.compile(lambda x: scalar(call, x), backend="aot_eager")
+    torch.testing.assert_close(torch.func.grad(inner)(call.tensors[0]), expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -22,7 +22,7 @@ from fastkd.kernels.compiled import (
     view,
     views,
 )
-from fastkd.kernels.refusals import TRANSFORMED, USE_REFERENCE
+from fastkd.kernels.refusals import OBSTACLES, USE_REFERENCE
 from fastkd.reference.precision import compute_dtype
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def refuse(facts: Facts) -> Refusal | None:
     device = facts.device.partition(":")[0]
     if device not in ("cpu", "cuda"):
         return Refusal(f"the compiled module has no kernels for {device} tensors", USE_REFERENCE)
-    if facts.transformed:
-        return TRANSFORMED
+    if facts.obstacle is not None:
+        return OBSTACLES[facts.obstacle]
     module = load()
     if isinstance(module, str):
         return Refusal(

@@ -1,5 +1,6 @@
 """Refusals that several backends share, and what they serve on GPUs."""
 
+from fastkd import tensors
 from fastkd.dispatch import Refusal
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
@@ -19,7 +20,19 @@ ON_GPUS = frozenset(
     }
 )
 
-TRANSFORMED = Refusal(
-    "a torch.func transform or a lazy negation stands between the tensors and their memory",
-    USE_REFERENCE,
-)
+# What no kernel can serve, whatever the device.
+OBSTACLES = {
+    tensors.TRANSFORM: Refusal(
+        "a torch.func transform is active, and a kernel cannot be transformed", USE_REFERENCE
+    ),
+    tensors.FORWARD_MODE: Refusal(
+        "a tensor carries a tangent (torch.autograd.forward_ad), and kernels have no derivatives "
+        "in forward mode",
+        USE_REFERENCE,
+    ),
+    tensors.TRACE: Refusal("torch.jit.trace cannot record what a kernel does", USE_REFERENCE),
+    tensors.DTENSOR: Refusal(
+        "a DTensor may hold a part of the values only, and kernels need all of a row",
+        "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
+    ),
+}

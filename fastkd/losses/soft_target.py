@@ -6,11 +6,12 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastkd.dispatch import Backend, is_transformed, select
+from fastkd.dispatch import Backend, select
 from fastkd.losses import checks
 from fastkd.ops.soft_target import Parameters, soft_target, soft_target_parts
 from fastkd.ops.soft_target_ensemble import soft_target_ensemble, soft_target_ensemble_parts
 from fastkd.reference import soft_target as reference
+from fastkd.tensors import is_plain
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 _MOST_TEACHERS = 64
@@ -339,7 +340,7 @@ def _check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     # Compiled code and GPUs would have to wait for the answer.
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
-    if labels.numel() == 0 or is_transformed(labels):
+    if labels.numel() == 0 or not is_plain(labels):
         return
     low, high = (int(x) for x in torch.aminmax(labels))
     if 0 <= low and high < classes:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastkd.ops.library import (
     Fused,
+    check_grad_output,
     define,
     differentiate_once,
     eager_gradient,
@@ -22,6 +23,7 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
+    savable,
     scales,
     wants_gradient,
 )
@@ -193,12 +195,13 @@ class AttentionMap(Fused):
     @staticmethod
     def forward(ctx: Any, features: Tensor, p: MapParameters) -> Tensor:
         raw, winners = map_forward(features, p)
-        ctx.save_for_backward(features, winners)
+        ctx.save_for_backward(*savable(features, winners))
         ctx.parameters = p
         return raw
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        check_grad_output("attention_map", grad_output)
         features, winners = ctx.saved_tensors
         with no_grad():
             one, slopes, p = grad_output.new_ones(()), grad_output.contiguous(), ctx.parameters
@@ -231,18 +234,22 @@ class AttentionTransfer(Fused):
         )
         kept = features if with_teachers else students
         scaled = with_gradients and scales(*students)
-        ctx.save_for_backward(*kept, *gradients, *(() if scaled else (*slopes, *winners)))
+        if scaled:
+            ctx.save_for_backward(*kept, *gradients)
+        else:
+            ctx.save_for_backward(*savable(*kept, *gradients, *slopes, *winners))
         ctx.parameters, ctx.kept, ctx.with_gradients = p, len(kept), with_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved, kept, p = ctx.saved_tensors, ctx.kept, ctx.parameters
-        features = saved[:kept]
-        gradients = saved[kept : 2 * kept] if ctx.with_gradients else ()
+        tensors, kept, p = ctx.saved_tensors, ctx.kept, ctx.parameters
+        features = tensors[:kept]
+        gradients = tensors[kept : 2 * kept] if ctx.with_gradients else ()
         if ctx.with_gradients and is_final(grad_output):
             return (None, None, *gradients, *[None] * kept)
-        others = saved[kept + len(gradients) :]
+        check_grad_output("attention_transfer_loss", grad_output)
+        others = tensors[kept + len(gradients) :]
         slopes, winners = others[:kept], others[kept:]
         needed = ctx.needs_input_grad[2:]
         with no_grad():

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import Fused, define, differentiate_once, kernels, no_grad, wants_gradient
+from fastkd.ops.library import (
+    Fused,
+    check_grad_output,
+    define,
+    differentiate_once,
+    kernels,
+    no_grad,
+    wants_gradient,
+)
 from fastkd.reference.precision import compute_dtype
 
 
@@ -83,6 +91,7 @@ class MaxPool(Fused):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        check_grad_output("fsp_loss", grad_output)
         with no_grad():
             gradient = backward(grad_output, *ctx.saved_tensors, ctx.layout)
         return (*differentiate_once("fsp_loss", (gradient,), (grad_output,)), None, None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd.ops.library import (
     Fused,
+    check_grad_output,
     define,
     differentiate_once,
     eager_gradient,
@@ -15,11 +16,12 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
-    nobody_listens,
+    savable,
     scales,
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
+from fastkd.tensors import nobody_listens
 
 _PARAMETERS = "float scale, str reduction, str backend"
 
@@ -138,18 +140,22 @@ class Hint(Fused):
             gradients: Sequence[Tensor] = students
         else:
             loss, gradients = forward(students, teachers, with_gradients, p)
-        ctx.save_for_backward(*students, *gradients, *(() if scaled else teachers))
+        if scaled:
+            ctx.save_for_backward(*students, *gradients)
+        else:
+            ctx.save_for_backward(*savable(*students, *gradients, *teachers))
         ctx.parameters, ctx.count, ctx.with_gradients = p, count, with_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved, count, p = ctx.saved_tensors, ctx.count, ctx.parameters
-        students = saved[:count]
-        gradients = saved[count : 2 * count] if ctx.with_gradients else ()
+        tensors, count, p = ctx.saved_tensors, ctx.count, ctx.parameters
+        students = tensors[:count]
+        gradients = tensors[count : 2 * count] if ctx.with_gradients else ()
         if ctx.with_gradients and is_final(grad_output):
             return (None, None, *gradients, *[None] * count)
-        teachers = saved[count + len(gradients) :]
+        check_grad_output("hint_loss", grad_output)
+        teachers = tensors[count + len(gradients) :]
         needed = ctx.needs_input_grad[2:]
         with no_grad():
             if not ctx.with_gradients:

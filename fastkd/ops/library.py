@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
+
+from fastkd.tensors import dispatch_modes, has_tangent, is_plain, is_transformed, nobody_listens
 
 _LIBRARY = torch.library.Library("fastkd", "DEF")
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-
-# How many __torch_dispatch__ modes are active; private to torch.
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 class Operator:
@@ -39,23 +39,6 @@ class Operator:
         if nobody_listens(others):
             return self.implementation(*args)
         return self.overload(*others, *itertools.chain(*parameters))
-
-
-def nobody_listens(args: Sequence[Any]) -> bool:
-    """Whether no compiler, mode or tensor subclass would see an operator called with these."""
-    return (
-        not torch.compiler.is_compiling()
-        and not _dispatch_modes()
-        and (_PLAIN.issuperset(map(type, args)) or _are_plain(args))
-    )
-
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None)})
-
-
-def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether no tensor subclass is among the arguments and the lists in them."""
-    return all([type(a) in _PLAIN or (type(a) in (list, tuple) and _are_plain(a)) for a in args])
 
 
 def define(
@@ -123,8 +106,8 @@ class Fused(torch.autograd.Function):
 
     @classmethod
     def record(cls, *args: Any) -> Any:
-        """`apply`, without its search for function transforms where there are none."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        """`apply`, without its search for function transforms: those go to the reference."""
+        if torch.compiler.is_compiling():
             return cls.apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
@@ -168,12 +151,49 @@ def is_final(grad_output: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and grad_output.is_cpu
-        and type(grad_output) is Tensor
         and not _keeps_graph()
         and not torch.is_grad_enabled()
-        and not _dispatch_modes()
+        and not dispatch_modes()
+        and is_plain(grad_output)
+        and forward_ad._current_level < 0
         and grad_output.item() == 1
     )
+
+
+def check_grad_output(loss: str, grad_output: Tensor) -> None:
+    """One that a kernel can be linear in.
+
+    Raises:
+        RuntimeError: it is a batch of several, a transform's own, or a dual number.
+    """
+    if torch.compiler.is_compiling() or (is_plain(grad_output) and forward_ad._current_level < 0):
+        return
+    if is_transformed(grad_output):
+        problem = (
+            "takes one grad_output at a time, not a batch of them (is_grads_batched=True, "
+            "vectorize=True, torch.func.vmap)"
+        )
+    elif has_tangent(grad_output):
+        problem = "has no derivatives in forward mode"
+    else:
+        return
+    raise RuntimeError(f'{loss}: a fused kernel {problem}; pass backend="reference"')
+
+
+def savable(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The same tensors for `save_for_backward`, which refuses those made in inference mode.
+
+    Teachers often are; an ordinary tensor that shares the memory stands for each. Compiled code
+    cannot ask, and torch raises there.
+    """
+    if torch.compiler.is_compiling():
+        return tensors
+    return [_ordinary(t) if t is not None and t.is_inference() else t for t in tensors]
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+    return tensor.new_empty(0).set_(storage, offset, tensor.size(), tensor.stride())
 
 
 @define(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.ops.library import differentiate_once, no_grad
+from fastkd.ops.library import check_grad_output, differentiate_once, no_grad, savable
 
 
 def compare_sides(
@@ -30,14 +30,16 @@ def compare_sides(
 def keep(ctx: Any, sides: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
     """For `gradients`, those that need one, each with its slopes."""
     wanted = zip(sides, slopes, ctx.needs_input_grad[:2], strict=True)
-    ctx.save_for_backward(*(x for *side, want in wanted if want for x in side))
+    ctx.save_for_backward(*savable(*(x for *side, want in wanted if want for x in side)))
 
 
 def gradients(
     ctx: Any, loss: str, product: Callable[[Tensor, Tensor, Tensor], Tensor], grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Of student and teacher, `product(grad_output, slopes, side)` where one is needed."""
-    sides, slopes = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+    check_grad_output(loss, grad_output)
+    tensors = ctx.saved_tensors
+    sides, slopes = tuple(tensors[::2]), tensors[1::2]
     with no_grad():
         found = [product(grad_output, *pair) for pair in zip(slopes, sides, strict=True)]
     left = iter(differentiate_once(loss, tuple(found), sides))

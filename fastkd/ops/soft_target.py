@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd.ops.library import (
     Fused,
+    check_grad_output,
     define,
     differentiate_once,
     eager_gradient,
@@ -19,6 +20,7 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
+    savable,
     scales,
     wants_gradient,
 )
@@ -176,7 +178,7 @@ class SoftTarget(Fused):
         if scaled:
             ctx.save_for_backward(gradient, student)
         else:
-            ctx.save_for_backward(gradient, student, teacher, labels, statistics)
+            ctx.save_for_backward(*savable(gradient, student, teacher, labels, statistics))
         ctx.parameters, ctx.with_gradient = p, with_gradient
         if not with_parts:
             return loss
@@ -188,6 +190,7 @@ class SoftTarget(Fused):
         gradient, student, *others = ctx.saved_tensors
         if ctx.with_gradient and is_final(grad_output):
             return gradient, None, None, None, None
+        check_grad_output("a loss on logits", grad_output)
         p = ctx.parameters
         to_student, to_teacher = ctx.needs_input_grad[:2]
         with no_grad():
@@ -222,4 +225,5 @@ def soft_target_parts(
         loss, statistics = SoftTarget.record(student, teacher, labels, True, p)
     else:
         loss, statistics, _ = forward(student, teacher, labels, True, False, p)
-    return loss, statistics[-3], statistics[-2]
+    # Copies, because a part that is kept for a log would keep the statistics of all rows.
+    return loss, statistics[-3].clone(), statistics[-2].clone()

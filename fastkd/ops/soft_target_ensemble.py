@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd.ops.library import (
     Fused,
+    check_grad_output,
     define,
     differentiate_once,
     eager_gradient,
@@ -19,6 +20,7 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
+    savable,
     scales,
     wants_gradient,
 )
@@ -191,7 +193,7 @@ class SoftTargetEnsemble(Fused):
         if with_gradient and scales(student):
             ctx.save_for_backward(gradient, student)
         else:
-            ctx.save_for_backward(gradient, student, labels, *teachers)
+            ctx.save_for_backward(*savable(gradient, student, labels, *teachers))
         ctx.weights, ctx.parameters, ctx.with_gradient = weights, p, with_gradient
         if not with_parts:
             return loss
@@ -206,6 +208,7 @@ class SoftTargetEnsemble(Fused):
         nothing = (None,) * 4
         if ctx.with_gradient and is_final(grad_output):
             return (*nothing, gradient, *[None] * len(need_teachers))
+        check_grad_output("a loss on logits", grad_output)
         labels, teachers = (others[0], others[1:]) if others else (None, [])
         to_student: Tensor | None = None
         with no_grad():
@@ -257,4 +260,4 @@ def soft_target_ensemble_parts(
         loss, parts = SoftTargetEnsemble.record(True, weights, p, labels, student, *teachers)
     else:
         loss, parts, _ = forward(student, teachers, labels, True, False, weights, p)
-    return loss, parts[0], parts[1]
+    return loss, parts[0].clone(), parts[1].clone()

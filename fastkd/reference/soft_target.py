@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference.precision import compute_dtype
+from fastkd.tensors import unshard
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -108,7 +109,7 @@ def distillation_loss(
     # A weight of 0 switches its term off, also where the term is infinite or NaN.
     with torch.set_grad_enabled(torch.is_grad_enabled() if hard_weight else False):
         classes_kept = labels.reshape(-1).masked_fill(~kept, 0)
-        rows = cross_entropy_rows(student, classes_kept, label_smoothing)
+        rows = cross_entropy_rows(unshard(student, -1), classes_kept, label_smoothing)
         hard = rows.masked_fill(~kept, 0).sum() / count
     with torch.set_grad_enabled(torch.is_grad_enabled() if soft_weight else False):
         soft = kl_rows(student, teachers, weights, temperature).sum() * temperature**2 / count

@@ -5,7 +5,7 @@ import importlib
 import os
 
 from fastkd.dispatch import Facts, Refusal
-from fastkd.kernels.refusals import ON_GPUS, TRANSFORMED, USE_REFERENCE
+from fastkd.kernels.refusals import OBSTACLES, ON_GPUS, USE_REFERENCE
 
 _DEVICES = frozenset({"cuda", "xpu"})
 
@@ -27,8 +27,8 @@ def refuse(facts: Facts) -> Refusal | None:
         )
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
-    if facts.transformed:
-        return TRANSFORMED
+    if facts.obstacle is not None:
+        return OBSTACLES[facts.obstacle]
     return _cannot_load(interprets)
 
 

@@ -1,0 +1,159 @@
+"""Whether the memory of a tensor holds its values, so that a kernel may read it.
+
+A kernel that reads memory goes around torch's dispatcher, and so around all that the dispatcher
+would do first: negate, fill in zeros that have no memory, take a batch apart. The dispatcher's keys
+of a tensor say what that is. An ordinary tensor has the keys of its device and of autograd, and no
+others.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# What stands between tensors and their memory where a kernel cannot serve, and the reference can.
+TRANSFORM = "transform"  # of torch.func
+FORWARD_MODE = "forward mode"
+TRACE = "trace"  # of torch.jit
+DTENSOR = "DTensor"
+
+# Private to torch. Where it is missing, operators always go through the dispatcher.
+_keys_of: Callable[[Tensor], Any] | None = getattr(torch._C, "_dispatch_keys", None)
+_functorch = getattr(torch._C, "_functorch", None)
+_are_transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_functorch_wrapped_tensor", lambda _: False
+)
+_is_batched: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_legacy_batchedtensor", lambda _: False
+)
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_NO_TENSORS = frozenset({float, int, bool, str, type(None)})
+
+
+def _key_set(*names: str) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+@functools.cache
+def _ordinary(device: str) -> tuple[Any, ...]:
+    """The keys of ordinary tensors on a type of device: with autograd, and in inference mode."""
+    name = device.upper()
+    if not hasattr(torch._C.DispatchKey, name):
+        return ()
+    inference = name, f"Autocast{name}"
+    return _key_set(*inference, "ADInplaceOrView", f"Autograd{name}"), _key_set(*inference)
+
+
+_ORDINARY_CPU = _ordinary("cpu")[0] if _keys_of else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether memory holds the values of a tensor, and no subclass of tensors listens."""
+    if _keys_of is None or type(tensor) not in _TENSORS:
+        return False
+    keys = _keys_of(tensor)
+    return keys == _ORDINARY_CPU or keys in _ordinary(tensor.device.type)
+
+
+def nobody_listens(args: Sequence[Any]) -> bool:
+    """Whether an operator called with these may read memory, without torch's dispatcher.
+
+    Compilers, modes, and the subclasses and odd keys of tensors among the arguments and the lists
+    in them need the dispatcher.
+    """
+    return not torch.compiler.is_compiling() and not dispatch_modes() and _are_plain(args)
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind in _NO_TENSORS:
+            continue
+        if not (_are_plain(arg) if kind is list or kind is tuple else is_plain(arg)):
+            return False
+    return True
+
+
+def obstacle_to_kernels(tensors: Sequence[Tensor | None]) -> str | None:
+    """What keeps kernels from serving a call with these tensors, whatever their device and dtype.
+
+    Negated tensors, those of zeros without memory and other subclasses are none: the dispatcher
+    makes of them what an operator can read.
+
+    Raises:
+        TypeError: some tensors are DTensors and some are not.
+    """
+    if _are_transforms_active():
+        return TRANSFORM
+    if torch._C._get_tracing_state() is not None:
+        return TRACE
+    if forward_ad._current_level >= 0 and any([has_tangent(t) for t in tensors]):
+        return FORWARD_MODE
+    if not _TENSORS.issuperset(map(type, tensors)) and any([_is_dtensor(t) for t in tensors]):
+        _check_all_are_dtensors(tensors)
+        return DTENSOR
+    return None
+
+
+def obstacle_while_compiling(kinds: Sequence[type[Tensor]]) -> str | None:
+    """The same of tensors of these types while torch.compile traces.
+
+    Torch enters the transforms and levels that it meets there, and its tensors tell no more.
+    """
+    if _are_transforms_active():
+        return TRANSFORM
+    if forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    return DTENSOR if any([issubclass(kind, _dtensor()) for kind in kinds]) else None
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a dual number of the current level of forward mode."""
+    return (
+        tensor is not None
+        and forward_ad._current_level >= 0
+        and forward_ad.unpack_dual(tensor).tangent is not None
+    )
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is a transform's own, such as a batch of the tensors that it stands for."""
+    return _is_wrapped(tensor) or _is_batched(tensor)
+
+
+def _dtensor() -> Any:
+    """The class of DTensors; none where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    return isinstance(tensor, _dtensor())
+
+
+def _check_all_are_dtensors(tensors: Sequence[Tensor | None]) -> None:
+    if not all([t is None or _is_dtensor(t) for t in tensors]):
+        kinds = [type(t).__name__ for t in tensors if t is not None]
+        raise TypeError(f"the tensors of a call must all be DTensors or none, got {kinds}")
+
+
+def unshard(tensor: Tensor, dim: int) -> Tensor:
+    """A tensor of which each rank has all along `dim`: a DTensor is gathered where it has not."""
+    if not _is_dtensor(tensor):
+        return tensor
+    sharded: Any = tensor
+    whole = sys.modules["torch.distributed.tensor"].Replicate()
+    return sharded.redistribute(
+        placements=[whole if p.is_shard(dim % tensor.ndim) else p for p in sharded.placements]
+    )
