@@ -185,7 +185,7 @@ class HintLoss(_Loss):
     `fastkd.hint_loss` takes by its weight, computes in float32 or wider at all times. A 1×1
     `Conv2d` takes features `(B, C, *spatial)` of any number of dimensions in either case.
 
-    `half` as an attribute is the keyword; to call it still is `torch.nn.Module.half`.
+    The attribute `half` is the keyword, and `half()` converts to float16, as of every module.
     """
 
     reduction: str
@@ -216,7 +216,7 @@ class HintLoss(_Loss):
 
     @half.setter
     def half(self, value: bool) -> None:
-        self._half = value
+        self._half = bool(value) if isinstance(value, _Half) else value
 
     def forward(
         self, student: Tensor | Iterable[Tensor], teacher: Tensor | Iterable[Tensor]
