@@ -381,13 +381,13 @@ def test_one_class_warns_once(fresh_warning, backend, first):
         lambda: fastkd.distillation_loss(one, [one, one], labels, backend=backend),
     ]
     with pytest.warns(UserWarning, match=r"torch.stack\(\[torch.zeros_like\(z\), z\], dim\)") as w:
-        assert calls[first]() == 0
+        assert calls[first]().abs() < 1e-6
     assert [type(x.message) for x in w] == [UserWarning] * len(w)
     assert w[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for call in calls:
-            assert call() == 0
+            assert call().abs() < 1e-6
         z = torch.randn(4)
         two = torch.stack([torch.zeros_like(z), z], 1)
         assert fastkd.soft_target_loss(two, two.flip(1), backend=backend) > 0
@@ -402,12 +402,12 @@ def test_one_class_in_compiled_code(fresh_warning, backend):
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match="single class"):
-        assert compiled(one) == 0
+        assert compiled(one).abs() < 1e-6
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*single class")
-        assert losses(one) == 0
+        assert losses(one).abs() < 1e-6
         torch._dynamo.reset()
-        assert compiled(one) == 0
+        assert compiled(one).abs() < 1e-6
 
 
 def test_a_warning_that_is_an_error_comes_again(fresh_warning):

@@ -78,7 +78,7 @@ def number(
 ) -> float:
     """A real number within bounds, and never NaN."""
     # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
-    result = value if isinstance(value, float) else _as_float(name, value)
+    result = value if type(value) is float else _as_float(name, value)
     is_finite = -math.inf < result < math.inf
     if result > above and at_least <= result <= at_most and (is_finite or not finite):
         return result

@@ -113,10 +113,12 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
             f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
             f"got {tuple(labels.shape)}"
         )
-    if labels.dtype != torch.uint64:
-        return labels.to(torch.int64)
-    # What int64 does not hold becomes negative, and must not be the ignored label there.
+    if labels.dtype == torch.int64:
+        return labels
     wide = labels.to(torch.int64)
+    if labels.dtype != torch.uint64:
+        return wide
+    # What int64 does not hold becomes negative, and must not be the ignored label there.
     too_large = wide < 0
     if _has_values(wide) and too_large.any():
         raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
