@@ -1,12 +1,14 @@
-"""The losses as modules, with the keywords of the functions."""
+"""The losses as modules, with the keywords of the functions as attributes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd import regressor
 from fastkd.dispatch import Backend
+from fastkd.losses import checks
 from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.fsp import Pairs, fsp_loss
 from fastkd.losses.hint import hint_loss
@@ -16,19 +18,31 @@ from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft
 
 
 class _Loss(torch.nn.Module):
-    """A module that holds the keywords of one loss and shows them."""
+    """A module whose attributes are the keywords of one loss: what is set, the next call takes."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__()
-        self.keywords = keywords
+        self._names = tuple(keywords)
+        for name, value in keywords.items():
+            setattr(self, name, value)
+
+    def _keywords(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         """The keywords, as they would be written in a call."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
 
 
 class SoftTargetLoss(_Loss):
     """`fastkd.soft_target_loss` as a module; the same keywords, the same defaults."""
+
+    temperature: float
+    scale_t2: bool
+    reduction: str
+    dim: int
+    teacher_weights: Iterable[float] | None
+    backend: Backend | None
 
     def __init__(
         self,
@@ -37,7 +51,7 @@ class SoftTargetLoss(_Loss):
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
-        teacher_weights: Sequence[float] | None = None,
+        teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(
@@ -49,13 +63,23 @@ class SoftTargetLoss(_Loss):
             backend=backend,
         )
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | Iterable[Tensor]) -> Tensor:
         """See `fastkd.soft_target_loss`."""
-        return soft_target_loss(student_logits, teacher_logits, **self.keywords)
+        return soft_target_loss(student_logits, teacher_logits, **self._keywords())
 
 
 class DistillationLoss(_Loss):
     """`fastkd.distillation_loss` as a module; the same keywords, the same defaults."""
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    ignore_index: int
+    label_smoothing: float
+    dim: int
+    teacher_weights: Iterable[float] | None
+    return_parts: bool
+    backend: Backend | None
 
     def __init__(
         self,
@@ -66,7 +90,7 @@ class DistillationLoss(_Loss):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
-        teacher_weights: Sequence[float] | None = None,
+        teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
     ) -> None:
@@ -83,14 +107,25 @@ class DistillationLoss(_Loss):
         )
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor
+        self, student_logits: Tensor, teacher_logits: Tensor | Iterable[Tensor], labels: Tensor
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
-        return distillation_loss(student_logits, teacher_logits, labels, **self.keywords)
+        return distillation_loss(student_logits, teacher_logits, labels, **self._keywords())
 
 
 class AttentionTransferLoss(_Loss):
     """`fastkd.attention_transfer_loss` as a module; the same keywords, the same defaults."""
+
+    kind: str
+    p: float | None
+    distance: str
+    order: float | None
+    beta: float
+    resize: str | None
+    reduction: str
+    eps: float
+    channel_dim: int
+    backend: Backend | None
 
     def __init__(
         self,
@@ -120,10 +155,22 @@ class AttentionTransferLoss(_Loss):
         )
 
     def forward(
-        self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
+        self, student: Tensor | Iterable[Tensor], teacher: Tensor | Iterable[Tensor]
     ) -> Tensor:
         """See `fastkd.attention_transfer_loss`."""
-        return attention_transfer_loss(student, teacher, **self.keywords)
+        return attention_transfer_loss(student, teacher, **self._keywords())
+
+
+class _Half(int):
+    """The keyword `half` of hints, which is `torch.nn.Module.half` where it is called."""
+
+    convert: Callable[[], torch.nn.Module]
+
+    def __call__(self) -> torch.nn.Module:
+        return self.convert()
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 class HintLoss(_Loss):
@@ -131,7 +178,19 @@ class HintLoss(_Loss):
 
     The regressor is an ordinary 1×1 `torch.nn.Conv2d` submodule: optimizers, DDP and
     `state_dict` see it. It exists where the channel counts are equal, too.
+
+    Another module may take its place, and it may be wrapped, hooked, pruned, parametrized or
+    sharded: then it is called with each of the student's features, and computes as modules do, in
+    the features' dtype and, under autocast, in autocast's. The plain convolution, which
+    `fastkd.hint_loss` takes by its weight, computes in float32 or wider at all times. A 1×1
+    `Conv2d` takes features `(B, C, *spatial)` of any number of dimensions in either case.
+
+    The attribute `half` is the keyword, and `half()` converts to float16, as of every module.
     """
+
+    reduction: str
+    backend: Backend | None
+    regressor: torch.nn.Module
 
     def __init__(
         self,
@@ -146,58 +205,90 @@ class HintLoss(_Loss):
         super().__init__(reduction=reduction, half=half, backend=backend)
         self.regressor = torch.nn.Conv2d(student_channels, teacher_channels, 1, bias=bias)
 
+    @property
+    def half(self) -> Any:
+        """The paper's factor ½, True or False."""
+        if not isinstance(self._half, bool):
+            return self._half
+        half = _Half(self._half)
+        half.convert = super().half
+        return half
+
+    @half.setter
+    def half(self, value: bool) -> None:
+        self._half = bool(value) if isinstance(value, _Half) else value
+
     def forward(
-        self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
+        self, student: Tensor | Iterable[Tensor], teacher: Tensor | Iterable[Tensor]
     ) -> Tensor:
         """See `fastkd.hint_loss`."""
-        return hint_loss(
-            student,
-            teacher,
-            regressor_weight=self.regressor.weight,
-            regressor_bias=self.regressor.bias,
-            **self.keywords,
-        )
+        keywords: dict[str, Any] = {
+            "reduction": self.reduction,
+            "half": self._half,
+            "backend": self.backend,
+        }
+        plain = regressor.plain_parameters(self.regressor)
+        if plain is not None:
+            weight, bias = plain
+            return hint_loss(
+                student, teacher, regressor_weight=weight, regressor_bias=bias, **keywords
+            )
+        students, teachers, is_sequence = checks.pairs(student, teacher)
+        students = [regressor.regress(self.regressor, features) for features in students]
+        if is_sequence:
+            return hint_loss(students, teachers, **keywords)
+        return hint_loss(students[0], teachers[0], **keywords)
 
 
 class RKDDistanceLoss(_Loss):
     """`fastkd.rkd_distance_loss` as a module; the same keywords, the same defaults."""
+
+    delta: float
+    backend: Backend | None
 
     def __init__(self, *, delta: float = 1.0, backend: Backend | None = None) -> None:
         super().__init__(delta=delta, backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See `fastkd.rkd_distance_loss`."""
-        return rkd_distance_loss(student, teacher, **self.keywords)
+        return rkd_distance_loss(student, teacher, **self._keywords())
 
 
 class RKDAngleLoss(_Loss):
     """`fastkd.rkd_angle_loss` as a module; the same keywords, the same defaults."""
+
+    delta: float
+    backend: Backend | None
 
     def __init__(self, *, delta: float = 1.0, backend: Backend | None = None) -> None:
         super().__init__(delta=delta, backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See `fastkd.rkd_angle_loss`."""
-        return rkd_angle_loss(student, teacher, **self.keywords)
+        return rkd_angle_loss(student, teacher, **self._keywords())
 
 
 class SimilarityPreservingLoss(_Loss):
     """`fastkd.similarity_preserving_loss` as a module; the same keyword, the same default."""
+
+    backend: Backend | None
 
     def __init__(self, *, backend: Backend | None = None) -> None:
         super().__init__(backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See `fastkd.similarity_preserving_loss`."""
-        return similarity_preserving_loss(student, teacher, **self.keywords)
+        return similarity_preserving_loss(student, teacher, **self._keywords())
 
 
 class FSPLoss(_Loss):
     """`fastkd.fsp_loss` as a module; the same keyword, the same default."""
+
+    backend: Backend | None
 
     def __init__(self, *, backend: Backend | None = None) -> None:
         super().__init__(backend=backend)
 
     def forward(self, student: Pairs, teacher: Pairs) -> Tensor:
         """See `fastkd.fsp_loss`."""
-        return fsp_loss(student, teacher, **self.keywords)
+        return fsp_loss(student, teacher, **self._keywords())

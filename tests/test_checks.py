@@ -38,14 +38,17 @@ def bad_logits(loss, *labels):
     yield (ROWS[:, :0], ROWS[:, :0], *labels), {}, ValueError, ["at least one class", "(4, 0)"]
     for dim in (2, -3, 7):
         yield (ROWS, ROWS, *labels), {"dim": dim}, ValueError, ["dim", "[-2, 1]", str(dim)]
-    for dim in (1.0, "1", None, True):
+    for dim in (1.0, "1", None, True, np.True_, np.float64(1), torch.tensor(1), np.ones(1)):
         yield (ROWS, ROWS, *labels), {"dim": dim}, TypeError, ["dim", "int", type(dim).__name__]
     for value in (0, 0.0, -1, math.nan, math.inf, -math.inf, 10**400):
         yield (
             (ROWS, ROWS, *labels), {"temperature": value}, ValueError,
             ["temperature", "> 0", repr(value)[:20]],
         )  # fmt: skip
-    for value in ("4", None, True, 1j, [1.0], torch.tensor(4.0), np.ones(2)):
+    for value in (
+        *("4", None, True, 1j, [1.0], torch.tensor(4.0)),
+        *(np.ones(1), np.ones(2), np.True_, np.complex64(4)),
+    ):
         kind = type(value).__name__
         yield (ROWS, ROWS, *labels), {"temperature": value}, TypeError, ["temperature", kind]
 
@@ -53,7 +56,7 @@ def bad_logits(loss, *labels):
 def logit_cases():
     for case in bad_logits("soft_target_loss"):
         yield "soft_target_loss", *case
-    for value in ("Mean", "batch", "", None, 1, X):
+    for value in ("Mean", "batch", "", None, 1, X, np.ones(2)):
         yield (
             "soft_target_loss", (ROWS, ROWS), {"reduction": value}, ValueError,
             ["reduction", "'none', 'sum', 'mean', 'batchmean'"],
@@ -79,14 +82,14 @@ def distillation_cases():
             yield case(**{name: value}, error=TypeError, words=[name, type(value).__name__])
     for value in (-0.1, 1.01, math.nan):
         yield case(label_smoothing=value, words=["label_smoothing", ">= 0 and <= 1", repr(value)])
-    for value in (1.5, None, "x", True):
+    for value in (1.5, None, "x", True, np.True_, np.float32(1), torch.tensor(1)):
         kind = type(value).__name__
         yield case(ignore_index=value, error=TypeError, words=["ignore_index", "int", kind])
     for value in (2**63, -(2**63) - 1):
         yield case(ignore_index=value, words=["ignore_index", str(value)])
     yield case(return_parts=1, error=TypeError, words=["return_parts", "True or False", "1"])
-    for dtype in (torch.int32, torch.float32, torch.bool, torch.uint8):
-        yield case(LABELS.to(dtype), TypeError, ["labels", "int64", str(dtype)])
+    for dtype in (torch.float32, torch.bool, torch.bfloat16, torch.complex64):
+        yield case(LABELS.to(dtype), TypeError, ["labels", "integers", "int64", str(dtype)])
     yield case([1, 9, -100, 0], TypeError, ["labels", "tensor", "list"])
     yield case(LABELS[:3], words=["labels", "(4,)", "(3,)"])
     yield case(LABELS[:, None], words=["labels", "(4,)", "(4, 1)"])
@@ -208,7 +211,10 @@ def feature_cases():
         yield name, ([X, X], [X, X.int()]), {}, TypeError, ["teacher[1]", "int32"]
         yield name, (X, META), {}, ValueError, ["same device", HERE, "meta"]
         yield name, ([X, META], [X, META]), {}, ValueError, ["student[1]", HERE, "meta"]
-        yield name, (iter([X]), iter([X])), {}, TypeError, ["student", "tensor", "iterator"]
+        for value in ("maps", b"maps", {"a": X}, {X}, 3.0):
+            kind = type(value).__name__
+            yield name, (value, value), {}, TypeError, ["student", "tensor", kind]
+            yield name, ([X], value), {}, TypeError, ["sequences of tensors", f"list and {kind}"]
 
 
 def relation_cases():
@@ -232,7 +238,9 @@ def fsp_cases():
 
     wide, flat = torch.randn(2, 6, 4, 5), X.flatten(2)
     yield case(X, error=TypeError, words=["student", "pair (first, second)", "Tensor"])
-    yield case(teacher=iter([X, X]), error=TypeError, words=["teacher", "iterator"])
+    for value in ("maps", b"maps", {"a": X, "b": X}, {X}, 3.0, None):
+        kind = type(value).__name__
+        yield case(teacher=value, error=TypeError, words=["teacher", "pair (first", kind])
     yield case(teacher=(), words=["teacher", "at least one pair", "none"])
     yield case((X, X, X), words=["student", "pair (first, second)", "3"])
     yield case([(X, X), (X,)], words=["student[1]", "pair (first, second)", "1"])

@@ -3,6 +3,7 @@
 import math
 
 import layouts
+import numpy as np
 import pytest
 import torch
 from agreement import DTYPES, check_distillation, check_soft_target, logits
@@ -28,6 +29,7 @@ def test_class_counts(backend, dtype, classes):
     check_distillation(student, sides, labels, backend, label_smoothing=0.1, teachers=False)
 
 
+@pytest.mark.filterwarnings("ignore:logits with a single class")
 def test_one_class(backend):
     loss = fastkd.soft_target_loss(torch.randn(3, 1), [torch.randn(3, 1)] * 3, backend=backend)
     assert loss.abs() < 1e-6
@@ -303,8 +305,10 @@ BAD = [
     ([X, None], None, TypeError, ["teacher_logits[1]", "tensor", "NoneType"]),
     ([[X], X], None, TypeError, ["teacher_logits[0]", "tensor", "list"]),
     ([X, X.to("meta")], None, ValueError, ["teacher_logits[1]", "same device", "meta"]),
-    (iter([X]), None, TypeError, ["teacher_logits", "tensor", "iterator"]),
-    (X, [1.0], ValueError, ["teacher_weights", "list or tuple of teachers", "one tensor"]),
+    ("teachers", None, TypeError, ["teacher_logits", "tensor", "str"]),
+    ({"a": X}, None, TypeError, ["teacher_logits", "tensor", "dict"]),
+    (iter([]), None, ValueError, ["1 to 64 teachers", "got 0"]),
+    (X, [1.0], ValueError, ["teacher_weights", "sequence of teachers", "one tensor"]),
     ([X, X], [1.0], ValueError, ["teacher_weights", "each of 2 teachers", "got 1"]),
     ([X, X], [], ValueError, ["teacher_weights", "each of 2 teachers", "got 0"]),
     ([X, X], [0, 0.0], ValueError, ["teacher_weights", "not all be 0", "[0, 0.0]"]),
@@ -314,8 +318,12 @@ BAD = [
     ([X, X], [math.inf, 1], ValueError, ["teacher_weights[0]", "finite", "inf"]),
     ([X, X], ["1", 1], TypeError, ["teacher_weights[0]", "number", "str"]),
     ([X, X], [True, 1], TypeError, ["teacher_weights[0]", "number", "bool"]),
-    ([X, X], torch.ones(2), TypeError, ["teacher_weights", "list or tuple", "Tensor"]),
-    ([X, X], 1.0, TypeError, ["teacher_weights", "list or tuple", "float"]),
+    ([X, X], torch.ones(2), TypeError, ["teacher_weights", "sequence", "Tensor"]),
+    ([X, X], 1.0, TypeError, ["teacher_weights", "sequence", "float"]),
+    ([X, X], "12", TypeError, ["teacher_weights", "sequence", "str"]),
+    ([X, X], {0: 1, 1: 2}, TypeError, ["teacher_weights", "sequence", "dict"]),
+    ([X, X], np.ones((2, 2)), TypeError, ["teacher_weights[0]", "number", "ndarray"]),
+    ([X, X], np.array([True, True]), TypeError, ["teacher_weights[0]", "number", "bool"]),
 ]
 
 

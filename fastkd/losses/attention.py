@@ -1,6 +1,6 @@
 """Attention maps and attention transfer (Zagoruyko & Komodakis 2017)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ def attention_map(
     """
     checks.floating(("features", features))
     exponent = _exponent(kind, p)
-    checks.flag("normalize", normalize)
+    normalize = checks.flag("normalize", normalize)
     eps = checks.number("eps", eps, above=0)
     channel_dim = _check_features("features", features, channel_dim)
     chosen = select("attention_map", (features,), backend)
@@ -81,8 +81,8 @@ def attention_map(
 
 
 def attention_transfer_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor | Iterable[Tensor],
+    teacher: Tensor | Iterable[Tensor],
     *,
     kind: str = "sum_pow",
     p: float | None = None,
@@ -103,8 +103,8 @@ def attention_transfer_loss(
     gradient of a norm at 0 is 0.
 
     Args:
-        student: features `(B, C, *spatial)`, or a list or tuple of them: the pairs j. float32,
-            float16, bfloat16 or float64, in any memory layout.
+        student: features `(B, C, *spatial)`, or a sequence (any iterable) of them: the pairs j.
+            float32, float16, bfloat16 or float64, in any memory layout.
         teacher: as many features; channels, dtype and layout may differ within a pair. They
             receive their gradient if they require one.
         kind: `"sum"`, `"sum_pow"` or `"max_pow"`, see `attention_map`.
@@ -137,6 +137,7 @@ def attention_transfer_loss(
     norm_order = _order(distance, order)
     beta = checks.number("beta", beta)
     eps = checks.number("eps", eps, above=0)
+    channel_dim = checks.integer("channel_dim", channel_dim)
     if resize is not None:
         checks.choice("resize", resize, _RESIZES)
     checks.choice("reduction", reduction, _REDUCTIONS)
@@ -210,7 +211,7 @@ def _names(is_sequence: bool, index: int) -> tuple[str, str]:
 
 
 def _check_pairs(
-    students: list[Tensor], teachers: list[Tensor], channel_dim: Any, is_sequence: bool
+    students: list[Tensor], teachers: list[Tensor], channel_dim: int, is_sequence: bool
 ) -> None:
     """Each feature map by itself, and the batch sizes."""
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):

@@ -1,7 +1,8 @@
 """Checks that the losses share. Each raises in the user's words, before any kernel runs."""
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def floating(*named: tuple[str, Any]) -> None:
             )
         if value.layout != torch.strided:
             raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+        if value.is_nested:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got a nested tensor")
 
 
 def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
@@ -43,23 +46,27 @@ def same_shape(student_name: str, student: Tensor, teacher_name: str, teacher: T
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
     """One of a few words."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def integer(name: str, value: Any) -> int:
-    """An int that the kernels can hold."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
+    """An int that the kernels can hold, of Python or of NumPy."""
+    # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    result = value if is_int else _as_int(name, value)
+    if not -(2**63) <= result < 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
-    return value
+    return result
 
 
-def flag(name: str, value: Any) -> None:
-    """A bool, and no number or tensor in its place."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+def flag(name: str, value: Any) -> bool:
+    """A bool of Python or of NumPy, and no number or tensor in its place."""
+    if isinstance(value, bool):
+        return value
+    if _is_bool(value):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def number(
@@ -73,7 +80,7 @@ def number(
 ) -> float:
     """A real number within bounds, and never NaN."""
     # Python's own first: under torch.compile they may be symbols, of which no more can be asked.
-    result = value if isinstance(value, float) else _as_float(name, value)
+    result = value if type(value) is float else _as_float(name, value)
     is_finite = -math.inf < result < math.inf
     if result > above and at_least <= result <= at_most and (is_finite or not finite):
         return result
@@ -93,7 +100,7 @@ def number(
 
 def _as_float(name: str, value: Any) -> float:
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    if not is_int and (isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__")):
+    if not is_int and not _is_real(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         return float(value)
@@ -103,9 +110,34 @@ def _as_float(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
+def _as_int(name: str, value: Any) -> int:
+    try:
+        if _is_bool(value) or isinstance(value, Tensor):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or _numpy_kind(value) == "b"
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is one real number, also of NumPy, `fractions` or `decimal`."""
+    if isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__"):
+        return False
+    return _numpy_kind(value) not in ("b", "c") and getattr(value, "ndim", 0) == 0
+
+
+def _numpy_kind(value: Any) -> str:
+    """NumPy's letter for the kind of its own scalars; NumPy need not be there."""
+    return getattr(getattr(value, "dtype", None), "kind", "")
+
+
 def dimension(name: str, value: Any, ndim: int) -> int:
     """An axis, counted from either end; returned counted from the front."""
-    integer(name, value)
+    value = integer(name, value)
     if not -ndim <= value < ndim:
         raise ValueError(
             f"{name} must lie in [{-ndim}, {ndim - 1}] for tensors of {ndim} dimensions, "
@@ -114,26 +146,44 @@ def dimension(name: str, value: Any, ndim: int) -> int:
     return value % ndim
 
 
+# Iterable, but what they hold are letters, keys, or in no order.
+_NO_SEQUENCES = (Tensor, str, bytes, bytearray, Mapping, Set)
+
+
+def items(value: Any) -> list[Any] | None:
+    """What a sequence or any other iterable holds, once; None where the value is neither."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, _NO_SEQUENCES):
+        return None
+    try:
+        iterator = iter(value)
+    except TypeError:
+        return None
+    return list(iterator)
+
+
 def pairs(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]:
     """Student and teacher as equally long lists, and whether sequences came in."""
-    is_sequence = isinstance(student, list | tuple)
-    if is_sequence != isinstance(teacher, list | tuple):
+    students, teachers = items(student), items(teacher)
+    is_sequence = students is not None
+    if is_sequence != (teachers is not None):
         raise TypeError(
-            "student and teacher must both be tensors or both be lists or tuples of tensors, "
+            "student and teacher must both be tensors or both be sequences of tensors, "
             f"got {type(student).__name__} and {type(teacher).__name__}"
         )
-    if not is_sequence:
-        student, teacher = [student], [teacher]
-    if len(student) != len(teacher):
+    if students is None or teachers is None:
+        students, teachers = [student], [teacher]
+    if len(students) != len(teachers):
         raise ValueError(
             "student and teacher must have the same number of feature maps, "
-            f"got {len(student)} and {len(teacher)}"
+            f"got {len(students)} and {len(teachers)}"
         )
-    if not student:
+    if not students:
         raise ValueError("student and teacher must hold at least one pair, got none")
-    for index, (one, other) in enumerate(zip(student, teacher, strict=True)):
+    for index, (one, other) in enumerate(zip(students, teachers, strict=True)):
         names = [f"{side}[{index}]" if is_sequence else side for side in ("student", "teacher")]
         floating((names[0], one), (names[1], other))
         same_device(names[0], one, names[1], other)
-        same_device("student[0]", student[0], names[0], one)
-    return list(student), list(teacher), is_sequence
+        same_device("student[0]", students[0], names[0], one)
+    return students, teachers, is_sequence

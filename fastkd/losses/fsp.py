@@ -1,6 +1,6 @@
 """The flow of solution procedure between layers (Yim et al. 2017)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from fastkd.ops.hint import Parameters, hint
 from fastkd.reference import fsp as reference
 from fastkd.reference.precision import compute_dtype
 
-Pairs = Sequence[Tensor] | Sequence[Sequence[Tensor]]
+Pairs = Iterable[Tensor] | Iterable[Iterable[Tensor]]
 
 
 def fsp_loss(student: Pairs, teacher: Pairs, *, backend: Backend | None = None) -> Tensor:
@@ -27,8 +27,8 @@ def fsp_loss(student: Pairs, teacher: Pairs, *, backend: Backend | None = None) 
 
     Args:
         student: two feature maps `(first, second)` of the student, `(B, C₁, H, W)` and
-            `(B, C₂, H', W')`, as a list or tuple; or a list or tuple of such pairs. float32,
-            float16, bfloat16 or float64, in any memory layout.
+            `(B, C₂, H', W')`, as a list, a tuple or any iterable; or an iterable of such pairs.
+            float32, float16, bfloat16 or float64, in any memory layout.
         teacher: as many of the teacher, on the same device, with the student's C₁ and C₂; heights,
             widths and dtypes may differ. They receive their gradient if they require one.
         backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
@@ -73,16 +73,19 @@ def fsp_loss(student: Pairs, teacher: Pairs, *, backend: Backend | None = None) 
 
 def _pairs(side: str, value: Any) -> list[tuple[str, reference.Pair]]:
     """The pairs of one network, each with what the user calls it."""
-    if not isinstance(value, list | tuple):
+    items = checks.items(value)
+    if items is None:
         raise TypeError(
-            f"{side} must be a pair (first, second) of feature maps or a list or tuple of such "
-            f"pairs, got {type(value).__name__}"
+            f"{side} must be a pair (first, second) of feature maps or a sequence of such pairs, "
+            f"got {type(value).__name__}"
         )
-    if not value:
+    if not items:
         raise ValueError(f"{side} must hold at least one pair (first, second), got none")
-    if not all(isinstance(x, list | tuple) for x in value):
-        return [(side, _pair(side, value))]
-    return [(f"{side}[{i}]", _pair(f"{side}[{i}]", pair)) for i, pair in enumerate(value)]
+    pairs = [checks.items(item) for item in items]
+    named = [(f"{side}[{i}]", pair) for i, pair in enumerate(pairs) if pair is not None]
+    if len(named) < len(items):
+        return [(side, _pair(side, items))]
+    return [(name, _pair(name, pair)) for name, pair in named]
 
 
 def _pair(name: str, value: Sequence[Any]) -> reference.Pair:

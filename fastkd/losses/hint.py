@@ -1,6 +1,6 @@
 """FitNets hints (Romero et al. 2015)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 def hint_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor | Iterable[Tensor],
+    teacher: Tensor | Iterable[Tensor],
     *,
     regressor_weight: Tensor | None = None,
     regressor_bias: Tensor | None = None,
@@ -31,8 +31,8 @@ def hint_loss(
     the difference, over the same divisor.
 
     Args:
-        student: features `(B, C_s, *spatial)` of at least two dimensions, or a list or tuple of
-            them; float32, float16, bfloat16 or float64, in any memory layout.
+        student: features `(B, C_s, *spatial)` of at least two dimensions, or a sequence (any
+            iterable) of them; float32, float16, bfloat16 or float64, in any memory layout.
         teacher: as many features of the same shape and device (`C_t` channels where there is a
             regressor); dtype and layout may differ. They receive their gradient if they require
             one.
@@ -58,7 +58,7 @@ def hint_loss(
     """
     students, teachers, is_sequence = checks.pairs(student, teacher)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    checks.flag("half", half)
+    half = checks.flag("half", half)
     _check_features(students, teachers, regressor_weight, regressor_bias, is_sequence)
     if reduction == "none" and len({t.shape[0] for t in teachers}) > 1:
         raise ValueError(

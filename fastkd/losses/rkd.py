@@ -16,7 +16,8 @@ def rkd_distance_loss(
     `mean over i, j of Huber(d^S_ij − d^T_ij)` over all N² pairs, where `d_ij` is `‖x_i − x_j‖` over
     the mean of those that are positive, and `Huber(r)` is `r²/2` for `|r| <= delta` and
     `delta (|r| − delta/2)` beyond. Points that coincide have distance 0 and no gradient from one
-    another. Computed in float64 between inputs and result; extra memory is O(N²).
+    another. Computed in float64 between inputs and result (in float32 on devices without float64);
+    extra memory is O(N²).
 
     Args:
         student: embeddings `(N, D)`, in float32, float16, bfloat16 or float64, in any layout.
@@ -52,8 +53,8 @@ def rkd_angle_loss(
     `mean over i, j, k of Huber(c^S_ijk − c^T_ijk)` over all N³ triplets, where `c_ijk` is the
     cosine at `x_i` of the angle between `x_j − x_i` and `x_k − x_i`, or 0 where one of these is 0,
     and `Huber(r)` is `r²/2` for `|r| <= delta` and `delta (|r| − delta/2)` beyond. Computed in
-    float64 between inputs and result; the kernels' extra memory is O(N²), with no temporary of
-    `N × N × D` or `N³`.
+    float64 between inputs and result (in float32 on devices without float64); the kernels' extra
+    memory is O(N²), with no temporary of `N × N × D` or `N³`.
 
     Args:
         student: embeddings `(N, D)`, in float32, float16, bfloat16 or float64, in any layout.

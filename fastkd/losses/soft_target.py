@@ -1,20 +1,17 @@
 """Soft targets (Hinton et al. 2014) of one or several teachers, alone and with the hard labels."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from fastkd.dispatch import Backend, select
-from fastkd.losses import checks
+from fastkd.losses import checks, logits
 from fastkd.ops.soft_target import Parameters, soft_target, soft_target_parts
 from fastkd.ops.soft_target_ensemble import soft_target_ensemble, soft_target_ensemble_parts
 from fastkd.reference import soft_target as reference
-from fastkd.tensors import is_plain
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
-_MOST_TEACHERS = 64
 
 
 class DistillationParts(NamedTuple):
@@ -33,13 +30,13 @@ class DistillationParts(NamedTuple):
 
 def soft_target_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Iterable[Tensor],
     *,
     temperature: float = 1.0,
     scale_t2: bool = True,
     reduction: str = "batchmean",
     dim: int = -1,
-    teacher_weights: Sequence[float] | None = None,
+    teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""The KL divergence from the student's softened distribution to the teacher's.
@@ -52,8 +49,9 @@ def soft_target_loss(
         student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
             float64. `-inf` excludes a class.
         teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one. A list or tuple of up to 64 such tensors is an ensemble, with the
-            target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of logits.
+            if it requires one. A sequence (any iterable) of up to 64 such tensors is an ensemble,
+            with the target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of
+            logits.
         temperature: T, above 0.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
         reduction: `"none"` for one loss per row (the input's shape without `dim`), `"sum"`,
@@ -61,8 +59,8 @@ def soft_target_loss(
             rows × classes (what `torch.nn.KLDivLoss` calls mean: K times smaller).
         dim: the dimension of the classes.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
-            which are divided by their sum; None weighs all teachers alike. A teacher of weight 0 is
-            not looked at.
+            which are divided by their sum: a sequence or a NumPy array; None weighs all teachers
+            alike. A teacher of weight 0 is not looked at.
         backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
 
     Returns:
@@ -78,11 +76,11 @@ def soft_target_loss(
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
     section 2; section 1 for ensembles, of which this takes the arithmetic mean.
     """
-    dim, teachers, weights, unused = _check_logits(
+    dim, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
     temperature = checks.number("temperature", temperature, above=0)
-    checks.flag("scale_t2", scale_t2)
+    scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     chosen = select("soft_target_loss", (student_logits, *teachers), backend)
     if chosen == "reference":
@@ -108,7 +106,7 @@ def soft_target_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float = ...,
@@ -117,7 +115,7 @@ def distillation_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     dim: int = ...,
-    teacher_weights: Sequence[float] | None = ...,
+    teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
@@ -126,7 +124,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float = ...,
@@ -135,7 +133,7 @@ def distillation_loss(
     ignore_index: int = ...,
     label_smoothing: float = ...,
     dim: int = ...,
-    teacher_weights: Sequence[float] | None = ...,
+    teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
 ) -> DistillationParts: ...
@@ -143,7 +141,7 @@ def distillation_loss(
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float = 4.0,
@@ -152,7 +150,7 @@ def distillation_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
-    teacher_weights: Sequence[float] | None = None,
+    teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | DistillationParts:
@@ -166,9 +164,11 @@ def distillation_loss(
         student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
             float64. `-inf` excludes a class.
         teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one. A list or tuple of up to 64 such tensors is an ensemble, with the
-            target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of logits.
-        labels: int64 classes, of the logits' shape without `dim`.
+            if it requires one. A sequence (any iterable) of up to 64 such tensors is an ensemble,
+            with the target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of
+            logits.
+        labels: classes in any integer dtype, of the logits' shape without `dim`. int64 labels are
+            not copied.
         temperature: T, above 0, of the soft term only.
         soft_weight: the weight of the soft term; 0 switches it off.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
@@ -178,8 +178,8 @@ def distillation_loss(
             label_smoothing / K`.
         dim: the dimension of the classes.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
-            which are divided by their sum; None weighs all teachers alike. A teacher of weight 0 is
-            not looked at.
+            which are divided by their sum: a sequence or a NumPy array; None weighs all teachers
+            alike. A teacher of weight 0 is not looked at.
         return_parts: return a `DistillationParts` in place of the loss.
         backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
 
@@ -198,19 +198,20 @@ def distillation_loss(
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
     section 2 (the weighted average of two objectives).
     """
-    dim, teachers, weights, unused = _check_logits(
+    dim, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
     temperature = checks.number("temperature", temperature, above=0)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
-    checks.flag("return_parts", return_parts)
-    _check_labels(student_logits, labels, ignore_index, dim)
+    return_parts = checks.flag("return_parts", return_parts)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    labels = logits.check_labels(student_logits, labels, ignore_index, dim)
     chosen = select("distillation_loss", (student_logits, *teachers), backend, (labels,))
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
-        _check_label_range(labels, student_logits.shape[dim], ignore_index)
+        logits.check_label_range(labels, student_logits.shape[dim], ignore_index)
     if chosen == "reference":
         loss, hard, soft = reference.distillation_loss(
             student_logits,
@@ -258,96 +259,3 @@ def _tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:
         if teacher.requires_grad:
             loss = loss + reference.zero(teacher).to(loss.dtype)
     return loss
-
-
-def _check_logits(
-    student: Tensor, teacher: Any, weights: Any, dim: int
-) -> tuple[int, list[Tensor], list[float], list[Tensor]]:
-    """The classes' dimension, the teachers with their weights, and the teachers of weight 0."""
-    is_ensemble = isinstance(teacher, list | tuple)
-    teachers = list(teacher) if is_ensemble else [teacher]
-    names = [
-        f"teacher_logits[{i}]" if is_ensemble else "teacher_logits" for i in range(len(teachers))
-    ]
-    checks.floating(("student_logits", student), *zip(names, teachers, strict=True))
-    for name, one in zip(names, teachers, strict=True):
-        checks.same_device("student_logits", student, name, one)
-        checks.same_shape("student_logits", student, name, one)
-    if student.ndim == 0:
-        raise ValueError("logits must have at least one dimension, got shape ()")
-    dim = checks.dimension("dim", dim, student.ndim)
-    if student.shape[dim] == 0:
-        raise ValueError(
-            f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
-        )
-    if not 1 <= len(teachers) <= _MOST_TEACHERS:
-        raise ValueError(
-            f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
-        )
-    if weights is None:
-        return dim, teachers, [1 / len(teachers)] * len(teachers), []
-    if not is_ensemble:
-        raise ValueError(
-            "teacher_weights needs a list or tuple of teachers as teacher_logits, got one tensor"
-        )
-    shares = _check_weights(weights, len(teachers))
-    both = list(zip(teachers, shares, strict=True))
-    return (
-        dim,
-        [t for t, share in both if share > 0],
-        [share for share in shares if share > 0],
-        [t for t, share in both if share == 0],
-    )
-
-
-def _check_weights(weights: Any, teachers: int) -> list[float]:
-    """Their shares of the sum."""
-    if not isinstance(weights, list | tuple):
-        raise TypeError(
-            f"teacher_weights must be a list or tuple of numbers, got {type(weights).__name__}"
-        )
-    if len(weights) != teachers:
-        raise ValueError(
-            f"teacher_weights must hold one number for each of {teachers} teachers, "
-            f"got {len(weights)}"
-        )
-    numbers = [checks.number(f"teacher_weights[{i}]", w, at_least=0) for i, w in enumerate(weights)]
-    largest = max(numbers)
-    if largest == 0:
-        raise ValueError(f"teacher_weights must not all be 0, got {list(weights)}")
-    # Divided twice, because a sum of large weights may overflow.
-    numbers = [number / largest for number in numbers]
-    total = sum(numbers)
-    return [number / total for number in numbers]
-
-
-def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    checks.integer("ignore_index", ignore_index)
-    checks.same_device("student_logits", logits, "labels", labels)
-    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if labels.shape != rows:
-        raise ValueError(
-            f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
-            f"got {tuple(labels.shape)}"
-        )
-
-
-def _check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
-    # Compiled code and GPUs would have to wait for the answer.
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
-        return
-    if labels.numel() == 0 or not is_plain(labels):
-        return
-    low, high = (int(x) for x in torch.aminmax(labels))
-    if 0 <= low and high < classes:
-        return
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
-    if wrong.numel():
-        raise ValueError(
-            f"labels must lie in [0, {classes - 1}] or be ignore_index={ignore_index}, "
-            f"got {int(wrong[0])}"
-        )

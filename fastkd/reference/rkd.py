@@ -1,12 +1,12 @@
 """Relational knowledge distillation (Park et al. 2019).
 
-In float64 whatever the inputs: see `docs/numerics.md`.
+In float64 whatever the inputs, where the device has it: see `docs/numerics.md`.
 """
 
 import torch
 from torch import Tensor
 
-from fastkd.reference.precision import compute_dtype
+from fastkd.reference.precision import compute_dtype, widest_dtype
 
 # Elements of the differences that are formed at a time.
 _ELEMENTS = 1 << 24
@@ -20,7 +20,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, delta: float) -> Tens
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor, *, delta: float) -> Tensor:
     """Huber of the difference of the cosines at each point between the ways to two others."""
-    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    total = torch.zeros((), dtype=widest_dtype(student.device), device=student.device)
     for vertices in blocks(student, teacher):
         total = total + angle_loss_at(vertices, student, teacher, delta=delta)
     return total.to(compute_dtype(student, teacher))
@@ -48,7 +48,7 @@ def _huber(student: Tensor, teacher: Tensor, delta: float) -> Tensor:
 
 def _differences(x: Tensor, points: slice) -> Tensor:
     """`x_j − x_i` as `(i, j, D)`, for some i."""
-    x = x.double()
+    x = x.to(widest_dtype(x.device))
     return x - x[points, None]
 
 
@@ -71,4 +71,8 @@ def _cosines(x: Tensor, vertices: slice) -> Tensor:
     lengths = _lengths(differences)[..., None]
     # Masked twice, for the gradient to be 0 where the length is.
     units = differences.masked_fill(lengths == 0, 0) / lengths.masked_fill(lengths == 0, 1)
-    return units @ units.mT
+    if units.dtype == torch.float64:
+        return units @ units.mT
+    # Autocast, which leaves float64 alone, would have the product in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return units @ units.mT

@@ -1,0 +1,149 @@
+"""Checks of logits, of teachers with their weights, and of labels."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.losses import checks
+from fastkd.tensors import is_plain
+
+_MOST_TEACHERS = 64
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+
+
+def check_logits(
+    student: Tensor, teacher: Any, weights: Any, dim: int
+) -> tuple[int, list[Tensor], list[float], list[Tensor]]:
+    """The classes' dimension, the teachers with their weights, and the teachers of weight 0."""
+    ensemble = checks.items(teacher)
+    is_ensemble = ensemble is not None
+    teachers = [teacher] if ensemble is None else ensemble
+    names = [
+        f"teacher_logits[{i}]" if is_ensemble else "teacher_logits" for i in range(len(teachers))
+    ]
+    checks.floating(("student_logits", student), *zip(names, teachers, strict=True))
+    for name, one in zip(names, teachers, strict=True):
+        checks.same_device("student_logits", student, name, one)
+        checks.same_shape("student_logits", student, name, one)
+    if student.ndim == 0:
+        raise ValueError("logits must have at least one dimension, got shape ()")
+    dim = checks.dimension("dim", dim, student.ndim)
+    classes = student.shape[dim]
+    if classes == 0:
+        raise ValueError(
+            f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
+        )
+    if not 1 <= len(teachers) <= _MOST_TEACHERS:
+        raise ValueError(
+            f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
+        )
+    if classes == 1:
+        _warn_of_one_class()
+    if weights is None:
+        return dim, teachers, [1 / len(teachers)] * len(teachers), []
+    if not is_ensemble:
+        raise ValueError(
+            "teacher_weights needs a sequence of teachers as teacher_logits, got one tensor"
+        )
+    shares = _check_weights(weights, len(teachers))
+    both = list(zip(teachers, shares, strict=True))
+    return (
+        dim,
+        [t for t, share in both if share > 0],
+        [share for share in shares if share > 0],
+        [t for t, share in both if share == 0],
+    )
+
+
+def _check_weights(weights: Any, teachers: int) -> list[float]:
+    """Their shares of the sum."""
+    given = checks.items(weights)
+    if given is None:
+        raise TypeError(
+            f"teacher_weights must be a sequence of numbers, got {type(weights).__name__}"
+        )
+    if len(given) != teachers:
+        raise ValueError(
+            f"teacher_weights must hold one number for each of {teachers} teachers, "
+            f"got {len(given)}"
+        )
+    numbers = [checks.number(f"teacher_weights[{i}]", w, at_least=0) for i, w in enumerate(given)]
+    largest = max(numbers)
+    if largest == 0:
+        raise ValueError(f"teacher_weights must not all be 0, got {given}")
+    # Divided twice, because a sum of large weights may overflow.
+    numbers = [number / largest for number in numbers]
+    total = sum(numbers)
+    return [number / total for number in numbers]
+
+
+@functools.cache
+def _warn_once_of_one_class() -> None:
+    warnings.warn(
+        "logits with a single class: softmax is 1 whatever they hold, so the loss is 0 for ever. "
+        "Two classes are made of one logit z by torch.stack([torch.zeros_like(z), z], dim)",
+        stacklevel=5,
+    )
+
+
+def _warn_of_one_class() -> None:
+    _warn_once_of_one_class()
+
+
+# Called while a function is compiled, and not part of the graph.
+_warn_of_one_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -> Tensor:
+    """The labels as int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"labels must be integers, such as int64, got {labels.dtype}")
+    checks.same_device("student_logits", logits, "labels", labels)
+    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if labels.shape != rows:
+        raise ValueError(
+            f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype == torch.int64:
+        return labels
+    wide = labels.to(torch.int64)
+    if labels.dtype != torch.uint64:
+        return wide
+    # What int64 does not hold becomes negative, and must not be the ignored label there.
+    too_large = wide < 0
+    if _has_values(wide) and too_large.any():
+        raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
+    return wide.masked_fill(too_large, -2 if ignore_index == -1 else -1)
+
+
+def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Each is a class or `ignore_index`, where that can be looked at."""
+    if not _has_values(labels) or labels.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if 0 <= low and high < classes:
+        return
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise _no_class(int(wrong[0]), classes, ignore_index)
+
+
+def _has_values(labels: Tensor) -> bool:
+    """Whether they can be looked at: compiled code and GPUs would have to wait for them."""
+    is_known = not torch.compiler.is_compiling() and labels.device.type == "cpu"
+    return is_known and is_plain(labels)
+
+
+def _no_class(label: int, classes: int, ignore_index: int) -> ValueError:
+    return ValueError(
+        f"labels must lie in [0, {classes - 1}] or be ignore_index={ignore_index}, got {label}"
+    )
