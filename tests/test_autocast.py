@@ -20,7 +20,7 @@ PRODUCTS = ["fsp_loss", "similarity_preserving_loss", "hint_loss with a regresso
 
 
 def hints(dtype):
-    """Hints with a regressor, which is in float32: by positions and by channels; tokens; vectors."""
+    """Hints with a regressor, which is in float32: on planes, on channels, on vectors."""
 
     def loss(student, teacher, weight, bias=None, **keywords):
         regressor = {"regressor_weight": weight, "regressor_bias": bias}

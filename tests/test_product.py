@@ -37,7 +37,9 @@ def test_derivatives(batch, with_bias):
     )
 
 
-@pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)])
+@pytest.mark.parametrize(
+    "wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)]
+)
 def test_some_derivatives(batch, wanted):
     leaves = [x.requires_grad_(want) for x, want in zip(operands(batch), wanted, strict=True)]
     assert torch.autograd.gradcheck(product, leaves, check_forward_ad=True)
@@ -59,11 +61,11 @@ TRANSFORMS = {
     "hessian": lambda f: hessian(cubed(f)),
     "jacfwd": lambda f: jacfwd(f, argnums=1),
     "vmap of grad": lambda f: lambda a, b, c: vmap(grad(cubed(f)), (None, 0, None))(a, both(b), c),
-    "grad of vmap": lambda f: lambda a, b, c: grad(
-        lambda x: cubed(vmap(lambda y: f(y, b, c)))(both(x))
-    )(a),
-    "jvp of grad": lambda f: lambda a, b, c: jvp(
-        grad(lambda x: cubed(f)(x, b, c)), (a,), (a.cos(),)
+    "grad of vmap": lambda f: (
+        lambda a, b, c: grad(lambda x: cubed(vmap(lambda y: f(y, b, c)))(both(x)))(a)
+    ),
+    "jvp of grad": lambda f: (
+        lambda a, b, c: jvp(grad(lambda x: cubed(f)(x, b, c)), (a,), (a.cos(),))
     ),
     "grad of jvp": lambda f: grad(lambda a, b, c: cubed(lambda *x: jvp(f, x, x)[1])(a, b, c)),
 }

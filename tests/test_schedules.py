@@ -15,7 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import fastkd
 
 STEPS = 12
-# One graph more than torch needs, for a branch on a value.
+# A constant and a symbol; and one more for a value that switches something off.
 MOST_GRAPHS = 3
 
 # Every float argument of every loss, and between what values it goes.
@@ -38,11 +38,13 @@ ARGUMENTS = [(name, argument) for name, bounds in SCHEDULES.items() for argument
 
 
 def values(bounds, steps=STEPS):
-    """Fresh ones between the bounds, and the bounds themselves."""
+    """Fresh ones between the bounds, in order, and the bounds themselves where there is room."""
     low, high = bounds
     rng = np.random.default_rng(torch.initial_seed() % 2**63)
-    between = np.sort(rng.uniform(size=steps - 2))
-    return [float(low + (high - low) * x) for x in (0, *between, 1)]
+    shares = np.sort(rng.uniform(0.05, 0.95, size=steps))
+    if steps == STEPS:
+        shares[0], shares[-1] = 0, 1
+    return [float(low + (high - low) * share) for share in shares]
 
 
 class Counter:
@@ -53,8 +55,10 @@ class Counter:
         self.backend = lookup_backend(name)
 
     def __call__(self, graph, inputs):
+        # Torch may break off, and begin anew, where a symbol turns out to be a constant.
+        compiled = self.backend(graph, inputs)
         self.graphs += 1
-        return self.backend(graph, inputs)
+        return compiled
 
 
 def follow(call, schedules, compiler="aot_eager", students_only=False):
@@ -70,9 +74,17 @@ def follow(call, schedules, compiler="aot_eager", students_only=False):
             loss = function(*leaves, **keywords)
             gradients = torch.autograd.grad(loss.sum(), leaves[:count])
             results.append((loss, *gradients))
-        tolerance = {} if leaves[0].dtype.itemsize < 4 else {"rtol": 2e-5, "atol": 1e-6}
-        torch.testing.assert_close(*results, **tolerance)
+        assert_same(*results)
     return counter.graphs
+
+
+def assert_same(actual, expected):
+    """The gradients in the L2 norm, within what is promised of two implementations."""
+    torch.testing.assert_close(actual[0], expected[0], rtol=2e-5, atol=1e-6)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert a.dtype == e.dtype
+        limit = {torch.float32: 6e-6, torch.float64: 2e-12}.get(e.dtype, torch.finfo(e.dtype).eps)
+        assert (a - e).double().norm() <= limit * e.double().norm()
 
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
@@ -82,37 +94,41 @@ def test_one_argument(backend, name, argument):
     assert follow(call, {argument: values(SCHEDULES[name][argument])}) <= MOST_GRAPHS
 
 
-def together(call, name, steps):
+def together(call, name):
     """Schedules of all arguments that go with the call's other keywords."""
     fixed = {"mse": {"order"}, "sum": {"p"}}
     excluded = fixed.get(call.keywords.get("distance"), set()) | fixed.get(
         call.keywords.get("kind"), set()
     )
     return {
-        argument: values(bounds, steps)
+        argument: values(bounds, 3)
         for argument, bounds in SCHEDULES[name].items()
         if argument not in excluded
     }
 
 
-@pytest.mark.parametrize("students_only", [False, True], ids=["all", "students"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_all_arguments(backend, name):
+    for call in variants(name):
+        call.keywords["backend"] = backend
+        assert follow(call, together(call, name)) == 2
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_all_arguments(backend, name, dtype, students_only):
-    """In each variant, and on either path of the gradient."""
-    for call in variants(name, dtype):
-        call.keywords["backend"] = backend
-        schedules = together(call, name, 4)
-        # A value at the end of its range, where a weight is 0 or 1, may be a branch.
-        assert follow(call, schedules, students_only=students_only) <= MOST_GRAPHS
-        torch._dynamo.reset()
+def test_student_alone(kernel_backend, name, dtype):
+    """The path on which forward already computes the gradient."""
+    call = sample(name, dtype)
+    call.keywords["backend"] = kernel_backend
+    assert follow(call, together(call, name), students_only=True) == 2
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_inductor(backend, name):
     call = sample(name)
     call.keywords["backend"] = backend
-    assert follow(call, together(call, name, 4), "inductor") <= MOST_GRAPHS
+    assert follow(call, together(call, name), "inductor") == 2
 
 
 def test_parts(backend):

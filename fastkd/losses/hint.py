@@ -68,9 +68,7 @@ def hint_loss(
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
     if regressor_weight is not None:
         dtype = compute_dtype(*students, *teachers, regressor_weight)
-        students = [
-            reference.regress(s, regressor_weight, regressor_bias, dtype) for s in students
-        ]
+        students = [reference.regress(s, regressor_weight, regressor_bias, dtype) for s in students]
     if chosen == "reference":
         losses = reference.hint_loss(students, teachers, reduction=reduction, half=half)
     else:

@@ -5,6 +5,8 @@ for each further value, unless all that the symbol meets are additions, subtract
 multiplications, divisions, comparisons and powers with tensors.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,6 @@ def as_tensor(value: float, dtype: torch.dtype, device: torch.device | str) -> T
     return torch.ones((), dtype=dtype, device=device) * value
 
 
-def operand(value: float, like: Tensor) -> float | Tensor:
-    """The number, or a tensor for operations that take no symbolic number."""
+def operand(value: float, like: Tensor) -> Any:
+    """The number itself; a symbolic one as a tensor, which more operations take."""
     return as_tensor(value, like.dtype, like.device) if is_symbolic(value) else value
