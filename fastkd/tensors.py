@@ -26,7 +26,7 @@ DTENSOR = "DTensor"
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_zero: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda _: True)
 _functorch = getattr(torch._C, "_functorch", None)
-_are_transforms_active: Callable[[], bool] = getattr(
+are_transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
 _is_wrapped: Callable[[Tensor], bool] = getattr(
@@ -83,7 +83,7 @@ def obstacle_to_kernels(tensors: Sequence[Tensor | None]) -> str | None:
     Raises:
         TypeError: some tensors are DTensors and some are not.
     """
-    if _are_transforms_active():
+    if are_transforms_active():
         return TRANSFORM
     if torch._C._get_tracing_state() is not None:
         return TRACE
@@ -100,7 +100,7 @@ def obstacle_while_compiling(kinds: Sequence[type[Tensor]]) -> str | None:
 
     Torch enters the transforms and levels that it meets there, and its tensors tell no more.
     """
-    if _are_transforms_active():
+    if are_transforms_active():
         return TRANSFORM
     if forward_ad._current_level >= 0:
         return FORWARD_MODE

@@ -288,6 +288,7 @@ def max_pool(features: Tensor, pooled: Tensor, winners: Tensor | None) -> None:
 def max_pool_backward(grad_output: Tensor, winners: Tensor, gradient: Tensor) -> None:
     """Fill the gradient of the features that `winners` were among."""
     threads = torch.get_num_threads()
+    grad_output = grad_output.to(compute_dtype(gradient))
     loaded().max_pool_backward(view(grad_output), winners.data_ptr(), view(gradient), threads)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from fastkd.dispatch import Backend, select
@@ -69,10 +68,7 @@ def hint_loss(
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
     if regressor_weight is not None:
         dtype = compute_dtype(*students, *teachers, regressor_weight)
-        with torch.autocast(students[0].device.type, enabled=False):
-            students = [
-                reference.regress(s, regressor_weight, regressor_bias, dtype) for s in students
-            ]
+        students = [reference.regress(s, regressor_weight, regressor_bias, dtype) for s in students]
     if chosen == "reference":
         losses = reference.hint_loss(students, teachers, reduction=reduction, half=half)
     else:

@@ -28,6 +28,7 @@ from fastkd.ops.library import (
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
+from fastkd.reference.symbols import operand
 
 
 class MapParameters(NamedTuple):
@@ -178,7 +179,7 @@ def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParamete
     dim = p.channel_dim % features.ndim
     shape = [*features.shape[:dim], 1, *features.shape[dim + 1 :]]
     won = features.gather(dim, winners.long().view(shape)).view(slopes.shape).to(slopes.dtype)
-    return slopes * (p.p * won.abs().pow(p.p - 1) * won.sign())
+    return slopes * (p.p * won.abs().pow(operand(p.p - 1, won)) * won.sign())
 
 
 def gradient_follows(students: Sequence[Tensor], p: MapParameters) -> bool:

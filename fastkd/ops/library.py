@@ -4,7 +4,8 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from fastkd.tensors import dispatch_modes, has_tangent, is_plain, is_transformed, nobody_listens
+from fastkd.reference.symbols import as_tensor, is_symbolic
+from fastkd.tensors import (
+    are_transforms_active,
+    dispatch_modes,
+    has_tangent,
+    is_plain,
+    is_transformed,
+    nobody_listens,
+)
 
 _LIBRARY = torch.library.Library("fastkd", "DEF")
 
@@ -38,7 +47,30 @@ class Operator:
         others, parameters = args[:first], args[first:]
         if nobody_listens(others):
             return self.implementation(*args)
-        return self.overload(*others, *itertools.chain(*parameters))
+        fields = *others, *itertools.chain(*parameters)
+        if torch.compiler.is_compiling():
+            numbers: list[Tensor] = []
+            fields = tuple([_out_of_line(field, numbers) for field in fields])
+            if numbers:
+                return self.overload(*fields, numbers)
+        return self.overload(*fields)
+
+
+def _out_of_line(field: Any, numbers: list[Tensor]) -> Any:
+    """A field without its symbolic floats, which are NaN and go to `numbers` as tensors."""
+    if isinstance(field, list | tuple):
+        return [_out_of_line(value, numbers) for value in field]
+    if not isinstance(field, float) or not is_symbolic(field):
+        return field
+    numbers.append(as_tensor(field, torch.float64, torch.device("cpu")))
+    return math.nan
+
+
+def _in_line(field: Any, numbers: Iterator[Tensor]) -> Any:
+    """The inverse of `_out_of_line`."""
+    if isinstance(field, list | tuple):
+        return [_in_line(value, numbers) for value in field]
+    return next(numbers).item() if isinstance(field, float) and math.isnan(field) else field
 
 
 def define(
@@ -48,41 +80,52 @@ def define(
 
     A schema ends with the fields of `parameters`, one after another; Python passes these whole. A
     result that is None, which no schema may have, is an empty tensor for torch.
+
+    A symbolic float has no place in a schema: torch would compile for each of its values. So an
+    operator with floats has one more argument, `numbers`: tensors on the CPU that are, in turn,
+    the values of the floats that are NaN, as none is otherwise.
     """
+    has_floats = " float" in schema
+    arguments = schema.replace(") ->", ", Tensor[]? numbers=None) ->") if has_floats else schema
 
     def register(implementation: Callable[..., Any]) -> Operator:
         name = schema.partition("(")[0]
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(arguments, tags=(torch.Tag.pt2_compliant_tag,))
+        overload = getattr(torch.ops.fastkd, name).default
+        OPERATORS[name] = overload
+        count = len(overload._schema.arguments) - has_floats
+
+        def run(*args: Any) -> Any:
+            if len(args) > count and args[count]:
+                numbers = iter(args[count])
+                args = tuple([_in_line(arg, numbers) for arg in args[:count]])
+            return _as_in_schema(implementation, args[:count], parameters)
+
+        def run_fake(*args: Any) -> Any:
+            return _as_in_schema(fake, args[:count], parameters)
+
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, _as_in_schema(implementation, parameters), key)
-        torch.library.register_fake(
-            f"fastkd::{name}", _as_in_schema(fake, parameters), lib=_LIBRARY
-        )
-        OPERATORS[name] = getattr(torch.ops.fastkd, name).default
-        return Operator(implementation, OPERATORS[name], len(parameters))
+            _LIBRARY.impl(name, run, key)
+        torch.library.register_fake(f"fastkd::{name}", run_fake, lib=_LIBRARY)
+        return Operator(implementation, overload, len(parameters))
 
     return register
 
 
 def _as_in_schema(
-    function: Callable[..., Any], parameters: Sequence[type[tuple[Any, ...]]]
-) -> Callable[..., Any]:
+    function: Callable[..., Any], args: Sequence[Any], parameters: Sequence[type[tuple[Any, ...]]]
+) -> Any:
     sizes = [len(kind._fields) for kind in parameters]  # type: ignore[attr-defined]
-
-    def call(*args: Any) -> Any:
-        first = len(args) - sum(sizes)
-        others, fields = args[:first], iter(args[first:])
-        whole = [
-            kind(*itertools.islice(fields, size))
-            for kind, size in zip(parameters, sizes, strict=True)
-        ]
-        results = function(*others, *whole)
-        if not isinstance(results, tuple) or all([result is not None for result in results]):
-            return results
-        like = next(arg for arg in others if isinstance(arg, Tensor))
-        return tuple([like.new_empty(0) if result is None else result for result in results])
-
-    return call
+    first = len(args) - sum(sizes)
+    others, fields = args[:first], iter(args[first:])
+    whole = [
+        kind(*itertools.islice(fields, size)) for kind, size in zip(parameters, sizes, strict=True)
+    ]
+    results = function(*others, *whole)
+    if not isinstance(results, tuple) or all([result is not None for result in results]):
+        return results
+    like = next(arg for arg in others if isinstance(arg, Tensor))
+    return tuple([like.new_empty(0) if result is None else result for result in results])
 
 
 @functools.cache
@@ -106,8 +149,8 @@ class Fused(torch.autograd.Function):
 
     @classmethod
     def record(cls, *args: Any) -> Any:
-        """`apply`, without its search for function transforms: those go to the reference."""
-        if torch.compiler.is_compiling():
+        """`apply`, without its search for function transforms where there are none."""
+        if torch.compiler.is_compiling() or are_transforms_active():
             return cls.apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 

@@ -1,6 +1,5 @@
 """Operators and autograd of similarity-preserving distillation, on Gram matrices."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from fastkd.ops import relations
 from fastkd.ops.library import Fused, define, kernels, wants_gradient
+from fastkd.ops.product import no_autocast
 from fastkd.reference.precision import compute_dtype
 
 
@@ -49,14 +49,9 @@ def _order(features: Tensor) -> list[int]:
     return [0, *sorted(range(1, features.ndim), key=features.stride, reverse=True)]
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    is_on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
-
-
 def _gram(features: Tensor, dtype: torch.dtype) -> Tensor:
     rows = _rows(features, features)
-    with _no_autocast(features.device.type):
+    with no_autocast(features.device.type):
         if _widens(rows, dtype):
             return torch.mm(rows, rows.mT, out_dtype=dtype)
         rows = rows.to(dtype)
@@ -78,7 +73,7 @@ def backward(grad_output: Tensor, slopes: Tensor, features: Tensor) -> Tensor:
     to = torch.empty_like(features)
     rows, weights = _rows(features, to).to(slopes.dtype), slopes * grad_output
     columns = _rows(to, to)
-    with _no_autocast(features.device.type):
+    with no_autocast(features.device.type):
         if columns.data_ptr() == to.data_ptr() and to.dtype == slopes.dtype:
             torch.mm(weights, rows, out=columns)
         else:

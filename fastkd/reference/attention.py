@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference.precision import compute_dtype
+from fastkd.reference.symbols import is_symbolic, operand
 
 
 def attention_map(
@@ -22,23 +23,33 @@ def attention_map(
     magnitude = features.to(dtype or compute_dtype(features)).movedim(channel_dim, 1).abs()
     if kind == "max_pow":
         # `max(dim)` sends the gradient to the first channel that attains it; `amax` splits it.
-        raw = magnitude.max(dim=1).values.pow(p)
+        raw = magnitude.max(dim=1).values.pow(operand(p, magnitude))
     else:
-        raw = magnitude.pow(p).sum(dim=1)
+        raw = magnitude.pow(operand(p, magnitude)).sum(dim=1)
     raw = raw.flatten(1)
     return unit(raw, eps) if normalize else raw
 
 
 def unit(raw: Tensor, eps: float) -> Tensor:
     """Each row over its L2 norm, or over `eps` where that is larger; zeros stay zeros."""
-    return raw / norm(raw, 2.0).clamp_min(max(eps, torch.finfo(raw.dtype).tiny))
+    least = max(eps, torch.finfo(raw.dtype).tiny)
+    return raw / norm(raw, 2.0).clamp_min(operand(least, raw))
 
 
 def norm(rows: Tensor, order: float) -> Tensor:
     """The norm of each row, `(rows, 1)`: relative to its largest element no power overflows."""
     largest = rows.detach().abs().amax(1, keepdim=True)
     scale = largest.masked_fill(~((largest > 0) & largest.isfinite()), 1)
+    if is_symbolic(order):
+        return _norm_of_any_order(rows / scale, operand(order, rows)) * scale
     return torch.linalg.vector_norm(rows / scale, ord=order, dim=1, keepdim=True) * scale
+
+
+def _norm_of_any_order(rows: Tensor, order: Tensor) -> Tensor:
+    """For `torch.linalg.vector_norm`, which takes no tensor for its order."""
+    total = rows.abs().pow(order).sum(1, keepdim=True)
+    is_zero = total == 0
+    return total.masked_fill(is_zero, 1).pow(1 / order).masked_fill(is_zero, 0)
 
 
 def attention_transfer_loss(

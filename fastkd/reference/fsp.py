@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.ops.product import product
 from fastkd.reference.hint import hint_loss
 
 Pair = tuple[Tensor, Tensor]
@@ -42,8 +43,7 @@ def flow(pair: Pair, dtype: torch.dtype, pool: Callable[..., Tensor] = max_pool)
     first, second = pair
     height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
     first, second = (pool(x, height, width, dtype).flatten(2) for x in pair)
-    with torch.autocast(first.device.type, enabled=False):
-        return torch.bmm(first, second.mT) / (height * width)
+    return product(first, second.mT) / (height * width)
 
 
 def _winners(features: Tensor, height: int, width: int) -> Tensor:

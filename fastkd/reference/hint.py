@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.ops.product import product
 from fastkd.reference.precision import compute_dtype
 
 
@@ -16,14 +16,13 @@ def regress(student: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     if student.ndim > 2 and student.is_contiguous():
         # Positions lie side by side: a product per sample needs no copy with channels last.
         weights = weight.expand(len(student), -1, -1)
-        flat = student.flatten(2)
-        projected = (
-            torch.bmm(weights, flat)
-            if bias is None
-            else torch.baddbmm(bias[:, None], weights, flat)
-        )
+        column = None if bias is None else bias[None, :, None]
+        projected = product(weights, student.flatten(2), column)
         return projected.unflatten(2, student.shape[2:])
-    return F.linear(student.movedim(1, -1), weight, bias).movedim(-1, 1)
+    positions = student.movedim(1, -1)
+    row = None if bias is None else bias[None]
+    projected = product(positions.flatten(0, -2), weight.mT, row)
+    return projected.unflatten(0, positions.shape[:-1]).movedim(-1, 1)
 
 
 def hint_loss(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference.precision import compute_dtype, widest_dtype
+from fastkd.reference.symbols import operand
 
 # Elements of the differences that are formed at a time.
 _ELEMENTS = 1 << 24
@@ -42,7 +43,8 @@ def blocks(student: Tensor, teacher: Tensor) -> list[slice]:
 def _huber(student: Tensor, teacher: Tensor, delta: float) -> Tensor:
     """Its sum; by `clamp`, because `F.huber_loss` has no derivatives in forward mode."""
     r = student - teacher
-    slope = r.clamp(-delta, delta)
+    threshold = operand(delta, r)
+    slope = r.clamp(-threshold, threshold)
     return (slope * (r - slope / 2)).sum()
 
 

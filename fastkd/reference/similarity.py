@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastkd.ops.product import product
 from fastkd.reference.precision import compute_dtype, widest_dtype
 
 EPS = 1e-12
@@ -17,8 +18,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _similarities(features: Tensor) -> Tensor:
     rows = features.flatten(1)
-    with torch.autocast(features.device.type, enabled=False):
-        gram = (rows @ rows.mT).to(widest_dtype(features.device))
+    gram = product(rows, rows.mT).to(widest_dtype(features.device))
     # The gradient of a row of zeros is 0, and not that of a division by EPS.
     is_zero = (gram == 0).all(1, keepdim=True)
     norm = torch.linalg.vector_norm(gram.masked_fill(is_zero, 1), dim=1, keepdim=True)
