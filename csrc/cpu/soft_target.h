@@ -21,7 +21,7 @@ struct Plan {
   bool hard;               // labels are given
   bool third_exponential;  // the cross-entropy's, at temperature 1
   int64_t ignore_index;
-  Exp<A> softened, sharp;      // exp(x / T), exp(x)
+  Exp<A> softened, sharp;      // exp(x / T), exp(x), of scaled logits
   double inverse_temperature;  // as `softened` has it
   double smoothing;
   int64_t kept;                         // rows that are not ignored
@@ -33,9 +33,9 @@ struct Plan {
         hard(labels != nullptr),
         third_exponential(hard && p.temperature != 1),
         ignore_index(p.ignore_index),
-        softened(1 / p.temperature),
-        sharp(1),
-        inverse_temperature(softened.rate),
+        softened(1 / p.temperature / kLogitScale),
+        sharp(1 / kLogitScale),
+        inverse_temperature(softened.rate * kLogitScale),
         smoothing(p.label_smoothing),
         kept(rows) {
     for (int64_t row = 0; hard && row < rows; ++row) kept -= labels[row] == ignore_index;
@@ -116,7 +116,8 @@ template <class A>
 void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
   double soft = 0, hard = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    const double kl = table[row * kCount + kKl], ce = table[row * kCount + kCe];
+    const double kl = table[row * kCount + kKl] / kLogitScale;
+    const double ce = table[row * kCount + kCe] / kLogitScale;
     if (p.reduction == Reduction::none)
       loss[row] = A(weighted(p.soft_weight, kl) + weighted(p.hard_weight, ce));
     soft += kl;
@@ -128,7 +129,7 @@ void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParamet
     loss[0] = A(weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard));
   A* parts = table + rows * kCount;
   parts[0] = A(hard);
-  parts[1] = A(soft);
+  parts[1] = A(weighted(p.temperature * p.temperature, soft));
   parts[2] = A(plan.kept);
 }
 

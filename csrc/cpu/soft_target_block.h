@@ -36,10 +36,10 @@ struct Maxima {
   }
 };
 
-// The maximum to subtract: where every class is excluded, 0 leaves exp(-inf) = 0.
+// The maximum to subtract, scaled: where every class is excluded, 0 leaves exp(-inf) = 0.
 template <class A>
 A shift(A maximum) {
-  return maximum == A(-INFINITY) ? 0 : maximum;
+  return maximum == A(-INFINITY) ? 0 : maximum * A(kLogitScale);
 }
 
 // Of every lane.
@@ -58,7 +58,7 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const 
                              const Exponentials<A>& to, Next&... of_next) {
   using vec = vec_t<A>;
   constexpr int W = All<A>::value;
-  const A lowest = -INFINITY;
+  const A lowest = -INFINITY, scale = A(kLogitScale);
   // Copies, which the stores below cannot change: they stay in registers.
   const Exp<A> softened = plan.softened, sharp = plan.sharp;
   const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
@@ -67,8 +67,8 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const 
   const auto step = [&](int i, auto lanes) {
     fetch(student + i, W, kAhead);
     fetch(teacher + i, W, kAhead);
-    const vec s = load_lanes<A>(student + i, lanes, lowest) - s_shift;
-    const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_shift;
+    const vec s = load_lanes<A>(student + i, lanes, lowest) * scale - s_shift;
+    const vec t = load_lanes<A>(teacher + i, lanes, lowest) * scale - t_shift;
     const vec es = softened(s), et = softened(t);
     s_sum += es;
     t_sum += et;
@@ -105,7 +105,9 @@ A difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const 
   for (int i = 0; i < block.size; ++i) {
     const A s = widen(block.student[i]), t = widen(block.teacher[i]);
     if (t == A(-INFINITY)) continue;
-    total += s == A(-INFINITY) ? A(INFINITY) : et[i] * ((t - t_shift) - (s - s_shift));
+    total += s == A(-INFINITY)
+                 ? A(INFINITY)
+                 : et[i] * ((t * A(kLogitScale) - t_shift) - (s * A(kLogitScale) - s_shift));
   }
   return total;
 }

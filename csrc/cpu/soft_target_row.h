@@ -13,8 +13,8 @@ namespace fastkd::FASTKD_ISA {
 struct Sums {
   double student_max = -INFINITY, teacher_max = -INFINITY;
   double student_sum = 0, teacher_sum = 0, hard_sum = 0;
-  double difference = 0;  // Σ et · ((t − t_max) − (s − s_max))
-  double logits = 0;      // Σ s, for label smoothing
+  double difference = 0;  // Σ et · ((t − t_max) − (s − s_max)), scaled
+  double logits = 0;      // Σ s, scaled, for label smoothing
 };
 
 // The exponentials of a block relative to its maxima, and its sums; and the maxima of the next one.
@@ -65,7 +65,7 @@ Sums merged(const Sums& row, const Sums& block, const Plan<A>& plan) {
     else
       out.difference +=
           t_factor * (part->difference +
-                      part->teacher_sum * ((part->teacher_max - out.teacher_max) -
+                      part->teacher_sum * ((shift(part->teacher_max) - shift(out.teacher_max)) -
                                            (shift(part->student_max) - shift(out.student_max))));
   }
   return out;
@@ -112,12 +112,12 @@ void write_statistics(const Sums& row, const Plan<A>& plan, A label_logit, A* to
   to[kTeacherSum] = A(row.teacher_sum);
   to[kHardSum] = A(row.hard_sum);
   const double kl = row.difference / row.teacher_sum * plan.inverse_temperature +
-                    std::log(row.student_sum / row.teacher_sum);
+                    std::log(row.student_sum / row.teacher_sum) * kLogitScale;
   to[kKl] = A(kl < 0 ? 0 : kl);  // rounding may leave a tiny negative number
   to[kCe] = 0;
   if (!plan.hard) return;
-  const double log_sum = std::log(row.hard_sum) + row.student_max;
-  to[kCe] = A(plan.cross_entropy(log_sum - double(label_logit),
+  const double log_sum = std::log(row.hard_sum) * kLogitScale + row.student_max * kLogitScale;
+  to[kCe] = A(plan.cross_entropy(log_sum - double(label_logit) * kLogitScale,
                                  log_sum - row.logits / double(plan.classes)));
 }
 

@@ -61,7 +61,7 @@ def forward(
     weights: Sequence[float],
     p: Parameters,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, its parts `(hard, KL, rows that count)`, and the student's gradient."""
+    """The loss, its parts `(hard, T² KL, rows that count)`, and the student's gradient."""
     outputs = _outputs(student, teachers, labels, with_parts, with_gradient, weights, p)
     kernels(p.backend, "soft_target_ensemble").soft_target_ensemble(
         student, teachers, tuple(weights), labels, *outputs, None, p
@@ -252,7 +252,7 @@ def soft_target_ensemble_parts(
     labels: Tensor | None,
     p: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, KL)`, the loss differentiable where that is wanted."""
+    """`(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
     if wants_gradient(student, *teachers):
         loss, parts = SoftTargetEnsemble.record(True, weights, p, labels, student, *teachers)
     else:
