@@ -19,7 +19,8 @@ template <>
 struct Exp<float> {
   explicit Exp(double wanted)
       : binary(float(wanted * kBinary < kMost ? wanted * kBinary : kMost)),
-        least(-126 / (wanted * kBinary) < -kMost ? -float(kMost) : float(-126 / (wanted * kBinary))),
+        least(-126 / (wanted * kBinary) < -kMost ? -float(kMost)
+                                                 : float(-126 / (wanted * kBinary))),
         rate(binary < float(kMost) ? double(binary) / kBinary : wanted) {}
 
   vec_t<float> operator()(vec_t<float> x) const {

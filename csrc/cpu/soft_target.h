@@ -114,22 +114,24 @@ void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradien
 // Rows to losses, in an order that no thread changes.
 template <class A>
 void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
+  // Terms stay scaled until they are weighted: a weighted sum or mean may be representable where
+  // the term of a row is not.
+  const auto loss_of = [&](double soft, double hard) {
+    return A((weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard)) / kLogitScale);
+  };
   double soft = 0, hard = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    const double kl = table[row * kCount + kKl] / kLogitScale;
-    const double ce = table[row * kCount + kCe] / kLogitScale;
-    if (p.reduction == Reduction::none)
-      loss[row] = A(weighted(p.soft_weight, kl) + weighted(p.hard_weight, ce));
+    const double kl = table[row * kCount + kKl], ce = table[row * kCount + kCe];
+    if (p.reduction == Reduction::none) loss[row] = loss_of(kl, ce);
     soft += kl;
     hard += ce;
   }
   soft /= plan.divisor;
   hard /= plan.divisor;
-  if (p.reduction != Reduction::none)
-    loss[0] = A(weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard));
+  if (p.reduction != Reduction::none) loss[0] = loss_of(soft, hard);
   A* parts = table + rows * kCount;
-  parts[0] = A(hard);
-  parts[1] = A(weighted(p.temperature * p.temperature, soft));
+  parts[0] = A(hard / kLogitScale);
+  parts[1] = A(weighted(p.temperature * p.temperature, soft) / kLogitScale);
   parts[2] = A(plan.kept);
 }
 

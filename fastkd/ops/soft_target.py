@@ -25,9 +25,9 @@ from fastkd.ops.library import (
 from fastkd.reference.precision import compute_dtype
 
 # Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
-# temperature 1, the KL divergence and the cross-entropy, both times 2^-24 so that those of any finite
-# logits are finite. All that backward needs of a row. After the last row come the parts of the loss,
-# `(hard, T² KL)`, and the number of rows that count.
+# temperature 1, the KL divergence and the cross-entropy. These two are multiplied by 2^-24, so that
+# those of any finite logits are finite. All that backward needs of a row. After the last row come
+# the parts of the loss, `(hard, T² KL)`, and the number of rows that count.
 STATISTICS = 7
 PARTS = 3
 
