@@ -6,7 +6,6 @@ returns `(loss, gradients)`, the gradients in the order of the array arguments.
 
 import numpy as np
 
-
 # Logits are multiplied by this first, so that any two finite ones have a finite difference. A power
 # of 2 rounds nothing.
 SCALE = 2.0**-70

@@ -103,15 +103,25 @@ def kl_rows(
     p = shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
     infinite = (ratio == torch.inf) & (p == 0)
-    return (p * ratio.masked_fill(p == 0, 0)).masked_fill(infinite, torch.inf).sum(-1)
+    rows = torch.zeros_like(p).masked_fill(infinite, torch.inf).sum(-1)
+    for share, weight in zip(shares, weights, strict=True):
+        counted = ratio.masked_fill(share == 0, 0)
+        # The sum of a teacher's share is constant, so its mean may be taken off the ratio: what is
+        # left in backward are the differences that its gradient consists of, and no larger terms
+        # that cancel.
+        with torch.no_grad():
+            mean = (share * counted).sum(-1, keepdim=True) / (weight * lift)
+            mean = mean.masked_fill(~mean.isfinite(), 0)
+        rows = rows + (share * (counted - mean)).sum(-1) + weight * lift * mean.squeeze(-1)
+    return rows
 
 
 def lift_for(factor: Tensor) -> Tensor:
     """What `kl_rows` takes where the loss is the sum of `T KL` times `factor`.
 
-    The gradient of p is then at most a quarter of the difference of two logits.
+    The gradient of p is then no larger than a float can be.
     """
-    return (4 * factor.abs()).clamp(min=1)
+    return (8 * factor.abs()).clamp(min=1)
 
 
 def soft_target_loss(
