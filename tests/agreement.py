@@ -18,7 +18,7 @@ GRADIENT_TOLERANCE = {float32: 3e-6, float64: 1e-12}
 # Half precision: the error of rounding the exact gradient, and no more than 5% of error besides.
 HALF_TOLERANCE = 1.05
 # Of the norm of the terms of a gradient, added up where they are subtracted: what is left of terms
-# that cancel. It counts where it is larger than the tolerance above, which half precision adds it to.
+# that cancel. It counts where it is larger than the tolerance above; half precision adds the two.
 CANCELLED_TOLERANCE = {float32: 5e-7, float64: 5e-15}
 
 

@@ -26,9 +26,7 @@ def shift(maximum):
 
 @triton.jit
 def exponentials(s, t, s_max, t_max, rate, SHARP: tl.constexpr):
-    """Both sides relative to their maxima, scaled, and their exponentials: at T, and the student's
-    at 1.
-    """
+    """Both sides relative to their maxima, scaled; their exponentials at T, the student's at 1."""
     x = s * SCALE - shift(s_max)
     y = t * SCALE - shift(t_max)
     es = tl.exp2(x * rate)
