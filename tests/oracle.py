@@ -55,7 +55,10 @@ def _ensemble(student, teachers, weights, dim):
     """Arrays with the classes last, a list of teachers, and weights that sum to 1."""
     teachers = teachers if isinstance(teachers, list) else [teachers]
     weights = np.ones(len(teachers)) if weights is None else np.array(weights, dtype=float)
-    student, *teachers = (np.moveaxis(x, dim, -1) for x in (student, *teachers))
+    # NumPy adds up pairs of neighbours only where classes lie side by side.
+    student, *teachers = (
+        np.ascontiguousarray(np.moveaxis(x, dim, -1)) for x in (student, *teachers)
+    )
     weights = weights / weights.max()
     return student, teachers, weights / weights.sum()
 

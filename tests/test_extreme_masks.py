@@ -153,7 +153,8 @@ def test_distillation(backend, form, dtypes, temperature, smoothing):
         labels[3] = -100
     # What another teacher does not exclude the student must not, either.
     student[5, ::6] = -1e4
-    ensemble = [*teachers, logits(8, form[0], dtype=dtypes[0])]
+    scale = min(temperature, 1.0)
+    ensemble = [*teachers, logits(8, form[0], dtype=dtypes[0], scale=scale)]
     parts_and_gradient(student, ensemble, labels, form, backend, temperature, smoothing)
 
 

@@ -21,8 +21,9 @@ struct Plan {
   bool hard;               // labels are given
   bool third_exponential;  // the cross-entropy's, at temperature 1
   int64_t ignore_index;
-  Exp<A> softened, sharp;      // exp(x / T), exp(x), of scaled logits
-  double inverse_temperature;  // as `softened` has it
+  Exp<A> softened, sharp;          // exp(x / T), exp(x), of scaled logits
+  Exp<A> raw_softened, raw_sharp;  // and of logits as they are
+  double inverse_temperature;      // as `softened` has it
   double smoothing;
   int64_t kept;                         // rows that are not ignored
   double divisor;                       // of the reduction
@@ -35,6 +36,8 @@ struct Plan {
         ignore_index(p.ignore_index),
         softened(1 / p.temperature / kLogitScale),
         sharp(1 / kLogitScale),
+        raw_softened(1 / p.temperature),
+        raw_sharp(1),
         inverse_temperature(softened.rate * kLogitScale),
         smoothing(p.label_smoothing),
         kept(rows) {

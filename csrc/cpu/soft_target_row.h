@@ -24,7 +24,7 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
   const Block<S>& block = maxima.of;
   const A s_max = max_of<A>(maxima.student), t_max = max_of<A>(maxima.teacher);
   const A s_shift = shift(s_max), t_shift = shift(t_max);
-  const auto found = exponentiate(block, s_shift, t_shift, plan, to, of_next);
+  const auto found = exponentiate(block, origin(s_max), origin(t_max), plan, to, of_next);
   Sums sums{s_max,
             t_max,
             sum<A>(found.student),
@@ -34,7 +34,11 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
             0};
   if (!std::isfinite(sums.difference))
     sums.difference = difference_with_exclusions(block, s_shift, t_shift, to.teacher);
-  if (plan.smoothing > 0) sums.logits = sum<A>(found.shifted) + block.size * double(s_shift);
+  if (plan.smoothing > 0) {
+    A shifted = sum<A>(found.shifted);
+    if (!std::isfinite(shifted)) shifted = shifted_sum(block, s_shift);
+    sums.logits = shifted + block.size * double(s_shift);
+  }
   return sums;
 }
 
