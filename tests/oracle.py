@@ -6,42 +6,59 @@ returns `(loss, gradients)`, the gradients in the order of the array arguments.
 
 import numpy as np
 
+# Logits are multiplied by this first, so that any two finite ones have a finite difference. A power
+# of 2 rounds nothing.
+SCALE = 2.0**-70
 
-def log_softmax(x):
-    shifted = x - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+def log_softmax(x, temperature=1.0):
+    """`T log softmax(x/T)`, times SCALE. Huge logits lose nothing to the division by T."""
+    shifted = x * SCALE - x.max(-1, keepdims=True) * SCALE
+    exponentials = np.exp(shifted / (temperature * SCALE))
+    return shifted - temperature * SCALE * np.log(exponentials.sum(-1, keepdims=True))
 
 
-def kl_rows(student, teachers, weights, temperature):
-    """KL(p‖q) of each row, and its derivatives towards student and teachers.
+def kl_rows(student, teachers, weights, temperature, magnitudes=False):
+    """T KL(p‖q) of each row, its derivative by the student, and those by the teachers.
 
-    p is the weighted mean of the teachers' probabilities; those of weight 0 are not there.
+    All but the student's are times SCALE.
+    p is the weighted mean of the teachers' probabilities; those of weight 0 are not there. With
+    `magnitudes` the terms of a derivative are added up where they are subtracted: what rounding
+    errors are measured against.
     """
-    # Shifted before the division, so that huge logits lose nothing to it.
-    log_q, *logs = (
-        log_softmax((x - x.max(-1, keepdims=True)) / temperature) for x in (student, *teachers)
-    )
+    log_q, *logs = (log_softmax(x, temperature) for x in (student, *teachers))
+    scale = temperature * SCALE
     counted = [i for i, weight in enumerate(weights) if weight]
-    log_p = np.logaddexp.reduce([np.log(weights[i]) + logs[i] for i in counted])
-    p, q = np.exp(log_p), np.exp(log_q)
+    log_p = logs[counted[0]]
+    if len(counted) > 1:
+        log_p = scale * np.logaddexp.reduce([np.log(weights[i]) + logs[i] / scale for i in counted])
+    p, q = np.exp(log_p / scale), np.exp(log_q / scale)
     is_excluded = np.all([teachers[i] == -np.inf for i in counted], 0)
     ratio = np.where(is_excluded, 0, log_p) - np.where(is_excluded, 0, log_q)
-    # The teachers' probability may underflow; where only the student excludes a class it still is
-    # not 0.
-    rows = np.where(ratio == np.inf, np.inf, p * ratio).sum(-1)
+    # Where p underflows its logarithm may be -inf. A class that only the student excludes still is
+    # infinite then.
+    rows = np.where(ratio == np.inf, np.inf, np.where(p == 0, 0 * q, p * ratio)).sum(-1)
     to_teachers = []
     for w, log in zip(weights, logs, strict=True):
-        share = np.exp(log)
-        slope = share * (ratio - (share * ratio).sum(-1, keepdims=True))
+        share = np.exp(log / scale)
+        of_row = np.where(share == 0, 0, share * ratio)
+        if magnitudes:
+            of_row = np.abs(of_row) + share * scale
+            slope = of_row + share * of_row.sum(-1, keepdims=True)
+        else:
+            slope = of_row - share * of_row.sum(-1, keepdims=True)
         to_teachers.append(w * slope / temperature if w else np.zeros_like(share))
-    return rows, (q - p) / temperature, to_teachers
+    return rows, q + p if magnitudes else q - p, to_teachers
 
 
 def _ensemble(student, teachers, weights, dim):
     """Arrays with the classes last, a list of teachers, and weights that sum to 1."""
     teachers = teachers if isinstance(teachers, list) else [teachers]
     weights = np.ones(len(teachers)) if weights is None else np.array(weights, dtype=float)
-    student, *teachers = (np.moveaxis(x, dim, -1) for x in (student, *teachers))
+    # NumPy adds up pairs of neighbours only where classes lie side by side.
+    student, *teachers = (
+        np.ascontiguousarray(np.moveaxis(x, dim, -1)) for x in (student, *teachers)
+    )
     weights = weights / weights.max()
     return student, teachers, weights / weights.sum()
 
@@ -49,23 +66,26 @@ def _ensemble(student, teachers, weights, dim):
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def soft_target(
     student, teachers, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
-    dim=-1, teacher_weights=None,
+    dim=-1, teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
     """Takes a teacher or a list of them; the gradients are the student's, then all teachers'."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
-    rows, to_student, to_teachers = kl_rows(student, teachers, weights, temperature)
-    weight = temperature**2 if scale_t2 else 1.0
+    rows, to_student, to_teachers = kl_rows(student, teachers, weights, temperature, magnitudes)
+    weight = temperature if scale_t2 else 1 / temperature
     divisor = {"none": 1, "sum": 1, "batchmean": rows.size, "mean": student.size}[reduction]
     weight = weight / max(divisor, 1)
     upstream = np.broadcast_to(grad_output, rows.shape)[..., None] * weight
-    loss = rows * weight if reduction == "none" else np.sum(rows * weight)
-    return loss, [np.moveaxis(upstream * g, -1, dim) for g in (to_student, *to_teachers)]
+    rows = rows * weight
+    loss = rows / SCALE if reduction == "none" else np.sum(rows) / SCALE
+    gradients = [upstream * to_student, *(upstream * g / SCALE for g in to_teachers)]
+    return loss, [np.moveaxis(g, -1, dim) for g in gradients]
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def distillation(
     student, teachers, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
     hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, dim=-1, teacher_weights=None,
+    magnitudes=False,
 ):  # fmt: skip
     """As the others; the loss is `(loss, hard, soft)`."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
@@ -79,21 +99,24 @@ def distillation(
     target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
     hard = -np.where(target > 0, target * log_q, 0).sum() / count
     rows, soft_to_student, soft_to_teachers = kl_rows(
-        s, [t[kept] for t in teachers], weights, temperature
+        s, [t[kept] for t in teachers], weights, temperature, magnitudes
     )
-    soft = temperature**2 * rows.sum() / count
+    soft = temperature * rows.sum() / count
 
     # A term of weight 0 is not there, also where it is infinite.
     loss = sum(w * part for w, part in ((hard_weight, hard), (soft_weight, soft)) if w)
     if hard_weight:
-        gradients[0][kept] += hard_weight * (np.exp(log_q) - target)
+        q = np.exp(log_q / SCALE)
+        gradients[0][kept] += hard_weight * (q + target if magnitudes else q - target)
     if soft_weight:
         for gradient, soft_gradient in zip(
             gradients, (soft_to_student, *soft_to_teachers), strict=True
         ):
-            gradient[kept] += soft_weight * temperature**2 * soft_gradient
-    gradients = [np.moveaxis(g * grad_output / count, -1, dim) for g in gradients]
-    return (loss, hard, soft), gradients
+            gradient[kept] += soft_weight * temperature * soft_gradient
+    gradients = [g * grad_output / count for g in gradients]
+    gradients[1:] = [g / SCALE for g in gradients[1:]]
+    gradients = [np.moveaxis(g, -1, dim) for g in gradients]
+    return (loss / SCALE, hard / SCALE, soft / SCALE), gradients
 
 
 def _raw_map(features, kind, p):

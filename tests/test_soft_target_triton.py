@@ -19,6 +19,7 @@ from conftest import BACKENDS
 
 from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
 from fastkd.reference.precision import compute_dtype
+from fastkd.reference.soft_target import LOGIT_SCALE
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
@@ -257,13 +258,13 @@ def test_statistics_and_parts(classes):
     student, teacher = logits(5, classes), logits(5, classes)
     labels = torch.tensor([1, -100, 3, -100, 0])
     loss, statistics = forward(student, teacher, labels, HARD)
-    rows, (hard, kl, kept) = statistics[:-PARTS].view(5, STATISTICS), statistics[-PARTS:]
+    rows, (hard, soft, kept) = statistics[:-PARTS].view(5, STATISTICS), statistics[-PARTS:]
     assert kept == 3
     assert (rows[[1, 3]] == 0).all()
     torch.testing.assert_close(rows[:, 0], student.amax(1).where(labels >= 0, 0))
-    torch.testing.assert_close(rows[:, 5].sum() / 3, kl)
-    torch.testing.assert_close(rows[:, 6].sum() / 3, hard)
-    torch.testing.assert_close(loss, 3.6 * kl + 0.1 * hard)
+    torch.testing.assert_close(rows[:, 5].sum() / 3 / LOGIT_SCALE * 4, soft)
+    torch.testing.assert_close(rows[:, 6].sum() / 3 / LOGIT_SCALE, hard)
+    torch.testing.assert_close(loss, 0.9 * soft + 0.1 * hard)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7])

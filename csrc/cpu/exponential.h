@@ -18,9 +18,10 @@ struct Exp;
 template <>
 struct Exp<float> {
   explicit Exp(double wanted)
-      : binary(float(wanted * kBinary)),
-        least(-126 / (wanted * kBinary) < -3.4e38 ? -3.4e38f : float(-126 / (wanted * kBinary))),
-        rate(double(binary) / kBinary) {}
+      : binary(float(wanted * kBinary < kMost ? wanted * kBinary : kMost)),
+        least(-126 / (wanted * kBinary) < -kMost ? -float(kMost)
+                                                 : float(-126 / (wanted * kBinary))),
+        rate(binary < float(kMost) ? double(binary) / kBinary : wanted) {}
 
   vec_t<float> operator()(vec_t<float> x) const {
     const vec_t<float> shifter = splat<float>(kShifter);
@@ -65,6 +66,8 @@ struct Exp<float> {
   static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds
 #endif
   static constexpr double kBinary = 1.4426950408889634;  // log2(e)
+  // Where the largest logit alone counts, 0 · inf would be NaN.
+  static constexpr double kMost = 3.4e38;
   float binary, least;
   double rate;
 };

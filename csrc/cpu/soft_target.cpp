@@ -16,9 +16,11 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
   const double soft = plan.soft_gradient * double(factor);
   const double hard = plan.hard_gradient * double(factor);
   const vec infinity = splat<A>(INFINITY), zero = splat<A>(0);
+  const A scale = A(kLogitScale), s_shift = s_max * scale, t_shift = t_max * scale;
   const A inverse_t = A(plan.inverse_temperature);
-  const A log_ratio = A(std::log(double(statistics[kStudentSum]) / statistics[kTeacherSum]) -
-                        double(statistics[kKl]));
+  const A log_ratio =
+      A(std::log(double(statistics[kStudentSum]) / statistics[kTeacherSum]) * kLogitScale -
+        double(statistics[kKl]));
   Combination<A, A> k{soft != 0,
                       plan.third_exponential,
                       A(soft / statistics[kStudentSum]),
@@ -33,14 +35,14 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
     gather(*t.teacher, offset[1] + first * stride[1], stride[1], n, teacher);
     for (int i = n; i < kBlock && i % W; ++i) student[i] = teacher[i] = 0;
     for (int i = 0; i < n; i += W) {
-      const vec s = load(student + i) - s_max, y = load(teacher + i) - t_max;
+      const vec s = load(student + i) * scale - s_shift, y = load(teacher + i) * scale - t_shift;
       const vec p = plan.softened(y);
       store(plan.softened(s), es + i);
       store(p, et + i);
       if (plan.third_exponential) store(plan.sharp(s), eh + i);
       if (t.to_teacher) {
-        const vec log_p_over_q = (y - s) * inverse_t + log_ratio;
-        const vec g = p * k.teacher * log_p_over_q;
+        const vec surplus = (y - s) * inverse_t + log_ratio;  // log p − log q − KL, scaled
+        const vec g = p * k.teacher * surplus * A(1 / kLogitScale);
         const vec wanted = load(teacher + i) == -infinity ? zero : g;
         store(soft == 0 ? zero : wanted, teacher + i);
       }

@@ -21,8 +21,9 @@ struct Plan {
   bool hard;               // labels are given
   bool third_exponential;  // the cross-entropy's, at temperature 1
   int64_t ignore_index;
-  Exp<A> softened, sharp;      // exp(x / T), exp(x)
-  double inverse_temperature;  // as `softened` has it
+  Exp<A> softened, sharp;          // exp(x / T), exp(x), of scaled logits
+  Exp<A> raw_softened, raw_sharp;  // and of logits as they are
+  double inverse_temperature;      // as `softened` has it
   double smoothing;
   int64_t kept;                         // rows that are not ignored
   double divisor;                       // of the reduction
@@ -33,9 +34,11 @@ struct Plan {
         hard(labels != nullptr),
         third_exponential(hard && p.temperature != 1),
         ignore_index(p.ignore_index),
-        softened(1 / p.temperature),
-        sharp(1),
-        inverse_temperature(softened.rate),
+        softened(1 / p.temperature / kLogitScale),
+        sharp(1 / kLogitScale),
+        raw_softened(1 / p.temperature),
+        raw_sharp(1),
+        inverse_temperature(softened.rate * kLogitScale),
         smoothing(p.label_smoothing),
         kept(rows) {
     for (int64_t row = 0; hard && row < rows; ++row) kept -= labels[row] == ignore_index;
@@ -114,21 +117,24 @@ void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradien
 // Rows to losses, in an order that no thread changes.
 template <class A>
 void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
+  // Terms stay scaled until they are weighted: a weighted sum or mean may be representable where
+  // the term of a row is not.
+  const auto loss_of = [&](double soft, double hard) {
+    return A((weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard)) / kLogitScale);
+  };
   double soft = 0, hard = 0;
   for (int64_t row = 0; row < rows; ++row) {
     const double kl = table[row * kCount + kKl], ce = table[row * kCount + kCe];
-    if (p.reduction == Reduction::none)
-      loss[row] = A(weighted(p.soft_weight, kl) + weighted(p.hard_weight, ce));
+    if (p.reduction == Reduction::none) loss[row] = loss_of(kl, ce);
     soft += kl;
     hard += ce;
   }
   soft /= plan.divisor;
   hard /= plan.divisor;
-  if (p.reduction != Reduction::none)
-    loss[0] = A(weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard));
+  if (p.reduction != Reduction::none) loss[0] = loss_of(soft, hard);
   A* parts = table + rows * kCount;
-  parts[0] = A(hard);
-  parts[1] = A(soft);
+  parts[0] = A(hard / kLogitScale);
+  parts[1] = A(weighted(p.temperature * p.temperature, soft) / kLogitScale);
   parts[2] = A(plan.kept);
 }
 

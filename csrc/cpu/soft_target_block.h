@@ -38,37 +38,45 @@ struct Maxima {
 
 // The maximum to subtract: where every class is excluded, 0 leaves exp(-inf) = 0.
 template <class A>
-A shift(A maximum) {
+A origin(A maximum) {
   return maximum == A(-INFINITY) ? 0 : maximum;
+}
+
+// The same, scaled.
+template <class A>
+A shift(A maximum) {
+  return origin(maximum) * A(kLogitScale);
 }
 
 // Of every lane.
 template <class A>
 struct Accumulators {
   vec_t<A> student, teacher, hard;
-  vec_t<A> difference;  // Σ et · (t − s), both shifted
-  vec_t<A> shifted;     // Σ s, shifted, for label smoothing
+  vec_t<A> difference;  // Σ et · (t − s), both shifted and scaled
+  vec_t<A> shifted;     // Σ s, shifted and scaled, for label smoothing
 };
 
-// The exponentials of a block relative to the shifts, and their sums. The maxima of the block after
-// it, if wanted, are found in the same loop where it has room: beside so much arithmetic its loads
-// cost little.
+// The exponentials of a block relative to the origins, and their sums. Logits are scaled in these
+// alone, because there is no register for it in the loop: where they leave the range on the way, a
+// sum is not finite, and `difference_with_exclusions` or `shifted_sum` has it. The maxima of the
+// block after it, if wanted, are found in the same loop where it has room: beside so much
+// arithmetic its loads cost little.
 template <class A, class S, class... Next>
-Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const Plan<A>& plan,
+Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, const Plan<A>& plan,
                              const Exponentials<A>& to, Next&... of_next) {
   using vec = vec_t<A>;
   constexpr int W = All<A>::value;
-  const A lowest = -INFINITY;
+  const A lowest = -INFINITY, scale = A(kLogitScale);
   // Copies, which the stores below cannot change: they stay in registers.
-  const Exp<A> softened = plan.softened, sharp = plan.sharp;
+  const Exp<A> softened = plan.raw_softened, sharp = plan.raw_sharp;
   const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
   const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
   const auto step = [&](int i, auto lanes) {
     fetch(student + i, W, kAhead);
     fetch(teacher + i, W, kAhead);
-    const vec s = load_lanes<A>(student + i, lanes, lowest) - s_shift;
-    const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_shift;
+    const vec s = load_lanes<A>(student + i, lanes, lowest) - s_origin;
+    const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_origin;
     const vec es = softened(s), et = softened(t);
     s_sum += es;
     t_sum += et;
@@ -94,7 +102,15 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_shift, A t_shift, const 
   };
   (both(of_next), ...);
   over_vectors<A>(block.size - done, [&](int i, auto lanes) { step(done + i, lanes); });
-  return {s_sum, t_sum, third ? hard_sum : s_sum, difference, shifted};
+  return {s_sum, t_sum, third ? hard_sum : s_sum, difference * scale, shifted * scale};
+}
+
+// Σ s, shifted and scaled: -inf where the student excludes a class.
+template <class A, class S>
+A shifted_sum(const Block<S>& block, A s_shift) {
+  A total = 0;
+  for (int i = 0; i < block.size; ++i) total += widen(block.student[i]) * A(kLogitScale) - s_shift;
+  return total;
 }
 
 // The difference where a class may be excluded: by the teacher it contributes 0 (and 0 · inf would
@@ -105,7 +121,9 @@ A difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const 
   for (int i = 0; i < block.size; ++i) {
     const A s = widen(block.student[i]), t = widen(block.teacher[i]);
     if (t == A(-INFINITY)) continue;
-    total += s == A(-INFINITY) ? A(INFINITY) : et[i] * ((t - t_shift) - (s - s_shift));
+    total += s == A(-INFINITY)
+                 ? A(INFINITY)
+                 : et[i] * ((t * A(kLogitScale) - t_shift) - (s * A(kLogitScale) - s_shift));
   }
   return total;
 }

@@ -42,6 +42,8 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     s_max = max<A>(load(s + c * W), s_max);
     t_max = max<A>(load(t + c * W), t_max);
   }
+  const A scale = A(kLogitScale);
+  const vec s_shift = s_max * scale, t_shift = t_max * scale;
   Lanes<A> rows{s_max, t_max, zero, zero, zero, zero, zero, {}};
   for (int lane = 0; labels && lane < lanes; ++lane)
     if (!plan.ignores(labels, lane)) rows.label[lane] = s[labels[lane] * W + lane];
@@ -51,7 +53,7 @@ void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels,
     vec s_part = zero, t_part = zero, h_part = zero, difference_part = zero, shifted_part = zero;
     for (int64_t c = first; c < last; ++c) {
       const vec raw_s = load(s + c * W), raw_t = load(t + c * W);
-      const vec x = raw_s - s_max, y = raw_t - t_max;
+      const vec x = raw_s * scale - s_shift, y = raw_t * scale - t_shift;
       const vec es = plan.softened(x), et = plan.softened(y);
       const vec product = raw_s == -infinity ? infinity : et * (y - x);
       s_part += es;

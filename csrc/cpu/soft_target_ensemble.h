@@ -39,17 +39,17 @@ struct Ensemble {
 // A teacher's exponentials. Those of a class that it excludes are -0, which sums preserve only
 // where no teacher has anything else: so a class that all exclude is told from one that underflows.
 template <class A>
-vec_t<A> exponentials_of(vec_t<A> logits, vec_t<A> maximum, const Exp<A>& softened) {
-  return logits == -INFINITY ? (vec_t<A>)sign_bits<A>() : softened(logits - maximum);
+vec_t<A> exponentials_of(vec_t<A> logits, vec_t<A> shift, const Exp<A>& softened) {
+  return logits == -INFINITY ? (vec_t<A>)sign_bits<A>() : softened(logits * A(kLogitScale) - shift);
 }
 
-// u · (T log u − s): the difference that the student's classes sum, s shifted. A class that every
-// teacher excludes contributes 0; one that the student alone excludes is infinite, also where u
-// underflows.
+// u · (T log u − s), scaled: the difference that the student's classes sum, s shifted. A class that
+// every teacher excludes contributes 0; one that the student alone excludes is infinite, also where
+// u underflows.
 template <class A>
-vec_t<A> difference_of(vec_t<A> mean, vec_t<A> logits, vec_t<A> shifted, A temperature) {
+vec_t<A> difference_of(vec_t<A> mean, vec_t<A> logits, vec_t<A> shifted, A scaled_temperature) {
   const vec_t<A> tiny = splat<A>(std::numeric_limits<A>::min());
-  const vec_t<A> product = mean * (log(max<A>(mean, tiny)) * temperature - shifted);
+  const vec_t<A> product = mean * (log(max<A>(mean, tiny)) * scaled_temperature - shifted);
   const vec_t<A> present = logits == -INFINITY ? splat<A>(INFINITY) : product;
   return (bits_t<A>)mean == sign_bits<A>() ? vec_t<A>{} : present;
 }

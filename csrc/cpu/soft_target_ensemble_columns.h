@@ -26,12 +26,12 @@ vec_t<A> maximum_lanes(const A* logits, int64_t classes) {
 template <class A>
 void teacher_lanes(A* t, const Plan<A>& plan, double weight, bool is_first, A* mean) {
   constexpr int W = Simd<A>::width;
-  const vec_t<A> maximum = maximum_lanes(t, plan.classes);
+  const vec_t<A> shift = maximum_lanes(t, plan.classes) * A(kLogitScale);
   vec_t<A> total = {};
   over_classes(plan.classes, [&](int64_t c, int64_t last) {
     vec_t<A> part = {};
     for (; c < last; ++c) {
-      const vec_t<A> e = exponentials_of<A>(load(t + c * W), maximum, plan.softened);
+      const vec_t<A> e = exponentials_of<A>(load(t + c * W), shift, plan.softened);
       part += e;
       store(e, t + c * W);
     }
@@ -51,15 +51,16 @@ void student_lanes(A* s, A* mean, A* h, const Plan<A>& plan, const int64_t* labe
                    A* table, bool write) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
-  const A temperature = A(1 / plan.inverse_temperature);
+  const A scale = A(kLogitScale), temperature = A(1 / plan.inverse_temperature * kLogitScale);
   Lanes<A> rows{};
   rows.student_max = maximum_lanes(s, plan.classes);
+  const vec shift = rows.student_max * scale;
   for (int lane = 0; labels && lane < lanes; ++lane)
     if (!plan.ignores(labels, lane)) rows.label[lane] = s[labels[lane] * W + lane];
   over_classes(plan.classes, [&](int64_t c, int64_t last) {
     vec sum_e = {}, mass = {}, sum_hard = {}, difference = {}, shifted = {};
     for (; c < last; ++c) {
-      const vec logits = load(s + c * W), x = logits - rows.student_max, u = load(mean + c * W);
+      const vec logits = load(s + c * W), x = logits * scale - shift, u = load(mean + c * W);
       const vec es = plan.softened(x);
       sum_e += es;
       mass += u;

@@ -61,11 +61,11 @@ Sums take_student(const S* from, int n, const Plan<A>& plan, bool with_loss, A s
   using vec = vec_t<A>;
   const A maximum = maximum_of<A>(from, n), by = shift(maximum);
   const Exp<A> softened = plan.softened, sharp = plan.sharp;
-  const A temperature = A(1 / plan.inverse_temperature);
+  const A scale = A(kLogitScale), temperature = A(1 / plan.inverse_temperature * kLogitScale);
   const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
   vec sum_e = {}, mass = {}, sum_hard = {}, difference = {}, shifted = {};
   over_vectors<A>(n, [&](int i, auto lanes) {
-    const vec logits = load_lanes<A>(from + i, lanes, A(-INFINITY)), s = logits - by;
+    const vec logits = load_lanes<A>(from + i, lanes, A(-INFINITY)), s = logits * scale - by;
     const vec u = keep<A>(load(mean + i) + load(e + i) * share, lanes);
     const vec es = softened(s);
     mass += u;

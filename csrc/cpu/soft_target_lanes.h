@@ -11,8 +11,8 @@ template <class A>
 struct Lanes {
   vec_t<A> student_max, teacher_max;
   vec_t<A> student_sum, teacher_sum, hard_sum;
-  vec_t<A> difference;      // Σ et · ((t − t_max) − (s − s_max))
-  vec_t<A> shifted;         // Σ (s − s_max), for label smoothing
+  vec_t<A> difference;      // Σ et · ((t − t_max) − (s − s_max)), scaled
+  vec_t<A> shifted;         // Σ (s − s_max), scaled, for label smoothing
   A label[Simd<A>::width];  // the student's logit of the label
 };
 
@@ -29,13 +29,13 @@ Combination<A, vec_t<A>> finish(const Lanes<A>& rows, const Plan<A>& plan, const
   store(rows.difference, kl);
   for (int i = 0; i < W; ++i) {
     const double zs = student[i], zt = teacher[i];
-    kl[i] = A(double(kl[i]) / zt * plan.inverse_temperature + log_of(zs / zt));
+    kl[i] = A(double(kl[i]) / zt * plan.inverse_temperature + log_of(zs / zt) * kLogitScale);
     to_student[i] = A(plan.soft_gradient / zs);
     to_teacher[i] = A(plan.soft_gradient / zt);
     to_hard[i] = 0;
   }
   for (int i = 0; plan.hard && i < W; ++i) {
-    log_hard[i] = log_of(hard[i]);
+    log_hard[i] = log_of(hard[i]) * kLogitScale;
     to_hard[i] = A(plan.hard_gradient / double(hard[i]));
   }
   for (int i = 0; i < count; ++i) {
@@ -53,7 +53,8 @@ Combination<A, vec_t<A>> finish(const Lanes<A>& rows, const Plan<A>& plan, const
     row[kCe] = 0;
     if (plan.hard)
       row[kCe] =
-          A(plan.cross_entropy(log_hard[i] - (double(rows.label[i]) - rows.student_max[i]),
+          A(plan.cross_entropy(log_hard[i] - (double(rows.label[i]) * kLogitScale -
+                                              double(rows.student_max[i]) * kLogitScale),
                                log_hard[i] - double(rows.shifted[i]) / double(plan.classes)));
   }
   Combination<A, vec_t<A>> k{plan.soft_gradient != 0, plan.third_exponential,

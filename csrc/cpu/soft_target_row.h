@@ -13,8 +13,8 @@ namespace fastkd::FASTKD_ISA {
 struct Sums {
   double student_max = -INFINITY, teacher_max = -INFINITY;
   double student_sum = 0, teacher_sum = 0, hard_sum = 0;
-  double difference = 0;  // Σ et · ((t − t_max) − (s − s_max))
-  double logits = 0;      // Σ s, for label smoothing
+  double difference = 0;  // Σ et · ((t − t_max) − (s − s_max)), scaled
+  double logits = 0;      // Σ s, scaled, for label smoothing
 };
 
 // The exponentials of a block relative to its maxima, and its sums; and the maxima of the next one.
@@ -24,7 +24,7 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
   const Block<S>& block = maxima.of;
   const A s_max = max_of<A>(maxima.student), t_max = max_of<A>(maxima.teacher);
   const A s_shift = shift(s_max), t_shift = shift(t_max);
-  const auto found = exponentiate(block, s_shift, t_shift, plan, to, of_next);
+  const auto found = exponentiate(block, origin(s_max), origin(t_max), plan, to, of_next);
   Sums sums{s_max,
             t_max,
             sum<A>(found.student),
@@ -34,7 +34,11 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
             0};
   if (!std::isfinite(sums.difference))
     sums.difference = difference_with_exclusions(block, s_shift, t_shift, to.teacher);
-  if (plan.smoothing > 0) sums.logits = sum<A>(found.shifted) + block.size * double(s_shift);
+  if (plan.smoothing > 0) {
+    A shifted = sum<A>(found.shifted);
+    if (!std::isfinite(shifted)) shifted = shifted_sum(block, s_shift);
+    sums.logits = shifted + block.size * double(s_shift);
+  }
   return sums;
 }
 
@@ -65,7 +69,7 @@ Sums merged(const Sums& row, const Sums& block, const Plan<A>& plan) {
     else
       out.difference +=
           t_factor * (part->difference +
-                      part->teacher_sum * ((part->teacher_max - out.teacher_max) -
+                      part->teacher_sum * ((shift(part->teacher_max) - shift(out.teacher_max)) -
                                            (shift(part->student_max) - shift(out.student_max))));
   }
   return out;
@@ -112,12 +116,12 @@ void write_statistics(const Sums& row, const Plan<A>& plan, A label_logit, A* to
   to[kTeacherSum] = A(row.teacher_sum);
   to[kHardSum] = A(row.hard_sum);
   const double kl = row.difference / row.teacher_sum * plan.inverse_temperature +
-                    std::log(row.student_sum / row.teacher_sum);
+                    std::log(row.student_sum / row.teacher_sum) * kLogitScale;
   to[kKl] = A(kl < 0 ? 0 : kl);  // rounding may leave a tiny negative number
   to[kCe] = 0;
   if (!plan.hard) return;
-  const double log_sum = std::log(row.hard_sum) + row.student_max;
-  to[kCe] = A(plan.cross_entropy(log_sum - double(label_logit),
+  const double log_sum = std::log(row.hard_sum) * kLogitScale + row.student_max * kLogitScale;
+  to[kCe] = A(plan.cross_entropy(log_sum - double(label_logit) * kLogitScale,
                                  log_sum - row.logits / double(plan.classes)));
 }
 

@@ -45,7 +45,8 @@ void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, co
     t_shift[i] = shift(lanes.teacher_max[i]);
   }
   for (int i = 0; i < count; ++i) {
-    const auto found = exponentiate(blocks[i], s_shift[i], t_shift[i], plan, exponentials(i));
+    const auto found = exponentiate(blocks[i], origin(lanes.student_max[i]),
+                                    origin(lanes.teacher_max[i]), plan, exponentials(i));
     student[i] = found.student;
     teacher[i] = found.teacher;
     hard[i] = found.hard;
@@ -57,10 +58,12 @@ void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, co
   lanes.difference = sums<A>(difference);
   if (plan.hard) lanes.hard_sum = sums<A>(hard);
   if (plan.smoothing > 0) lanes.shifted = sums<A>(shifted);
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < count; ++i) {
     if (!std::isfinite(lanes.difference[i]))
       lanes.difference[i] =
           difference_with_exclusions(blocks[i], s_shift[i], t_shift[i], exponentials(i).teacher);
+    if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = shifted_sum(blocks[i], s_shift[i]);
+  }
 
   const auto k = finish(lanes, plan, labels, count, table);
   for (int i = 0; t.gradient && i < count; ++i) {

@@ -46,8 +46,8 @@ struct Plan {
     call.hard_weight = p.hard_weight;
     call.smoothing = labels == nullptr ? 0 : p.label_smoothing;
     // Where the largest logit alone counts, or all count the same, 0 · inf would be NaN.
-    call.binary =
-        float(std::min(std::max(kBinary / p.temperature, double(FLT_MIN)), double(FLT_MAX)));
+    call.binary = float(std::min(std::max(kBinary / p.temperature / kLogitScale, double(FLT_MIN)),
+                                 double(FLT_MAX)));
     for (int side = 0; side < kSides; ++side) {
       const bool is_there = bool(*tensors[side]);
       // What is absent moves with the tensor that it would be the gradient of.
@@ -57,7 +57,8 @@ struct Plan {
     }
     find_axes(tensors, p.dim);
     find_layout();
-    call.inverse = is_double(call) ? 1 / p.temperature : double(call.binary) / kBinary;
+    call.inverse =
+        is_double(call) ? 1 / p.temperature : double(call.binary) * kLogitScale / kBinary;
   }
 
  private:

@@ -40,7 +40,7 @@ struct Call {
   int64_t ignore_index;
   Reduction reduction;
   double temperature, soft_weight, hard_weight, smoothing;
-  float binary;    // log2(e) / T
+  float binary;    // log2(e) / T, of scaled logits
   double inverse;  // 1 / T, as `binary` has it unless the arithmetic is double
 
   void* loss;                      // absent in a backward call of ensembles
@@ -67,28 +67,36 @@ __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
 constexpr double kBinary = 1.4426950408889634;  // log2(e)
 
-// exp(x / T) and exp(x), for x of 0 and below.
+// exp(x / T) and exp(x), for scaled x of 0 and below.
 template <class A>
 struct Rates {
   A softened, sharp;
   bool third;  // whether these are two
 
   __device__ explicit Rates(const Call& call)
-      : softened(sizeof(A) == 8 ? A(kBinary / call.temperature) : A(call.binary)),
-        sharp(A(kBinary)),
+      : softened(sizeof(A) == 8 ? A(kBinary / call.temperature / kLogitScale) : A(call.binary)),
+        sharp(A(kBinary / kLogitScale)),
         third(call.labels != nullptr && call.temperature != 1) {}
 };
 
-// The maximum to subtract: where every class is excluded, 0 leaves exp(-inf) = 0.
+// The maximum to subtract, scaled: where every class is excluded, 0 leaves exp(-inf) = 0.
 template <class A>
 __device__ __forceinline__ A shift(A maximum) {
-  return maximum == A(-INFINITY) ? A(0) : maximum;
+  return maximum == A(-INFINITY) ? A(0) : maximum * A(kLogitScale);
 }
 
-// exp2(rate · (from − to)): what moves exponentials from one maximum to another.
+// A logit less the maximum, scaled.
+template <class A>
+__device__ __forceinline__ A shifted(A logit, A shift) {
+  return logit * A(kLogitScale) - shift;
+}
+
+// exp2(rate · (from − to)), these scaled: what moves exponentials from one maximum to another.
 template <class A>
 __device__ __forceinline__ A moving(A from, A to, A rate) {
-  return from == to ? A(1) : from == A(-INFINITY) ? A(0) : exp2_of((from - to) * rate);
+  return from == to             ? A(1)
+         : from == A(-INFINITY) ? A(0)
+                                : exp2_of(shifted(from, to * A(kLogitScale)) * rate);
 }
 
 // What a part of a row amounts to, relative to its own maxima.
@@ -96,8 +104,8 @@ template <class A>
 struct alignas(kAccess) Sums {
   A student_max = A(-INFINITY), teacher_max = A(-INFINITY);
   A student = 0, teacher = 0, hard = 0;  // of exponentials; the last one where they are three
-  A difference = 0;                      // Σ et · ((t − t_max) − (s − s_max))
-  double logits = 0;                     // Σ s, for label smoothing
+  A difference = 0;                      // Σ et · ((t − t_max) − (s − s_max)), scaled
+  double logits = 0;                     // Σ s, scaled, for label smoothing
 
   // Relative to other maxima, which are no smaller.
   __device__ __forceinline__ void move(A to_student, A to_teacher, const Rates<A>& rates) {
@@ -180,13 +188,13 @@ __device__ __forceinline__ void add(Sums<A>& sums, const A (&s)[N], const A (&t)
   Sums<A> these;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const A x = s[k] - s_shift, y = t[k] - t_shift;
+    const A x = shifted(s[k], s_shift), y = shifted(t[k], t_shift);
     const A et = exp2_of(y * rates.softened);
     these.student += exp2_of(x * rates.softened);
     these.teacher += et;
     if (y != A(-INFINITY)) these.difference += et * (y - x);
     if (rates.third) these.hard += exp2_of(x * rates.sharp);
-    if (smooths && k >= first && k < last) these.logits += double(s[k]);
+    if (smooths && k >= first && k < last) these.logits += double(s[k] * A(kLogitScale));
   }
   sums.take(these);
 }
@@ -200,7 +208,7 @@ __device__ __forceinline__ int64_t label_of(const Call& call, uint32_t row) {
   return label >= 0 && label < call.classes ? label : kWrongLabel;
 }
 
-// The divergence and the cross-entropy of a row.
+// The divergence and the cross-entropy of a row, scaled.
 struct Losses {
   double kl, ce;
 };
@@ -213,13 +221,13 @@ __device__ Losses losses_of(const Sums<A>& row, const Rates<A>& rates, const Cal
       isnan(row.difference) && !isnan(row.student) && !isnan(row.teacher) && row.teacher > 0;
   const double difference = is_infinite ? double(INFINITY) : double(row.difference);
   const double kl = difference / double(row.teacher) * call.inverse +
-                    log(double(row.student) / double(row.teacher));
+                    log(double(row.student) / double(row.teacher)) * kLogitScale;
   Losses losses{kl < 0 ? 0 : kl, 0};  // rounding may leave a tiny negative number
   if (label == kNoLabels) return losses;
-  const double log_sum =
-      log(double(rates.third ? row.hard : row.student)) + double(row.student_max);
+  const double log_sum = log(double(rates.third ? row.hard : row.student)) * kLogitScale +
+                         double(row.student_max) * kLogitScale;
   // A part of weight 0 may be infinite.
-  if (call.smoothing < 1) losses.ce += (1 - call.smoothing) * (log_sum - label_logit);
+  if (call.smoothing < 1) losses.ce += (1 - call.smoothing) * (log_sum - label_logit * kLogitScale);
   if (call.smoothing > 0) losses.ce += call.smoothing * (log_sum - row.logits * call.share);
   if (label == kWrongLabel) losses.ce = double(NAN);
   return losses;
@@ -272,7 +280,7 @@ struct Factors {
   }
 };
 
-// The gradient of one class, of logits relative to the row's maxima.
+// The gradient of one class, of logits relative to the row's maxima, scaled.
 template <class A>
 __device__ __forceinline__ A gradient_of(const Factors<A>& by, A x, A y, const Rates<A>& rates,
                                          bool is_label) {
@@ -321,11 +329,17 @@ __device__ __forceinline__ double divisor_of(const Call& call, double kept) {
   return divisor > 0 ? divisor : 1;
 }
 
+// The loss of a row, or of all. Weighted it may be representable where its terms are not.
+template <class A>
+__device__ __forceinline__ A loss_of(const Call& call, const Losses& losses) {
+  return A((weighted(call.soft_weight, losses.kl) + weighted(call.hard_weight, losses.ce)) /
+           kLogitScale);
+}
+
 template <class A>
 __device__ void write_losses(const Call& call, uint32_t row, const Losses& losses) {
   if (call.reduction == Reduction::none && call.loss != nullptr)
-    static_cast<A*>(call.loss)[row] =
-        A(weighted(call.soft_weight, losses.kl) + weighted(call.hard_weight, losses.ce));
+    static_cast<A*>(call.loss)[row] = loss_of<A>(call, losses);
 }
 
 // Writes what is asked for of one row; an ignored one has no sums.
@@ -371,14 +385,12 @@ __device__ void write_loss(const Call& call, Losses total, double kept, const Ti
   total = over_block(total);
   if (threadIdx.x != 0) return;
   const double divisor = divisor_of(call, kept);
-  const double soft = total.kl / divisor, hard = total.ce / divisor;
-  if (is_reduced)
-    *static_cast<A*>(call.loss) =
-        A(weighted(call.soft_weight, soft) + weighted(call.hard_weight, hard));
+  total = {total.kl / divisor, total.ce / divisor};
+  if (is_reduced) *static_cast<A*>(call.loss) = loss_of<A>(call, total);
   if (call.parts == nullptr) return;
   A* const parts = static_cast<A*>(call.parts);
-  parts[0] = A(hard);
-  parts[1] = A(soft);
+  parts[0] = A(total.ce / kLogitScale);
+  parts[1] = A(weighted(call.temperature * call.temperature, total.kl) / kLogitScale);
   parts[2] = A(kept);
 }
 

@@ -29,14 +29,15 @@ template <class A>
 struct Row {
   Sums<A> sums;
   Factors<A> by;
-  A log_ratio;  // what log p − log q − KL has besides the logits
+  A log_ratio;  // what log p − log q − KL has besides the logits, scaled
 
   __device__ Row(const Call& call, uint32_t row, const Rates<A>& rates, bool to_teacher,
                  int64_t label)
       : sums(read(call, row)), by(factors(call, row, sums, rates, label)), log_ratio(0) {
     if (!to_teacher) return;
     const A* from = static_cast<const A*>(call.statistics) + int64_t(row) * kCount;
-    log_ratio = A(log(double(sums.student) / double(sums.teacher)) - double(from[kKl]));
+    log_ratio =
+        A(log(double(sums.student) / double(sums.teacher)) * kLogitScale - double(from[kKl]));
   }
 
  private:
@@ -68,8 +69,8 @@ struct Row {
 template <class A>
 __device__ __forceinline__ A to_teacher(const Row<A>& row, A x, A y, const Rates<A>& rates,
                                         double inverse) {
-  const A log_p_over_q = (y - x) * A(inverse) + row.log_ratio;
-  const A g = exp2_of(y * rates.softened) * row.by.teacher * log_p_over_q;
+  const A surplus = (y - x) * A(inverse) + row.log_ratio;
+  const A g = exp2_of(y * rates.softened) * row.by.teacher * surplus * A(1 / kLogitScale);
   return !row.by.soft || !row.by.any || y == A(-INFINITY) ? A(0) : g;
 }
 
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : kTogether)
       }
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const A x = s[k] - s_shift, y = t[k] - t_shift;
+        const A x = shifted(s[k], s_shift), y = shifted(t[k], t_shift);
         s[k] = gradient_of(of_row.by, x, y, rates, i + k == label);
         if (teacher) t[k] = to_teacher(of_row, x, y, rates, call.inverse);
       }
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, kTogether)
       if (k >= call.classes) break;
       float x = 0, y = 0;
       if (of_row.by.any) {
-        x = float(from_student.load(k * call.sides[kStudent].class_stride)) - s_shift;
-        y = float(from_teacher.load(k * call.sides[kTeacher].class_stride)) - t_shift;
+        x = shifted(float(from_student.load(k * call.sides[kStudent].class_stride)), s_shift);
+        y = shifted(float(from_teacher.load(k * call.sides[kTeacher].class_stride)), t_shift);
       }
       if (into_student.data != nullptr)
         into_student.store(k * call.sides[kToStudent].class_stride,

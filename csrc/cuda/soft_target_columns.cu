@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       });
       const float s_shift = shift(own.student_max), t_shift = shift(own.teacher_max);
       over_classes(classes, [&](int k) {
-        const float s = es[k * kWarp], x = s - s_shift, y = et[k * kWarp] - t_shift;
+        const float s = es[k * kWarp];
+        const float x = shifted(s, s_shift), y = shifted(et[k * kWarp], t_shift);
         const float of_student = exp2_of(x * rates.softened);
         const float of_teacher = exp2_of(y * rates.softened);
         own.student += of_student;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           own.hard += sharp;
           eh[k * kWarp] = sharp;
         }
-        if (smooths) own.logits += double(s);
+        if (smooths) own.logits += double(s) * kLogitScale;
       });
     }
     const float student_max = own.student_max, teacher_max = own.teacher_max;
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (by.any) {
           float s, t;
           take(k, s, t);
-          g = gradient_of(by, s - s_shift, t - t_shift, rates, k == label);
+          g = gradient_of(by, shifted(s, s_shift), shifted(t, t_shift), rates, k == label);
         }
         gradient.store(k * stride, g);
       });

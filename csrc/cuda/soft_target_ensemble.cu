@@ -22,7 +22,7 @@ struct PassesShared {
   bool is_last;
 };
 
-// What becomes of a teacher's logits in a row: exp2((t - shift) · rate) · by.
+// What becomes of a teacher's scaled logits in a row: exp2((t - shift) · rate) · by.
 template <class A>
 struct Normaliser {
   A shift, by;
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kPassThreads, kI
       A sum = 0, hard = 0;
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const A below = x[k] - shift(maximum);
+        const A below = shifted(x[k], shift(maximum));
         sum += exp2_of(below * rates.softened);
         if (kIsStudent && rates.third) hard += exp2_of(below * rates.sharp);
         if (kIsStudent && smooths && i + k >= 0 && i + k < call.classes)
-          part.logits += double(x[k]);
+          part.logits += double(x[k] * A(kLogitScale));
       }
       part.sum += sum;
       part.hard += hard;
@@ -169,13 +169,14 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kPassThreads, kI
         A t[N];
         read(teacher, start, i, call.classes, is_aligned(teacher, start, phase), t);
 #pragma unroll
-        for (int k = 0; k < N; ++k) p[k] += signed_exp2(t[k] - of.shift, rates.softened) * of.by;
+        for (int k = 0; k < N; ++k)
+          p[k] += signed_exp2(shifted(t[k], of.shift), rates.softened) * of.by;
       }
       A s[N], mass_here = 0, difference_here = 0;
       read(call.sides[kStudent], at[kStudent], i, call.classes, by_vectors, s);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const A x = s[k] - s_shift;
+        const A x = shifted(s[k], s_shift);
         mass_here += p[k];
         difference_here += difference_of(p[k], x, of_logarithm, of_logit);
         const A eh = rates.third ? exp2_of(x * rates.sharp) : A(0);
@@ -246,8 +247,8 @@ struct Plan {
     call.soft_weight = p.soft_weight;
     call.hard_weight = p.hard_weight;
     call.smoothing = labels == nullptr ? 0 : p.label_smoothing;
-    call.binary =
-        float(std::min(std::max(kBinary / p.temperature, double(FLT_MIN)), double(FLT_MAX)));
+    call.binary = float(std::min(std::max(kBinary / p.temperature / kLogitScale, double(FLT_MIN)),
+                                 double(FLT_MAX)));
     const auto side = [&](const fastkd::Tensor& tensor) {
       return Tensor{tensor.data, tensor.dtype, call.classes == 1 ? 1 : tensor.strides[p.dim]};
     };
@@ -312,9 +313,9 @@ struct Plan {
 
   void find_scale() {
     Call& call = ensemble.call;
-    const double rate = is_double ? kBinary / call.temperature : double(call.binary);
+    const double rate = is_double ? kBinary / call.temperature : double(call.binary) * kLogitScale;
     const int exponent = std::max(std::ilogb(rate), 0);
-    ensemble.of_logarithm = std::ldexp(1.0, -exponent);
+    ensemble.of_logarithm = std::ldexp(kLogitScale, -exponent);
     ensemble.of_logit = std::ldexp(rate, -exponent);
     call.inverse = std::ldexp(1 / kBinary, exponent);
   }

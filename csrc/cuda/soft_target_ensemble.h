@@ -22,7 +22,7 @@ struct Teacher {
 // divergence of `difference` (see Part).
 struct Ensemble {
   Call call;
-  // The powers of 2 times 1 and times log2(e) / T of which neither is above 2.
+  // kLogitScale and log2(e) / T, times a power of 2 by which neither is above 2.
   double of_logarithm, of_logit;
   int count;
   Teacher teachers[kMostTeachers];
@@ -66,8 +66,8 @@ template <class A>
 struct alignas(kAccess) Part {
   A maximum = A(-INFINITY), sum = 0, hard = 0;
   A mass = 0;         // Σ p
-  A difference = 0;   // Σ p · (of_logarithm · log2 p − of_logit · (s − maximum))
-  double logits = 0;  // Σ s, for label smoothing
+  A difference = 0;   // Σ p · (of_logarithm · log2 p − of_logit · (s − maximum)), s scaled
+  double logits = 0;  // Σ s, scaled, for label smoothing
 
   // Relative to another maximum, which is no smaller.
   template <bool kIsStudent>

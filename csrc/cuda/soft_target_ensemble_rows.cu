@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kScope == Scope::warp ? kWarpRowThreads : kMos
       const float own_maximum = part.maximum, own_shift = shift(own_maximum);
 #pragma unroll
       for (float& x : t) {
-        x = signed_exp2(x - own_shift, rates.softened);
+        x = signed_exp2(shifted(x, own_shift), rates.softened);
         part.sum += x;
       }
       over_team(part, std::false_type());
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kScope == Scope::warp ? kWarpRowThreads : kMos
         if (!place_of(v, phase, i)) continue;
 #pragma unroll
         for (int k = 0; k < N; ++k)
-          if (i + k >= 0 && i + k < classes) part.logits += double(s[v * N + k]);
+          if (i + k >= 0 && i + k < classes) part.logits += double(s[v * N + k]) * kLogitScale;
       }
     }
     if (rates.third)
@@ -232,13 +232,13 @@ __global__ void __launch_bounds__(kScope == Scope::warp ? kWarpRowThreads : kMos
       for (int v = 0; v < V; ++v)
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          const float eh = exp2_of((s[v * N + k] - own_shift) * rates.sharp);
+          const float eh = exp2_of(shifted(s[v * N + k], own_shift) * rates.sharp);
           part.hard += eh;
           put<float>(slot(v, true), plane_bytes, k, eh);
         }
 #pragma unroll
     for (int j = 0; j < V * N; ++j) {
-      const float x = s[j] - own_shift;
+      const float x = shifted(s[j], own_shift);
       s[j] = exp2_of(x * rates.softened);
       part.sum += s[j];
       part.mass += p[j];

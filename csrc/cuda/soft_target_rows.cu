@@ -199,20 +199,20 @@ __global__ void __launch_bounds__(kScope == Scope::warp ? kWarpRowThreads : kMos
             if (i + k >= 0 && i + k < classes) logits += double(s[v * N + k]);
         });
         logits = warp_sum(logits);
-        if (lane == 0) shared.logits[warp] = logits;
+        if (lane == 0) shared.logits[warp] = logits * kLogitScale;
       }
       if (rates.third)
         over_vectors(Start<>{}, [&](int v, int) {
 #pragma unroll
           for (int k = 0; k < N; ++k) {
-            const float eh = exp2_of((s[v * N + k] - s_shift) * rates.sharp);
+            const float eh = exp2_of(shifted(s[v * N + k], s_shift) * rates.sharp);
             own.hard += eh;
             put<float>(slots.side(v, kStudent), slots.plane_bytes, k, eh);
           }
         });
 #pragma unroll
       for (int j = 0; j < V * N; ++j) {
-        const float x = s[j] - s_shift, y = t[j] - t_shift;
+        const float x = shifted(s[j], s_shift), y = shifted(t[j], t_shift);
         s[j] = exp2_of(x * rates.softened);
         t[j] = exp2_of(y * rates.softened);
         own.student += s[j];

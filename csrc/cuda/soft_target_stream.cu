@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(A) == 8 ? 1 : kTogether)
           }
 #pragma unroll
           for (int k = 0; k < N; ++k)
-            g[k] = gradient_of(by, s[k] - s_shift, t[k] - t_shift, rates, i + k == label);
+            g[k] = gradient_of(by, shifted(s[k], s_shift), shifted(t[k], t_shift), rates,
+                               i + k == label);
         }
         give<S>(g, call.sides[kToStudent], start.at[kToStudent], i, call.classes, start.is_aligned);
       }

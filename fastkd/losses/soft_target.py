@@ -245,12 +245,12 @@ def distillation_loss(
             loss = soft_target_ensemble(student_logits, teachers, weights, labels, parameters)
         return _tied(loss, unused)
     if len(teachers) == 1:
-        loss, hard, kl = soft_target_parts(student_logits, teachers[0], labels, parameters)
+        loss, hard, soft = soft_target_parts(student_logits, teachers[0], labels, parameters)
     else:
-        loss, hard, kl = soft_target_ensemble_parts(
+        loss, hard, soft = soft_target_ensemble_parts(
             student_logits, teachers, weights, labels, parameters
         )
-    return DistillationParts(_tied(loss, unused), hard, kl * t2)
+    return DistillationParts(_tied(loss, unused), hard, soft)
 
 
 def _tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:

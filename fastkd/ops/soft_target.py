@@ -27,8 +27,9 @@ from fastkd.ops.library import (
 from fastkd.reference.precision import compute_dtype
 
 # Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
-# temperature 1, the KL divergence and the cross-entropy. All that backward needs of a row. After
-# the last row come the parts of the loss, `(hard, KL)`, and the number of rows that count.
+# temperature 1, the KL divergence and the cross-entropy. These two are multiplied by 2^-24, so that
+# those of any finite logits are finite. All that backward needs of a row. After the last row come
+# the parts of the loss, `(hard, T² KL)`, and the number of rows that count.
 STATISTICS = 7
 PARTS = 3
 
@@ -220,7 +221,7 @@ def soft_target(student: Tensor, teacher: Tensor, labels: Tensor | None, p: Para
 def soft_target_parts(
     student: Tensor, teacher: Tensor, labels: Tensor | None, p: Parameters
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, KL)`, the loss differentiable where that is wanted."""
+    """`(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
     if wants_gradient(student, teacher):
         loss, statistics = SoftTarget.record(student, teacher, labels, True, p)
     else:

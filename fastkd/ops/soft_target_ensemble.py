@@ -63,7 +63,7 @@ def forward(
     weights: Sequence[float],
     p: Parameters,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, its parts `(hard, KL, rows that count)`, and the student's gradient."""
+    """The loss, its parts `(hard, T² KL, rows that count)`, and the student's gradient."""
     outputs = _outputs(student, teachers, labels, with_parts, with_gradient, weights, p)
     kernels(p.backend, "soft_target_ensemble").soft_target_ensemble(
         student, teachers, tuple(weights), labels, *outputs, None, p
@@ -149,18 +149,15 @@ def to_teachers(
         # Filled first, because an ignored row may hold NaN or infinity.
         student, *logits = (x.masked_fill(ignored, 0) for x in (student, *logits))
         factor = factor.masked_fill(ignored, 0)
-    _, log_p = reference.target(logits, weights, p.temperature)
-    ratio = log_p - reference.log_softmax(student, p.temperature)
-    excluded = torch.stack([t == -torch.inf for t in logits]).all(0)
-    ratio = ratio.masked_fill(excluded, 0)
+    ratio, shares = reference.log_ratio(student, logits, weights, p.temperature)
+    factor = factor / (p.temperature * reference.LOGIT_SCALE)
     found: list[Tensor | None] = []
-    for teacher, one, weight, want in zip(teachers, logits, weights, wanted, strict=True):
+    for teacher, share, weight, want in zip(teachers, shares, weights, wanted, strict=True):
         if not want:
             found.append(None)
             continue
-        share = reference.log_softmax(one, p.temperature).exp()
-        slope = share * (ratio - (share * ratio).sum(-1, keepdim=True))
-        found.append((weight * factor * slope).movedim(-1, p.dim).to(teacher.dtype))
+        slope = share * (ratio - (share * ratio).sum(-1, keepdim=True) / weight)
+        found.append((factor * slope).movedim(-1, p.dim).to(teacher.dtype))
     return found
 
 
@@ -255,7 +252,7 @@ def soft_target_ensemble_parts(
     labels: Tensor | None,
     p: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, KL)`, the loss differentiable where that is wanted."""
+    """`(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
     if wants_gradient(student, *teachers):
         loss, parts = SoftTargetEnsemble.record(True, weights, p, labels, student, *teachers)
     else:

@@ -19,6 +19,8 @@ from fastkd.kernels.triton.rows import plan as plan_rows
 from fastkd.kernels.triton.softmax import (
     INFINITY,
     LN_2,
+    LOGIT_SCALE,
+    SCALE,
     exponentials,
     factors,
     in_blocks,
@@ -57,7 +59,7 @@ def logits_forward(
     soft_weight: tl.float64,
     hard_weight: tl.float64,
     ignore_index,
-    rate: tl.float64,  # log₂(e) / T
+    rate: tl.float64,  # log₂(e) / T, of scaled logits
     soft: tl.float64,  # the factor of q − p
     hard: tl.float64,  # the factor of q at temperature 1 less the target
     smoothing: tl.float64,
@@ -100,17 +102,19 @@ def logits_forward(
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
     t_sum = tl.sum(t_sum, 1, keep_dims=True)
     hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if SHARP else s_sum
-    kl = tl.sum(difference, 1, keep_dims=True) / t_sum * rate + tl.log2(s_sum / t_sum)
+    # Scaled, and so is the cross-entropy.
+    kl = tl.sum(difference, 1, keep_dims=True) / t_sum * (rate * SCALE)
+    kl += tl.log2(s_sum / t_sum) * SCALE
     # Rounding may leave a tiny negative number.
     kl = tl.where(counts, tl.where(kl < 0, 0, kl * LN_2), 0)
     ce = tl.zeros_like(kl)
     if labels is not None:
         at = s_at + label.to(tl.int64) * class_strides[0]
         logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
-        log_sum = tl.log2(hard_sum) * LN_2
-        ce = log_sum + (s_max - logit)
+        log_sum = tl.log2(hard_sum) * LN_2 * SCALE
+        ce = log_sum + (s_max * SCALE - logit * SCALE)
         if SMOOTHS:
-            mean = log_sum + (s_max - pivot) - tl.sum(pivoted, 1, keep_dims=True) / classes
+            mean = log_sum + (s_max * SCALE - pivot) - tl.sum(pivoted, 1, keep_dims=True) / classes
             # At 1 the label's own term, which may be infinite, is left out.
             ce = tl.where(is_class & (smoothing == 1), 0, ce * (1 - smoothing))
             ce += mean * smoothing
@@ -120,7 +124,7 @@ def logits_forward(
         loss = weighted(kl, tl.full((), soft_weight, COMPUTE)) + weighted(
             ce, tl.full((), hard_weight, COMPUTE)
         )
-        tl.store(losses + row, loss, mask=is_row)
+        tl.store(losses + row, loss / SCALE, mask=is_row)
     if sums is not None:
         at = sums + tl.program_id(0)
         tl.store(at, tl.sum(ce).to(tl.float64))
@@ -252,8 +256,9 @@ def logits_backward(
             store(to_at, k, class_strides[2], mask, tl.where(lives, g, 0))
         if to_teacher is not None:
             kl = tl.load(statistics + row.to(tl.int64) * _ROW + 5, mask=lives, other=0)
-            surplus = ((y - x) * rate + tl.log2(s_sum / t_sum)) * LN_2 - kl
-            g = tl.where((t == -INFINITY) | (soft == 0), 0, et * of[1] * surplus)
+            surplus = (y - x) * (rate * SCALE) + tl.log2(s_sum / t_sum) * SCALE
+            surplus = surplus * LN_2 - kl
+            g = tl.where((t == -INFINITY) | (soft == 0), 0, et * of[1] * surplus / SCALE)
             to_at = to_teacher + locate(inner, outer, sizes, row_strides[3], UNIT)
             store(to_at, k, class_strides[3], mask, tl.where(lives, g, 0))
 
@@ -281,6 +286,7 @@ def conclude(
     soft_weight: tl.float64,
     hard_weight: tl.float64,
     size: tl.float64,  # the divisor of one row
+    t2: tl.float64,
     programs,
     BY_ROWS: tl.constexpr,  # whether the number of rows is part of the divisor
     COLUMNS: tl.constexpr,
@@ -300,10 +306,10 @@ def conclude(
     kl_part = tl.sum(kl) / divisor
     if loss is not None:
         total = weighted(kl_part, soft_weight) + weighted(hard_part, hard_weight)
-        tl.store(loss, total.to(loss.dtype.element_ty))
+        tl.store(loss, (total / SCALE).to(loss.dtype.element_ty))
     if parts is not None:
-        tl.store(parts, hard_part.to(parts.dtype.element_ty))
-        tl.store(parts + 1, kl_part.to(parts.dtype.element_ty))
+        tl.store(parts, (hard_part / SCALE).to(parts.dtype.element_ty))
+        tl.store(parts + 1, (weighted(kl_part, t2) / SCALE).to(parts.dtype.element_ty))
         tl.store(parts + 2, rows.to(parts.dtype.element_ty))
 
 
@@ -350,7 +356,8 @@ def soft_target_forward(
             sums,
             loss if losses is None else None,
             None if statistics is None else statistics[-_PARTS:],
-            *(p.soft_weight, p.hard_weight, size_of_row(plan, p), plan.programs),
+            *(p.soft_weight, p.hard_weight, size_of_row(plan, p), p.temperature * p.temperature),
+            plan.programs,
             BY_ROWS=p.reduction in BY_ROWS,
             **ALONE,
         )
@@ -406,7 +413,7 @@ def arguments(plan: Plan, labels: Tensor | None, p: "Parameters") -> tuple[Any, 
     return (
         p.ignore_index,
         # Where all logits count the same, or the largest alone, 0 or infinity would make NaN.
-        min(max(1 / math.log(2) / p.temperature, limits.tiny), limits.max),
+        min(max(1 / math.log(2) / p.temperature / LOGIT_SCALE, limits.tiny), limits.max),
         p.soft_weight / p.temperature / divisor,
         p.hard_weight / divisor if labels is not None else 0.0,
         p.label_smoothing,

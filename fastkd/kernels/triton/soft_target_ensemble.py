@@ -28,7 +28,9 @@ from fastkd.kernels.triton.soft_target import (
 from fastkd.kernels.triton.softmax import (
     INFINITY,
     LN_2,
-    LOG2_E,
+    LOGIT_SCALE,
+    SCALE,
+    SHARP_RATE,
     factors,
     shift,
     student_gradient,
@@ -41,19 +43,29 @@ if TYPE_CHECKING:
     from fastkd.ops.soft_target import Parameters
 
 # What a probability that underflows is taken for, so that 0 means that every teacher excludes it.
-_LEAST = tl.constexpr(1e-37)
+_LEAST_32 = tl.constexpr(2.0**-126)
+_LEAST_64 = tl.constexpr(2.0**-1022)
+# More than as many of these as there can be teachers: what is below has underflowed.
+_MOST_OF_LEAST = tl.constexpr(128)
 
 
 @triton.jit
 def probabilities(t, t_max, by, rate):
     """A teacher's share in the target."""
-    share = tl.exp2((t - shift(t_max)) * rate) * by
-    return tl.where((t != -INFINITY) & (share < _LEAST), _LEAST, share)
+    least = _LEAST_64 if t.dtype == tl.float64 else _LEAST_32
+    share = tl.exp2((t * SCALE - shift(t_max)) * rate) * by
+    return tl.where((t != -INFINITY) & (share < least), least, share)
 
 
 @triton.jit
 def differences(p, x, of_logarithm, of_logit):
-    """The terms of the divergence; one that every teacher excludes is 0."""
+    """The terms of the divergence, scaled.
+
+    One that every teacher excludes is 0. One whose probability underflows is 0 as well, whatever
+    the student has there, unless the student excludes it.
+    """
+    least = _LEAST_64 if p.dtype == tl.float64 else _LEAST_32
+    x = tl.where((p < _MOST_OF_LEAST * least) & (x > -INFINITY), 0, x)
     return tl.where(p == 0, 0, p * (tl.log2(p) * of_logarithm - x * of_logit))
 
 
@@ -78,12 +90,13 @@ def normalisers(
         k = first + column
         x = load(at, k, stride, counts & (k < classes), COMPUTE)
         higher = tl.maximum(maximum, tl.max(x, 1, keep_dims=True))
-        fading = maximum - shift(higher)
-        soft = soft * tl.exp2(fading * rate) + tl.exp2((x - shift(higher)) * rate)
+        fading = maximum * SCALE - shift(higher)
+        below = x * SCALE - shift(higher)
+        soft = soft * tl.exp2(fading * rate) + tl.exp2(below * rate)
         if SHARP:
-            sharp = sharp * tl.exp2(fading * LOG2_E) + tl.exp2((x - shift(higher)) * LOG2_E)
+            sharp = sharp * tl.exp2(fading * SHARP_RATE) + tl.exp2(below * SHARP_RATE)
         if SMOOTHS:
-            pivoted += tl.where(k < classes, x - pivot, 0)
+            pivoted += tl.where(k < classes, x * SCALE - pivot, 0)
         maximum = higher
     soft = tl.sum(soft, 1, keep_dims=True)
     sharp = tl.sum(sharp, 1, keep_dims=True) if SHARP else soft
@@ -107,11 +120,12 @@ def logits_ensemble(
     rests,
     soft_weight: tl.float64,
     hard_weight: tl.float64,
-    of_logarithm: tl.float64,  # 1 and log₂(e) / T, times a power of 2 by which neither is large
+    # SCALE and log₂(e) / T, times a power of 2 by which neither is large.
+    of_logarithm: tl.float64,
     of_logit: tl.float64,
     scale: tl.float64,  # one over that power
     ignore_index,
-    rate: tl.float64,  # log₂(e) / T
+    rate: tl.float64,  # log₂(e) / T, of scaled logits
     soft: tl.float64,  # the factor of q − p
     hard: tl.float64,  # the factor of q at temperature 1 less the target
     smoothing: tl.float64,
@@ -155,15 +169,15 @@ def logits_ensemble(
             t_at = teachers[m] + locate(inner, outer, sizes, row_strides[2 + m], UNIT)
             t = load(t_at, column, class_strides[2 + m], mask, COMPUTE)
             t_max = tl.max(t, 1, keep_dims=True)
-            t_sum = tl.sum(tl.exp2((t - shift(t_max)) * rate), 1, keep_dims=True)
+            t_sum = tl.sum(tl.exp2((t * SCALE - shift(t_max)) * rate), 1, keep_dims=True)
             weight = tl.full([1, 1], weights[m], COMPUTE) + tl.full([1, 1], rests[m], COMPUTE)
             p += probabilities(t, t_max, weight / t_sum, rate)
         s = load(s_at, column, class_strides[0], mask, COMPUTE)
         s_max = tl.max(s, 1, keep_dims=True)
         pivot = shift(s_max)
-        x = s - pivot
+        x = s * SCALE - pivot
         es = tl.exp2(x * rate)
-        eh = tl.exp2(x * LOG2_E) if SHARP else es
+        eh = tl.exp2(x * SHARP_RATE) if SHARP else es
         s_sum = tl.sum(es, 1, keep_dims=True)
         hard_sum = tl.sum(eh, 1, keep_dims=True) if SHARP else s_sum
         pivoted = tl.sum(tl.where(column < classes, x, 0), 1, keep_dims=True)
@@ -222,12 +236,12 @@ def logits_ensemble(
                 t_at, t_max, by = of_teachers[m]  # type: ignore[var-annotated]
                 t = load(t_at, k, class_strides[2 + m], mask, COMPUTE)
                 p += probabilities(t, t_max, by, rate)
-            x = load(s_at, k, class_strides[0], mask, COMPUTE) - shift(s_max)
+            x = load(s_at, k, class_strides[0], mask, COMPUTE) * SCALE - shift(s_max)
             mass += p
             difference += differences(p, x, of_logarithm, of_logit)
             if gradient is not None:
                 es = tl.exp2(x * rate)
-                eh = tl.exp2(x * LOG2_E) if SHARP else es
+                eh = tl.exp2(x * SHARP_RATE) if SHARP else es
                 g = student_gradient(es, p, eh, k, label, of, soft != 0, SHARP)
                 mask = is_row & (k < classes)
                 store(g_at, k, class_strides[1], mask, tl.where(lives, g, 0))
@@ -235,17 +249,17 @@ def logits_ensemble(
     if (losses is not None) or (sums is not None):
         mass = tl.sum(mass, 1, keep_dims=True)
         kl = tl.sum(difference, 1, keep_dims=True) / mass * tl.full([1, 1], scale, COMPUTE)
-        kl += tl.log2(s_sum / mass)
+        kl += tl.log2(s_sum / mass) * SCALE
         # Rounding may leave a tiny negative number.
         kl = tl.where(counts, tl.where(kl < 0, 0, kl * LN_2), 0)
         ce = tl.zeros_like(kl)
         if labels is not None:
             at = s_at + label.to(tl.int64) * class_strides[0]
             logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
-            log_sum = tl.log2(hard_sum) * LN_2
-            ce = log_sum + (s_max - logit)
+            log_sum = tl.log2(hard_sum) * LN_2 * SCALE
+            ce = log_sum + (s_max * SCALE - logit * SCALE)
             if SMOOTHS:
-                mean = log_sum + (s_max - pivot) - pivoted / classes
+                mean = log_sum + (s_max * SCALE - pivot) - pivoted / classes
                 # At 1 the label's own term, which may be infinite, is left out.
                 ce = tl.where(is_class & (smoothing == 1), 0, ce * (1 - smoothing))
                 ce += mean * smoothing
@@ -254,7 +268,7 @@ def logits_ensemble(
             loss = weighted(kl, tl.full((), soft_weight, COMPUTE)) + weighted(
                 ce, tl.full((), hard_weight, COMPUTE)
             )
-            tl.store(losses + row, loss, mask=is_row)
+            tl.store(losses + row, loss / SCALE, mask=is_row)
         if sums is not None:
             at = sums + tl.program_id(0)
             tl.store(at, tl.sum(ce).to(tl.float64))
@@ -295,14 +309,15 @@ def soft_target_ensemble(
         kept = count_kept(labels, student.new_empty(1, dtype=dtype), p.ignore_index)
     halves = [_in_halves(weight) for weight in weights]
     ignore_index, rate, *others = arguments(plan, labels, p)
-    power = 2.0 ** -max(math.frexp(rate)[1], 0)
+    of_logits = rate * LOGIT_SCALE
+    power = 2.0 ** -max(math.frexp(of_logits)[1], 0)
     launch(
         logits_ensemble,
         plan.programs,
         student,
         *(student, tuple(teachers), gradient, labels, losses, sums, kept, grad_output),
         *(tuple([high for high, _ in halves]), tuple([low for _, low in halves])),
-        *(p.soft_weight, p.hard_weight, power, power * rate, 1 / power),
+        *(p.soft_weight, p.hard_weight, power * LOGIT_SCALE, power * of_logits, 1 / power),
         *(ignore_index, rate, *others),
         plan.upstream_strides,
         SMOOTHS=p.label_smoothing > 0,
@@ -316,7 +331,8 @@ def soft_target_ensemble(
             1,
             student,
             *(sums, total, parts),
-            *(p.soft_weight, p.hard_weight, size_of_row(plan, p), plan.programs),
+            *(p.soft_weight, p.hard_weight, size_of_row(plan, p), p.temperature * p.temperature),
+            plan.programs,
             BY_ROWS=p.reduction in BY_ROWS,
             **ALONE,
         )

@@ -7,26 +7,32 @@ import triton.language as tl
 
 from fastkd.kernels.triton.rows import load
 
-LOG2_E = tl.constexpr(1 / math.log(2))
 LN_2 = tl.constexpr(math.log(2))
 INFINITY = tl.constexpr(math.inf)
+
+# Logits are multiplied by this where their maximum is subtracted, as in csrc/soft_target.h: any two
+# finite ones then have a finite difference, and differences have finite sums. So are the divergence
+# and the cross-entropy of a row. A power of 2 rounds nothing.
+LOGIT_SCALE = 2.0**-24
+SCALE = tl.constexpr(LOGIT_SCALE)
+SHARP_RATE = tl.constexpr(1 / math.log(2) / LOGIT_SCALE)  # of exponentials at temperature 1
 
 
 @triton.jit
 def shift(maximum):
-    """What to subtract: where every class is excluded, 0 leaves exp(-inf) = 0."""
-    return tl.where(maximum == -INFINITY, 0, maximum)
+    """What to subtract, scaled: where every class is excluded, 0 leaves exp(-inf) = 0."""
+    return tl.where(maximum == -INFINITY, 0, maximum * SCALE)
 
 
 @triton.jit
 def exponentials(s, t, s_max, t_max, rate, SHARP: tl.constexpr):
-    """Both sides relative to their maxima, and their exponentials: at T, and the student's at 1."""
-    x = s - shift(s_max)
-    y = t - shift(t_max)
+    """Both sides relative to their maxima, scaled; their exponentials at T, the student's at 1."""
+    x = s * SCALE - shift(s_max)
+    y = t * SCALE - shift(t_max)
     es = tl.exp2(x * rate)
     eh = es
     if SHARP:
-        eh = tl.exp2(x * LOG2_E)
+        eh = tl.exp2(x * SHARP_RATE)
     return x, y, es, tl.exp2(y * rate), eh
 
 
@@ -45,6 +51,7 @@ def whole(s, t, column, classes, rate, SHARP: tl.constexpr):
     """Maxima, sums and exponentials of rows that are here as a whole.
 
     The pivot, near the student's logits, is what is subtracted from them before they are added up.
+    It is scaled, as those are.
     """
     s_max = tl.max(s, 1, keep_dims=True)
     t_max = tl.max(t, 1, keep_dims=True)
@@ -79,19 +86,20 @@ def in_blocks(
         s_next = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
         t_next = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
         x, y, es, et, eh = exponentials(s, t, s_next, t_next, rate, SHARP)
-        s_sum = s_sum * tl.exp2((s_max - shift(s_next)) * rate) + es
+        s_fading = s_max * SCALE - shift(s_next)
+        s_sum = s_sum * tl.exp2(s_fading * rate) + es
         if SHARP:
-            hard_sum = hard_sum * tl.exp2((s_max - shift(s_next)) * LOG2_E) + eh
+            hard_sum = hard_sum * tl.exp2(s_fading * SHARP_RATE) + eh
         # Differences are relative to the maxima, and move with them. An infinite one stays so,
         # whatever becomes of its class's mass.
-        fading = tl.exp2((t_max - shift(t_next)) * rate)
+        fading = tl.exp2((t_max * SCALE - shift(t_next)) * rate)
         by = (shift(t_max) - shift(t_next)) - (shift(s_max) - shift(s_next))
         t_sum *= fading
         moved = tl.where(difference == INFINITY, INFINITY, difference * fading + t_sum * by)
         difference = moved + differences(s, t, x, y, et)
         t_sum += et
         if SMOOTHS:
-            pivoted += tl.where(k < classes, s - pivot, 0)
+            pivoted += tl.where(k < classes, s * SCALE - pivot, 0)
         s_max, t_max = s_next, t_next
     if not SHARP:
         hard_sum = s_sum
