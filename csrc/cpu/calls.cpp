@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "thresholds.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -9,20 +11,19 @@
 namespace fastkd::calls {
 namespace {
 
-// From this size on the gradients of a call are written past the cache: it would not keep them
-// until they are read, and lines that are written in full need not be read first.
-// docs/performance.md has the measurement.
-constexpr int64_t kPastCache = int64_t(8) << 20;
-
 int64_t bytes_of(const Tensor& t) { return t ? t.numel() * size_of(t.dtype) : 0; }
 
-// `total` bytes of gradients are about to be written, these among them. A large gradient may lie in
-// pages that nobody has touched. As huge pages they come 512 at a time, and in a third of the time.
+// `total` bytes of gradients are about to be written, these among them. Many are written past the
+// cache: it would not keep them until they are read, and lines that are written in full need not be
+// read first. docs/performance.md has the measurement. A large gradient may lie in pages that
+// nobody has touched. As huge pages they come 512 at a time, and in a third of the time.
 void expect_writing(Tensor& gradient, int64_t total) {
-  gradient.streams = total >= kPastCache;
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data);
+  // Memory that is not aligned to the dtype never is to a vector.
+  gradient.streams =
+      total >= thresholds.past_cache && begin % uintptr_t(size_of(gradient.dtype)) == 0;
+#if defined(__linux__)
+  const uintptr_t huge = uintptr_t(thresholds.huge_page);
   const uintptr_t end = begin + uintptr_t(bytes_of(gradient));
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
   if (begin != 0 && first < last)

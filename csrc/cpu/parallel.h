@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "thresholds.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -52,7 +54,7 @@ inline void parallel_for(int64_t count, int threads, const F& f) {
 
 // How many threads are worth waking for so many elements: a wake-up costs a few microseconds.
 inline int threads_for(int64_t elements, int available) {
-  const int64_t useful = elements / 16384;
+  const int64_t useful = elements / thresholds.per_thread;
   return useful < 2 ? 1 : useful < available ? int(useful) : available;
 }
 
