@@ -135,6 +135,7 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
   const Shares shares(s.batch, student.numel() + teacher.numel(), p.threads);
   parallel_for(s.batch, shares.outer, [&](int64_t b) {
     A* slopes = at<A>(student_slopes, b * count);
+    // The same scratch as `gradient_sample` takes, when this map is done with.
     A* other = teacher_slopes ? at<A>(teacher_slopes, b * count) : scratch<A>(count);
     // max_pow needs somewhere to put the teacher's winners, wanted or not.
     Array<int32_t> unwanted(p.kind == MapKind::max_pow && !teacher_winners ? count : 0);

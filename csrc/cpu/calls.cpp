@@ -48,6 +48,14 @@ void check_labels(Labels labels, const Tensor& logits, const SoftTargetParameter
                                   ", got " + std::to_string(labels[row]));
 }
 
+// Winners are numbered in 32 bits.
+void check_channels(const Tensor& features, const MapParameters& p) {
+  const int64_t channels = features.sizes[p.channel_dim + (p.channel_dim < 0 ? features.ndim : 0)];
+  if (p.kind == MapKind::max_pow && channels > INT32_MAX)
+    throw std::invalid_argument("max_pow takes at most 2147483647 channels, got " +
+                                std::to_string(channels));
+}
+
 void put(const Tensor& loss, int64_t i, double value) {
   if (loss.dtype == DType::f64)
     reinterpret_cast<double*>(loss.data)[i] = value;
@@ -100,6 +108,7 @@ void soft_target_ensemble(const Tensor& student, const Tensors& teachers,
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
                            const MapParameters& p) {
+  check_channels(features, p);
   kernels().attention.map(features, raw, winners, p);
 }
 
@@ -107,6 +116,8 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
                                 Tensors gradients, const TransferParameters& transfer,
                                 const MapParameters& p) {
+  for (const Tensors* side : {&students, &teachers})
+    for (const Tensor& features : *side) check_channels(features, p);
   expect_writing(gradients);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <new>
 
 #include "thresholds.h"
@@ -30,12 +31,20 @@ inline void parallel_stretches(int64_t count, int threads, const F& f) {
 #ifdef _OPENMP
   if (threads > count) threads = int(count);
   if (threads > 1) {
+    // Without memory for its scratch a thread must say so where the others are waited for.
+    std::exception_ptr failed;
 #pragma omp parallel num_threads(threads)
     {
       const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-      f(count * me / team, count * (me + 1) / team);
+      try {
+        f(count * me / team, count * (me + 1) / team);
+      } catch (...) {
+#pragma omp critical(fastkd_failed)
+        failed = std::current_exception();
+      }
       finish_streaming();
     }
+    if (failed) std::rethrow_exception(failed);
     return;
   }
 #endif

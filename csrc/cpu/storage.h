@@ -161,7 +161,7 @@ inline void store(V v, S* to) {
 // The bytes that a vector of A takes as S, where one store past the cache writes as many; else 0.
 template <class A, class S>
 constexpr int streamed_bytes() {
-  constexpr int bytes = Simd<A>::width * int(sizeof(S));
+  [[maybe_unused]] constexpr int bytes = Simd<A>::width * int(sizeof(S));
 #if defined(__AVX2__)
   if (bytes == 16 || bytes == 32 || bytes == kVectorBytes) return bytes;
 #endif
@@ -199,10 +199,13 @@ inline void stream(V v, S* to) {
 template <class A, class S>
 inline int until_aligned(const S* to, int n) {
   constexpr uintptr_t bytes = streamed_bytes<A, S>();
-  if constexpr (bytes == 0) return 0;
-  const uintptr_t past = reinterpret_cast<uintptr_t>(to) % (bytes ? bytes : 1);
-  const int elements = past == 0 ? 0 : int((bytes - past) / sizeof(S));
-  return elements < n ? elements : n;
+  if constexpr (bytes == 0) {
+    return 0;
+  } else {
+    const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
+    const int elements = past == 0 ? 0 : int((bytes - past) / sizeof(S));
+    return elements < n ? elements : n;
+  }
 }
 
 // The first n lanes of a vector from or to memory; `fill` in the others.
