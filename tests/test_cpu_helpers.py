@@ -7,6 +7,7 @@ allocation does, for AddressSanitizer to see.
 
 import importlib.util
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def storage(request):
 
 
 def numbers(count, dtype):
-    """Of all sizes that the dtype and float16 tell apart, ties and what is not finite among them."""
+    """Of all sizes that float16 tells apart; ties and what is not finite are among them."""
     x = torch.randn(count, dtype=torch.float64) * 2.0 ** torch.randint(-20, 20, (count,))
     ties = torch.rand(count) < 0.2
     x[ties] = x[ties].to(torch.float16).double() * (1 + 2.0**-11)
@@ -75,7 +76,7 @@ def numbers(count, dtype):
 
 
 def rounded(x, dtype):
-    """float64 numbers as the nearest of a dtype, once and ties to even, which torch may do twice."""
+    """float64 numbers as the nearest of a dtype, ties to even; torch may round twice."""
     if dtype == torch.float64:
         return x
     digits, least, largest = FORMATS[dtype]
@@ -88,7 +89,7 @@ def rounded(x, dtype):
 
 
 def same(a, b):
-    return torch.equal(a.nan_to_num(nan=1e300), b.nan_to_num(nan=1e300))
+    return np.array_equal(a.numpy(), b.numpy(), equal_nan=True)
 
 
 class Case:
@@ -99,6 +100,13 @@ class Case:
         self.arithmetic, self.in_double = arithmetic, arithmetic == torch.float64
         self.width = helpers.width(isa, self.in_double)
         self.streamed = helpers.streamed_bytes(isa, self.in_double, self.dtype)
+        self.drawn = {dtype: numbers(4000, dtype) for dtype in {arithmetic, storage}}
+        self.noise = torch.randint(256, (4 * GUARD + 8 * 256,), dtype=torch.uint8)
+
+    def numbers(self, count, dtype):
+        """Some of those drawn."""
+        start = random.randrange(len(self.drawn[dtype]) - count)
+        return self.drawn[dtype][start : start + count]
 
     @property
     def dtype(self):
@@ -117,7 +125,7 @@ class Case:
 
     def check_load(self, name, at, n, stride=1):
         """`n` elements as lanes, and the fill or nothing in the others."""
-        stored = numbers((n - 1) * stride + 1 if n else 0, self.storage)
+        stored = self.numbers((n - 1) * stride + 1 if n else 0, self.storage)
         memory = bytes(at) + stored.to(self.storage).view(torch.uint8).numpy().tobytes()
         count = n if name == "gather" else self.width
         lanes = np.full(count, 7.0)
@@ -130,13 +138,12 @@ class Case:
     def check_store(self, name, at, n, stride=1, streams=False):
         """`n` elements, and guard bytes before, between and after them."""
         count = max(n, self.width) if name in ("store_part", "store_lanes") else n
-        values = numbers(count, self.arithmetic)
+        values = self.numbers(count, self.arithmetic)
         size, at = self.storage.itemsize, at + GUARD
         length = at + ((n - 1) * stride + 1 if n else 0) * size + GUARD
-        memory = torch.randint(256, (length,), dtype=torch.uint8)
-        after, _ = self.call(
-            name, memory.numpy().tobytes(), at, values.numpy(), n, stride, streams
-        )
+        memory = self.noise[:length]
+        assert len(memory) == length
+        after, _ = self.call(name, memory.numpy().tobytes(), at, values.numpy(), n, stride, streams)
         after = torch.frombuffer(bytearray(after), dtype=torch.uint8)
         index = at + torch.arange(n)[:, None] * stride * size + torch.arange(size)
         written = after[index.flatten()].view(self.storage).double() if n else torch.empty(0)

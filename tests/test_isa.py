@@ -1,6 +1,7 @@
 """Each instruction set that runs here, at the sizes where its vectors and blocks end."""
 
 import pytest
+import thresholds
 import torch
 import torch.nn.functional as F
 from agreement import (
@@ -121,45 +122,65 @@ def test_hints(isa, dtype, layout):
         check_hint(*[x[:, :1] for x in pair], "native", reduction="none")
 
 
-# Calls that write more than 8 MiB of gradients: rows, planes and positions that begin at any
-# alignment, and those that begin where a vector does.
-LARGE = [(73, 31013), (71, 32768)]
-LARGE_MAPS = [(357, 127, 7, 7), (133, 64, 16, 16)]
-LARGE_DTYPES = [torch.float32, torch.bfloat16]
+# Rows, planes and positions that begin at any alignment, and those that begin where a vector does.
+STREAMED = [(17, 1013), (16, 1024)]
+STREAMED_MAPS = [(5, 127, 7, 7), (3, 64, 16, 16)]
 
 
-@pytest.mark.parametrize("shape", LARGE)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_soft_targets_past_the_cache(isa, dtype, shape):
-    rows = 2 * shape[0] if dtype.itemsize == 2 else shape[0]
-    pair = [logits(rows, shape[1], dtype=dtype) for _ in range(2)]
-    check_soft_target(*pair, "native", temperature=2.0, teachers=False)
-    labels = torch.randint(shape[1], (rows,))
+@pytest.fixture
+def streamed(isa):
+    """Whatever a gradient takes, it is written past the cache."""
+    thresholds.module().set_thresholds(**thresholds.DEFAULTS, past_cache=0)
+
+
+@pytest.mark.parametrize("shape", STREAMED)
+@pytest.mark.parametrize("teacher", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets_past_the_cache(streamed, dtype, teacher, shape):
+    pair = [logits(*shape, dtype=one) for one in (dtype, teacher)]
+    check_soft_target(*pair, "native", temperature=2.0)
+    labels = torch.randint(shape[1], shape[:1])
     labels[::7] = -100
     check_distillation(*pair, labels, "native", teachers=False)
+    check_soft_target(*[x.view(*shape, 1).mT for x in pair], "native", dim=-1)
 
 
-def test_ensembles_past_the_cache(isa):
-    student, *teachers = (logits(73, 31013) for _ in range(3))
-    labels = torch.randint(31013, (73,))
+@pytest.mark.parametrize("teacher", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ensembles_past_the_cache(streamed, dtype, teacher):
+    student, *teachers = (logits(16, 1013, dtype=one) for one in (dtype, teacher, dtype))
+    labels = torch.randint(1013, (16,))
     labels[::7] = -100
     check_distillation(student, teachers, labels, "native", teachers=False)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", LARGE_MAPS)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_attention_past_the_cache(isa, dtype, shape, layout):
-    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
-    check_transfer(*pairs, "native", with_teachers=False)
+@pytest.mark.parametrize("shape", STREAMED_MAPS)
+@pytest.mark.parametrize("teacher", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_past_the_cache(streamed, dtype, teacher, shape, layout):
+    """In double where the other side, or another pair, is."""
+    pair = [layout(features(*shape, dtype=one)) for one in (dtype, teacher)]
+    check_transfer(*pair, "native")
+    check_hint(*pair, "native")
+    other = [layout(features(*shape, dtype=dtype)) for _ in range(2)]
+    check_hint([other[0], pair[0]], [other[1], pair[1]], "native")
 
 
-@pytest.mark.parametrize("layout", [contiguous, sliced])
-@pytest.mark.parametrize("shape", LARGE_MAPS)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_hints_past_the_cache(isa, dtype, shape, layout):
-    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
-    check_hint(*pairs, "native")
+# Calls that write more than 8 MiB of gradients.
+
+
+@pytest.mark.at_defaults
+def test_large_soft_targets(isa):
+    check_soft_target(*(logits(73, 31013) for _ in range(2)), "native", teachers=False)
+
+
+@pytest.mark.at_defaults
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_large_maps(isa, layout):
+    pair = [layout(features(357, 127, 7, 7)) for _ in range(2)]
+    check_transfer(*pair, "native", with_teachers=False)
+    check_hint(*pair, "native")
 
 
 def test_conversions_are_exact(isa):
