@@ -26,7 +26,7 @@ def counted(build):
         subprocess.run(
             [
                 sys.executable, "-m", "gcovr", "--root", str(ROOT), "--filter", MEASURED,
-                "--exclude-throw-branches", "--exclude-unreachable-branches", "--quiet",
+                "--exclude-throw-branches", "--exclude-unreachable-branches",
                 "--json", str(report), str(build),
             ],
             check=True,
@@ -37,16 +37,18 @@ def counted(build):
 def merged(lines):
     """By line: how often it ran, and how often each of its branches was taken.
 
-    A template's instantiations may differ in how many branches a line has: those of one number are
-    merged, and count if they ran.
+    The instantiations of a template may differ in how many branches a line has: gcov knows of fewer
+    exceptions where one never ran, and conditions on types are none. Those of one number are
+    merged. A line is what the best of them is, but for single branches, which are no choice.
     """
-    runs, branches = collections.Counter(), {}
+    runs, numbers = collections.Counter(), {}
     for line in lines:
         number, taken = line["line_number"], [b["count"] for b in line["branches"]]
         runs[number] += line["count"]
-        if taken and line["count"]:
-            of = branches.setdefault((number, len(taken)), [0] * len(taken))
-            of[:] = [a + b for a, b in zip(of, taken, strict=True)]
+        if len(taken) > 1 and line["count"]:
+            merged = numbers.setdefault(number, {}).setdefault(len(taken), [0] * len(taken))
+            merged[:] = [a + b for a, b in zip(merged, taken, strict=True)]
+    branches = {n: min(of.values(), key=lambda taken: taken.count(0)) for n, of in numbers.items()}
     return runs, branches
 
 
@@ -68,7 +70,7 @@ def main(build):
         source = (ROOT / file["file"]).read_text().splitlines()
         runs, branches = merged(file["lines"])
         missed = {number: "line" for number, count in runs.items() if not count}
-        for (number, _), taken in sorted(branches.items()):
+        for number, taken in sorted(branches.items()):
             totals["branches"] += len(taken)
             totals["branches reached"] += sum(count > 0 for count in taken)
             if not all(taken):
