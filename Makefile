@@ -88,8 +88,8 @@ crashes: .venv/native  ## Compute gradients of up to 32 MB of every pair of dtyp
 coverage: .venv/installed  ## Show that tests reach every line and branch of the CPU kernels
 	$(call kernels,build/coverage,-DFASTKD_COVERAGE=ON)
 	find build/coverage -name '*.gcda' -delete
-	$(call kernels_in,build/coverage) FASTKD_TEST_CASES=$(CASES) $(BIN)/pytest $(SANITIZED_TESTS) \
-	    tests/test_thresholds.py -k 'not compile and not memory_is' $(ARGS)
+	$(call kernels_in,build/coverage) $(BIN)/pytest $(SANITIZED_TESTS) tests/test_thresholds.py \
+	    tests/test_large_gradients.py -k 'not compile and not memory_is' $(ARGS)
 	$(BIN)/python tests/coverage.py build/coverage
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter

@@ -209,6 +209,7 @@ def check_group(group, cases, seed):
         if found:
             wrong += 1
             print(f"{group.loss}, {group.size}, {case}: {found}", flush=True)
+    print(f"{group.loss}, {group.size}: {wrong} of {len(cases)} calls wrong", flush=True)
     sys.exit(min(wrong, 100))
 
 
