@@ -4,7 +4,8 @@
 
 Lines and branches are those of the source: one that any instruction set, any type of a template
 and any inlined copy has taken is reached. Left out are branches that the compiler made: those for
-exceptions, and those of lines that have no condition. tests/unreached.txt says of each other place why no test reaches it.
+exceptions, and those of lines that have no condition. tests/unreached.txt says of each other place
+why no test reaches it.
 """
 
 import collections
