@@ -15,12 +15,13 @@ from agreement import (
     logits,
 )
 from conftest import BACKENDS
-from layouts import channels_last, contiguous, sliced
+from layouts import channels_last, contiguous, cropped, sliced
 from test_fsp import check as check_flows
 from test_rkd import NAMES, points
 from test_rkd import check as check_relations
 from test_similarity import check as check_similarities
 
+import fastkd
 from fastkd.kernels import compiled
 from fastkd.ops import fsp
 
@@ -104,7 +105,7 @@ def test_attention(isa, dtype, layout, kind):
         check_transfer(*pair, "native", kind=kind)
 
 
-@pytest.mark.parametrize("p", [1.0, 1.5, 2.7, 3.0, 4.0])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.5, 2.7, 3.0, 3.5, 4.0, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_powers(isa, dtype, p):
     for layout in (contiguous, channels_last):
@@ -187,6 +188,46 @@ def test_large_maps(isa, layout):
     check_hint(*pair, "native")
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
+def test_maps_with_nan(isa, layout):
+    """The sample is NaN, of any order; the others are what they are. A NaN channel wins."""
+    pair = [layout(features(3, 19, 4, 5)) for _ in range(2)]
+    pair[0][1, 7, 2, 3] = torch.nan
+    for order in (1.0, 2.0, 3.0, torch.inf):
+        check_transfer(*pair, "native", order=order, with_teachers=False)
+    pair[0].requires_grad_()
+    found = []
+    for backend in ("native", "reference"):
+        losses = fastkd.attention_transfer_loss(
+            *pair, kind="max_pow", reduction="none", backend=backend
+        )
+        found.append((losses, *torch.autograd.grad(losses.sum(), pair[0])))
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_one_sample_for_all_threads(isa, layout):
+    thresholds.module().set_thresholds(per_thread=1)
+    pair = [layout(features(1, 19, 9, 9)) for _ in range(2)]
+    for kind in ("sum_pow", "max_pow"):
+        check_transfer(*pair, "native", kind=kind)
+
+
+def test_planes_apart_and_gradients_that_lie_otherwise(isa):
+    """Of a part of each map's rows or channels, whose gradient is contiguous."""
+    rows = [features(3, 5, 7, 6)[:, :, 1:5] for _ in range(2)]
+    pixels = [channels_last(features(3, 21, 4, 6))[:, 2:19] for _ in range(2)]
+    for pair in (rows, pixels):
+        check_transfer(*pair, "native")
+        check_hint(*pair, "native")
+
+
+def test_a_temperature_that_softens_everything(isa):
+    pair = [logits(5, 7) for _ in range(2)]
+    loss = fastkd.soft_target_loss(*pair, temperature=1e38, scale_t2=False, backend="native")
+    assert 0 <= loss < 1e-30
+
+
 def test_conversions_are_exact(isa):
     """Every float16 and bfloat16 number, widened by the kernel: the loss is its square."""
     for dtype in (torch.float16, torch.bfloat16):
@@ -210,6 +251,14 @@ def test_roundings_are_to_nearest_even(isa):
                 [student.detach()], [-t[None]], True, 0.5, "sum", "native"
             )
             assert torch.equal(loss[1][0][0], t.to(dtype))
+
+
+@pytest.mark.parametrize("size", [7e4, 1e39])
+def test_what_float16_does_not_hold_is_infinite(isa, size):
+    student = torch.zeros(1, 40, dtype=torch.float16, requires_grad=True)
+    teacher = torch.full((1, 40), size, dtype=torch.float32 if size < 1e38 else torch.float64)
+    fastkd.hint_loss(student, teacher, backend="native").backward()
+    assert torch.equal(student.grad, torch.full((1, 40), -torch.inf, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,14 +15,12 @@ TESTS = Path(__file__).parent
 
 
 def python(*arguments):
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=TESTS, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_large_gradient_of_each_loss_next_to_float64():
-    python("large_gradients.py", "--few", "--sizes", "8 MiB")
+    python(TESTS / "large_gradients.py", "--few", "--sizes", "8 MiB")
 
 
 # Beside the gradient each of the threads takes 96 MB.
