@@ -2,6 +2,9 @@ PYTHON ?= python3
 # Pinned, because another torch may bring gigabytes of CUDA libraries with it.
 TORCH ?= torch==2.13.0
 ARGS ?=
+# How many calls `make fuzz` makes, and the seed that decides which.
+EXAMPLES ?= 100000
+SEED ?= 0
 # Of each test that runs in a GPU's place or under sanitizers so many cases are drawn; none: all run.
 CASES ?= 6
 OUT ?= build/gpu_check
@@ -11,7 +14,7 @@ unexport MAKEFLAGS
 
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
-FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
+FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
     benchmarks_cuda benchmarks_liger train_step examples cuda_check gpu_check)
 CUDA := build/cuda/nvidia/cu13
@@ -19,13 +22,20 @@ CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtim
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
 SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# What reaches every address that a CPU kernel may.
+# What reaches every address that a CPU kernel may, and every branch of one.
 SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation ensemble extreme_logits \
     fsp fuzz hint isa rkd similarity soft_target)
-# $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
-on_host = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cuda_on_host -B $(1) -G Ninja $(2) \
+# $(call cmake,source folder,build folder,options) compiles what only tests use.
+cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
-    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" && $(BIN)/cmake --build $(1)
+    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" && $(BIN)/cmake --build $(2)
+# $(call kernels,folder,options) compiles the CPU kernels beside those in use.
+kernels = FASTKD_BUILD=cpu CMAKE_ARGS="$(2)" $(BIN)/python setup.py -q build_ext \
+    --build-temp $(1) --build-lib $(1)
+kernels_in = FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered \
+    FASTKD_NATIVE_PATH="$$(ls $(1)/fastkd/_native*.so)"
+# $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
+on_host = $(call cmake,tests/cuda_on_host,$(1),$(2))
 # $(call test_on_host,folder,tests) runs them.
 test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(CASES) \
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
@@ -41,7 +51,7 @@ NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attentio
     cuda_on_host)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
-test-% sanitize-%: export OMP_WAIT_POLICY = passive
+test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,8 +68,29 @@ compare: .venv/native  ## Compare the methods of the literature (ARGS="--help" l
 # With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.
 test: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run the tests, also of the GPU's kernels
 
-test-cpu: .venv/native cuda-on-host
+test-cpu: .venv/native cuda-on-host cpu-helpers
 	$(BIN)/pytest tests $(ARGS)
+
+cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
+	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)
+
+# --hypothesis-seed and the thresholds' seed are the same: the calls are, too.
+FUZZ = FASTKD_TEST_EXAMPLES=$(EXAMPLES) FASTKD_TEST_SEED=$(SEED) $(BIN)/pytest tests/test_fuzz.py \
+    --hypothesis-seed=$(SEED) $(ARGS)
+
+fuzz: .venv/native  ## Call every loss with EXAMPLES random arguments, which SEED decides
+	FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered $(FUZZ)
+
+crashes: .venv/native  ## Compute gradients of up to 32 MB of every pair of dtypes, a process each
+	PYTHONPATH=tests $(BIN)/python tests/large_gradients.py --seed $(SEED) $(ARGS)
+
+# What no test reaches must be in tests/unreached.txt, with the reason.
+coverage: .venv/installed  ## Show that tests reach every line and branch of the CPU kernels
+	$(call kernels,build/coverage,-DFASTKD_COVERAGE=ON)
+	find build/coverage -name '*.gcda' -delete
+	$(call kernels_in,build/coverage) $(BIN)/pytest $(SANITIZED_TESTS) tests/test_thresholds.py \
+	    tests/test_large_gradients.py -k 'not compile and not memory_is and not float64' $(ARGS)
+	$(BIN)/python tests/coverage.py build/coverage
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
 	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton FASTKD_TEST_CASES=$(CASES) \
@@ -100,12 +131,20 @@ bench: .venv/native  ## Measure against eager PyTorch and torch.compile
 # GPU's kernels change (CPU).
 sanitize: sanitize-cpu sanitize-cuda  ## Run the kernels' tests under ASan and UBSan
 
-sanitize-cpu: .venv/installed
-	FASTKD_BUILD=cpu CMAKE_ARGS=-DFASTKD_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
-	    --build-temp build/sanitize --build-lib build/sanitize
-	$(SANITIZED) FASTKD_NATIVE_PATH="$$(ls build/sanitize/fastkd/_native*.so)" \
-	    FASTKD_TEST_BACKENDS=native $(BIN)/pytest $(SANITIZED_TESTS) \
+sanitize-cpu: .venv/installed build/sanitize/made
+	$(call cmake,tests/cpu_helpers,build/cpu_helpers_sanitized,-DFASTKD_SANITIZE=ON)
+	$(SANITIZED) FASTKD_CPU_HELPERS_PATH="$$(ls build/cpu_helpers_sanitized/_cpu_helpers*.so)" \
+	    $(BIN)/pytest tests/test_cpu_helpers.py
+	$(SANITIZED) $(call kernels_in,build/sanitize) $(BIN)/pytest $(SANITIZED_TESTS) \
 	    -k 'not compile and not memory_is' $(ARGS)
+
+sanitize-fuzz: EXAMPLES = 5000
+sanitize-fuzz: .venv/installed build/sanitize/made  ## The same of EXAMPLES random arguments (5000)
+	$(SANITIZED) FASTKD_TEST_CASES=0 $(call kernels_in,build/sanitize) $(FUZZ)
+
+build/sanitize/made: .venv/installed $(CSRC)
+	$(call kernels,build/sanitize,-DFASTKD_SANITIZE=ON)
+	@touch $@
 
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
@@ -132,5 +171,5 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo compare test test-cpu test-triton test-cuda cuda-on-host cuda-check gpu-check lint format bench \
-    sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: help demo compare test test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \
+    lint format bench fuzz crashes coverage sanitize sanitize-cpu sanitize-cuda sanitize-fuzz clean

@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "cpu/calls.h"
+#include "cpu/thresholds.h"
 #include "tensor_caster.h"
 
 #ifdef FASTKD_CUDA_ARCHS
@@ -132,6 +133,22 @@ PYBIND11_MODULE(_native, m) {
         if (!use(name.c_str())) throw py::value_error("no kernels for " + name + " run here");
       },
       "Use another instruction set's kernels from now on.");
+  m.def(
+      "thresholds",
+      [] {
+        py::dict all;
+        for (const Threshold* one = known_thresholds; one->name != nullptr; ++one)
+          all[one->name] = thresholds.*one->member;
+        return all;
+      },
+      "The sizes from which on CPU kernels take another way, by name; for tests.");
+  m.def(
+      "set_thresholds",
+      [](const py::kwargs& values) {
+        for (const auto& [name, value] : values)
+          set_threshold(name.cast<std::string>().c_str(), value.cast<int64_t>());
+      },
+      "Use other sizes from now on, of those that `thresholds` has; for tests.");
   m.def(
       "openmp",
       [] {

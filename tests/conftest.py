@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import thresholds
 import torch
 
 from fastkd import dispatch
@@ -35,11 +36,17 @@ torch.manual_seed(SEED)
 
 CASES = int(os.environ.get("FASTKD_TEST_CASES") or 0)
 
+# Of the CPU kernels, whose other ways small tensors must take, too: "default", "lowered", or for
+# each test the one or the other.
+THRESHOLDS = os.environ.get("FASTKD_TEST_THRESHOLDS") or "either"
+assert THRESHOLDS in ("default", "lowered", "either"), THRESHOLDS
+
 
 def pytest_report_header():
     return (
         f"fastkd: FASTKD_TEST_BACKENDS={','.join(BACKENDS)} FASTKD_TEST_DEVICE={DEVICE} "
-        f"FASTKD_TEST_CASES={CASES or 'all'} FASTKD_TEST_SEED={SEED}"
+        f"FASTKD_TEST_CASES={CASES or 'all'} FASTKD_TEST_THRESHOLDS={THRESHOLDS} "
+        f"FASTKD_TEST_SEED={SEED}"
     )
 
 
@@ -74,6 +81,19 @@ def kernel_backend(request):
 def fresh_inputs(request):
     """Other inputs in every run; the seed in the header brings them back."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def drawn_thresholds(request):
+    """Lowered thresholds, or the defaults where a test is marked to be about those."""
+    if "native" not in BACKENDS:
+        yield
+        return
+    seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
+    lower = THRESHOLDS == "lowered" or (THRESHOLDS == "either" and seed % 2 == 0)
+    thresholds.use(seed if lower and not request.node.get_closest_marker("at_defaults") else None)
+    yield
+    thresholds.use(None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,35 @@
 """Arguments at random: a call agrees with the oracle, or says what is wrong; it never crashes."""
 
 import math
+import os
 
 import numpy as np
 import oracle
 import pytest
+import thresholds
 import torch
 from agreement import array
-from conftest import DEVICE
+from conftest import DEVICE, THRESHOLDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastkd
 
-EXAMPLES = settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+# What all tests below do together with one backend, and what is asked of them: by `make fuzz` more,
+# which `--hypothesis-seed` alone then decides.
+USUAL = 5 * 150 + 3 * 60 + 60 + 3 * 50
+WANTED = int(os.environ.get("FASTKD_TEST_EXAMPLES") or USUAL)
+
+
+def examples(usual):
+    return settings(
+        max_examples=max(1, usual * WANTED // USUAL),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        **({} if WANTED == USUAL else {"database": None}),
+    )
+
+
 # A coarse net: how close a kernel must come is for the tests of each loss.
 TOLERANCE = 1e-4
 
@@ -55,6 +67,14 @@ def tensors(draw, shape, dtypes=DTYPES, specials=(), stream=0):
     index = tuple(slice(a, None, b) for a, b in zip(starts, steps, strict=True))
     view = memory.permute(inverse)[index][tuple(slice(0, n) for n in stored)]
     return view.expand(shape)
+
+
+def started(data):
+    """What draws an example's arguments, once its thresholds are drawn."""
+    if DEVICE == "cpu" and THRESHOLDS != "default":
+        seeds = st.integers(0, 2**32 - 1)
+        thresholds.use(data.draw(seeds if THRESHOLDS == "lowered" else st.none() | seeds))
+    return data.draw
 
 
 def shapes(low=0, high=5):
@@ -114,10 +134,10 @@ def assert_near(actual, expected, scale):
     np.testing.assert_allclose(array(actual), rounded, rtol=coarse, atol=TOLERANCE * scale)
 
 
-@EXAMPLES
+@examples(150)
 @given(st.data())
 def test_soft_target_loss(backend, data):
-    draw = data.draw
+    draw = started(data)
     shape = draw(shapes())
     specials = (math.nan, -math.inf, 1e4, 0.0)
     student = draw(tensors(shape, specials=(*specials, STUDENT_MASK))).requires_grad_()
@@ -145,10 +165,10 @@ def test_soft_target_loss(backend, data):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU asserts, and is of no use afterwards")
-@EXAMPLES
+@examples(150)
 @given(st.data())
 def test_distillation_loss(backend, data):
-    draw = data.draw
+    draw = started(data)
     shape = draw(shapes(1))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
     classes = shape[dim]
@@ -188,10 +208,10 @@ MAPS = st.sampled_from([("sum", None), ("sum", 1), ("sum_pow", 2.7), ("sum_pow",
 )
 
 
-@EXAMPLES
+@examples(150)
 @given(st.data())
 def test_attention_map(backend, data):
-    draw = data.draw
+    draw = started(data)
     shape = draw(shapes(2))
     x = draw(tensors(shape, sometimes(draw, DTYPES, st.just(ODD_DTYPES)), (0.0, math.nan)))
     if x.is_floating_point():
@@ -232,10 +252,10 @@ def attention_transfer(students, teachers, **keywords):
     return value, gradients
 
 
-@EXAMPLES
+@examples(150)
 @given(st.data())
 def test_attention_transfer_loss(backend, data):
-    draw = data.draw
+    draw = started(data)
     pairs = draw(st.integers(1, 3))
     batch, channel_dim = draw(SIZES), draw(st.sampled_from([1, -1]))
     sides = [], []
@@ -273,10 +293,10 @@ def test_attention_transfer_loss(backend, data):
     )  # fmt: skip
 
 
-@EXAMPLES
+@examples(150)
 @given(st.data())
 def test_hint_loss(backend, data):
-    draw = data.draw
+    draw = started(data)
     pairs = draw(st.integers(1, 3))
     in_channels, out_channels, batch = draw(SIZES), draw(SIZES), draw(SIZES)
     has_regressor = draw(st.booleans())
@@ -324,10 +344,10 @@ RELATIONS = {
 
 
 @pytest.mark.parametrize("name", RELATIONS)
-@settings(EXAMPLES, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_relations(backend, name, data):
-    draw = data.draw
+    draw = started(data)
     batch, matrices = draw(SIZES), name.startswith("rkd")
     sides = []
     for stream in range(2):
@@ -346,10 +366,10 @@ def test_relations(backend, name, data):
     compare(getattr(fastkd, name), backend, sides, expected, **keywords)
 
 
-@settings(EXAMPLES, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_fsp_loss(backend, data):
-    draw = data.draw
+    draw = started(data)
     batch, channels = draw(SIZES), [draw(SIZES), draw(SIZES)]
     sides = []
     for stream in range(4):
@@ -368,7 +388,7 @@ def test_fsp_loss(backend, data):
 
 
 @pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss", "fsp_loss"])
-@EXAMPLES
+@examples(50)
 @given(
     st.recursive(
         st.sampled_from([None, 3, "x", torch.ones(2, 3, 4), torch.ones(()), math.nan]),

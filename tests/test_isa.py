@@ -1,6 +1,7 @@
 """Each instruction set that runs here, at the sizes where its vectors and blocks end."""
 
 import pytest
+import thresholds
 import torch
 import torch.nn.functional as F
 from agreement import (
@@ -14,12 +15,13 @@ from agreement import (
     logits,
 )
 from conftest import BACKENDS
-from layouts import channels_last, contiguous, sliced
+from layouts import channels_last, contiguous, cropped, sliced
 from test_fsp import check as check_flows
 from test_rkd import NAMES, points
 from test_rkd import check as check_relations
 from test_similarity import check as check_similarities
 
+import fastkd
 from fastkd.kernels import compiled
 from fastkd.ops import fsp
 
@@ -103,7 +105,7 @@ def test_attention(isa, dtype, layout, kind):
         check_transfer(*pair, "native", kind=kind)
 
 
-@pytest.mark.parametrize("p", [1.0, 1.5, 2.7, 3.0, 4.0])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.5, 2.7, 3.0, 3.5, 4.0, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_powers(isa, dtype, p):
     for layout in (contiguous, channels_last):
@@ -121,45 +123,109 @@ def test_hints(isa, dtype, layout):
         check_hint(*[x[:, :1] for x in pair], "native", reduction="none")
 
 
-# Calls that write more than 8 MiB of gradients: rows, planes and positions that begin at any
-# alignment, and those that begin where a vector does.
-LARGE = [(73, 31013), (71, 32768)]
-LARGE_MAPS = [(357, 127, 7, 7), (133, 64, 16, 16)]
-LARGE_DTYPES = [torch.float32, torch.bfloat16]
+# Rows, planes and positions that begin at any alignment, and those that begin where a vector does.
+STREAMED = [(17, 1013), (16, 1024)]
+STREAMED_MAPS = [(5, 127, 7, 7), (3, 64, 16, 16)]
+# A vector's elements take as many bytes in memory, half of them or a quarter.
+STREAMED_DTYPES = [
+    *((torch.float32, other) for other in (torch.float32, torch.float16, torch.float64)),
+    *((torch.bfloat16, other) for other in (torch.bfloat16, torch.float64)),
+    *((torch.float64, other) for other in (torch.float64, torch.float16)),
+    (torch.float16, torch.float64),
+]
 
 
-@pytest.mark.parametrize("shape", LARGE)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_soft_targets_past_the_cache(isa, dtype, shape):
-    rows = 2 * shape[0] if dtype.itemsize == 2 else shape[0]
-    pair = [logits(rows, shape[1], dtype=dtype) for _ in range(2)]
-    check_soft_target(*pair, "native", temperature=2.0, teachers=False)
-    labels = torch.randint(shape[1], (rows,))
+@pytest.fixture
+def streamed(isa):
+    """Whatever a gradient takes, it is written past the cache."""
+    thresholds.module().set_thresholds(**{**thresholds.DEFAULTS, "past_cache": 0})
+
+
+@pytest.mark.parametrize("shape", STREAMED)
+@pytest.mark.parametrize(("dtype", "teacher"), STREAMED_DTYPES)
+def test_soft_targets_past_the_cache(streamed, dtype, teacher, shape):
+    pair = [logits(*shape, dtype=one) for one in (dtype, teacher)]
+    check_soft_target(*pair, "native", temperature=2.0)
+    labels = torch.randint(shape[1], shape[:1])
     labels[::7] = -100
     check_distillation(*pair, labels, "native", teachers=False)
+    check_soft_target(*[x.view(*shape, 1).mT for x in pair], "native", dim=-1)
 
 
-def test_ensembles_past_the_cache(isa):
-    student, *teachers = (logits(73, 31013) for _ in range(3))
-    labels = torch.randint(31013, (73,))
+@pytest.mark.parametrize(("dtype", "teacher"), STREAMED_DTYPES)
+def test_ensembles_past_the_cache(streamed, dtype, teacher):
+    student, *teachers = (logits(16, 1013, dtype=one) for one in (dtype, teacher, dtype))
+    labels = torch.randint(1013, (16,))
     labels[::7] = -100
     check_distillation(student, teachers, labels, "native", teachers=False)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", LARGE_MAPS)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_attention_past_the_cache(isa, dtype, shape, layout):
-    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
-    check_transfer(*pairs, "native", with_teachers=False)
+@pytest.mark.parametrize("shape", STREAMED_MAPS)
+@pytest.mark.parametrize(("dtype", "teacher"), STREAMED_DTYPES)
+def test_maps_past_the_cache(streamed, dtype, teacher, shape, layout):
+    """In double where the other side, or another pair, is."""
+    pair = [layout(features(*shape, dtype=one)) for one in (dtype, teacher)]
+    check_transfer(*pair, "native")
+    check_hint(*pair, "native")
+    other = [layout(features(*shape, dtype=dtype)) for _ in range(2)]
+    check_hint([other[0], pair[0]], [other[1], pair[1]], "native")
 
 
-@pytest.mark.parametrize("layout", [contiguous, sliced])
-@pytest.mark.parametrize("shape", LARGE_MAPS)
-@pytest.mark.parametrize("dtype", LARGE_DTYPES)
-def test_hints_past_the_cache(isa, dtype, shape, layout):
-    pairs = [[layout(features(*shape, dtype=dtype)) for _ in range(2)] for _ in range(2)]
-    check_hint(*pairs, "native")
+# Calls that write more than 8 MiB of gradients.
+
+
+@pytest.mark.at_defaults
+def test_large_soft_targets(isa):
+    check_soft_target(*(logits(73, 31013) for _ in range(2)), "native", teachers=False)
+
+
+@pytest.mark.at_defaults
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_large_maps(isa, layout):
+    pair = [layout(features(357, 127, 7, 7)) for _ in range(2)]
+    check_transfer(*pair, "native", with_teachers=False)
+    check_hint(*pair, "native")
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
+def test_maps_with_nan(isa, layout):
+    """The sample is NaN, of any order; the others are what they are. A NaN channel wins."""
+    pair = [layout(features(3, 19, 4, 5)) for _ in range(2)]
+    pair[0][1, 7, 2, 3] = torch.nan
+    for order in (1.0, 2.0, 3.0, torch.inf):
+        check_transfer(*pair, "native", order=order, with_teachers=False)
+    pair[0].requires_grad_()
+    found = []
+    for backend in ("native", "reference"):
+        losses = fastkd.attention_transfer_loss(
+            *pair, kind="max_pow", reduction="none", backend=backend
+        )
+        found.append((losses, *torch.autograd.grad(losses.sum(), pair[0])))
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_one_sample_for_all_threads(isa, layout):
+    thresholds.module().set_thresholds(per_thread=1)
+    pair = [layout(features(1, 19, 9, 9)) for _ in range(2)]
+    for kind in ("sum_pow", "max_pow"):
+        check_transfer(*pair, "native", kind=kind)
+
+
+def test_planes_apart_and_gradients_that_lie_otherwise(isa):
+    """Of a part of each map's rows or channels, whose gradient is contiguous."""
+    rows = [features(3, 5, 7, 6)[:, :, 1:5] for _ in range(2)]
+    pixels = [channels_last(features(3, 21, 4, 6))[:, 2:19] for _ in range(2)]
+    for pair in (rows, pixels):
+        check_transfer(*pair, "native")
+        check_hint(*pair, "native")
+
+
+def test_a_temperature_that_softens_everything(isa):
+    pair = [logits(5, 7) for _ in range(2)]
+    loss = fastkd.soft_target_loss(*pair, temperature=1e38, scale_t2=False, backend="native")
+    assert 0 <= loss < 1e-30
 
 
 def test_conversions_are_exact(isa):
@@ -185,6 +251,14 @@ def test_roundings_are_to_nearest_even(isa):
                 [student.detach()], [-t[None]], True, 0.5, "sum", "native"
             )
             assert torch.equal(loss[1][0][0], t.to(dtype))
+
+
+@pytest.mark.parametrize("size", [7e4, 1e39])
+def test_what_float16_does_not_hold_is_infinite(isa, size):
+    student = torch.zeros(1, 40, dtype=torch.float16, requires_grad=True)
+    teacher = torch.full((1, 40), size, dtype=torch.float32 if size < 1e38 else torch.float64)
+    fastkd.hint_loss(student, teacher, backend="native").backward()
+    assert torch.equal(student.grad, torch.full((1, 40), -torch.inf, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

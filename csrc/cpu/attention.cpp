@@ -6,8 +6,6 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-constexpr int64_t kPiece = 65536;  // elements of one unit of work of a gradient
-
 // Samples over threads; where samples are fewer, the chunks of each sample over threads.
 struct Shares {
   int outer, inner;
@@ -20,9 +18,10 @@ struct Shares {
 
 template <class F>
 void over_chunks(int64_t positions, int threads, const F& f) {
-  parallel_for((positions + kChunk - 1) / kChunk, threads, [&](int64_t chunk) {
-    const int64_t first = chunk * kChunk;
-    f(first, int(positions - first < kChunk ? positions - first : kChunk));
+  const int64_t size = thresholds.map_chunk;  // its sums stay in cache
+  parallel_for((positions + size - 1) / size, threads, [&](int64_t chunk) {
+    const int64_t first = chunk * size;
+    f(first, int(positions - first < size ? positions - first : size));
   });
 }
 
@@ -75,6 +74,7 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
                      const Ahead& ahead) {
   constexpr int W = Simd<A>::width;
   const int64_t count = from.count, elements = from.channels * count;
+  const int64_t size = thresholds.map_piece;
   A* scaled = scratch<A>(count + W);
   for (int64_t i = 0; i < count; ++i) scaled[i] = slopes[i] * factor;
   for (int64_t i = 0; i < W; ++i) scaled[count + i] = scaled[i % count];
@@ -87,9 +87,9 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
         gradient_of_winners(g, to, first, n, scaled + first, winners + first);
       });
     else if (are_planes(from, to))
-      parallel_for((elements + kPiece - 1) / kPiece, threads, [&](int64_t piece) {
-        const int64_t begin = piece * kPiece;
-        const int64_t end = begin + kPiece < elements ? begin + kPiece : elements;
+      parallel_for((elements + size - 1) / size, threads, [&](int64_t piece) {
+        const int64_t begin = piece * size;
+        const int64_t end = begin + size < elements ? begin + size : elements;
         gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.streams, ahead);
       });
     else
@@ -103,7 +103,8 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
 Ahead next_sample(const Tensor& student, const Positions& s, const Tensor& teacher,
                   const Positions& t, int64_t sample, const Shares& shares) {
   // A thread knows its own next sample only, and the last one of its share has none.
-  const bool worth = shares.inner == 1 && s.batch >= 4 * shares.outer && sample < s.batch;
+  const bool worth =
+      shares.inner == 1 && sample < s.batch && s.batch >= thresholds.samples_ahead * shares.outer;
   if (!worth || !s.is_dense() || !t.is_dense() || s.count == 0 || s.channels == 0) return Ahead();
   const int64_t s_bytes = s.channels * s.count * size_of(student.dtype);
   const int64_t t_bytes = t.channels * t.count * size_of(teacher.dtype);
@@ -134,6 +135,7 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
   const Shares shares(s.batch, student.numel() + teacher.numel(), p.threads);
   parallel_for(s.batch, shares.outer, [&](int64_t b) {
     A* slopes = at<A>(student_slopes, b * count);
+    // The same scratch as `gradient_sample` takes, when this map is done with.
     A* other = teacher_slopes ? at<A>(teacher_slopes, b * count) : scratch<A>(count);
     // max_pow needs somewhere to put the teacher's winners, wanted or not.
     Array<int32_t> unwanted(p.kind == MapKind::max_pow && !teacher_winners ? count : 0);

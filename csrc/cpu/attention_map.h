@@ -10,8 +10,7 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kChunk = 4096;  // positions of one unit of work; its sums stay in cache
-constexpr int kAtOnce = 4;    // channels added before the running sum is touched
+constexpr int kAtOnce = 4;  // channels added before the running sum is touched
 
 // ---- Sums over channels ------------------------------------------------------------------------
 
@@ -20,7 +19,7 @@ void sum_planar(const S* x, int64_t channels, int64_t stride, int n, const P& po
   constexpr int W = Simd<A>::width;
   for (int i = 0; i < n; ++i) to[i] = 0;
   // Planes of a page and more lie too far apart for the processor to see the next ones coming.
-  const bool fetches = stride * int64_t(sizeof(S)) >= kPage;
+  const bool fetches = stride * int64_t(sizeof(S)) >= thresholds.map_page;
   int64_t c = 0;
   for (; c + kAtOnce <= channels; c += kAtOnce, x += kAtOnce * stride) {
     int i = 0;
@@ -232,7 +231,8 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
     }
   } else if (layout == Layout::interleaved) {
     // Every position begins where a vector may be streamed to, or none is.
-    streams = streams && channels % All<A>::value == 0 && until_aligned<A>(g, 1) == 0;
+    const int64_t step = to.count > 1 ? to.position_stride : channels;
+    streams = streams && step % All<A>::value == 0 && until_aligned<A>(g, 1) == 0;
     for (int i = 0; i < n; ++i) {
       const S* source = x + (first + i) * from.position_stride;
       S* target = g + (first + i) * to.position_stride;

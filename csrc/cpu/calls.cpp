@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "thresholds.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -9,20 +11,19 @@
 namespace fastkd::calls {
 namespace {
 
-// From this size on the gradients of a call are written past the cache: it would not keep them
-// until they are read, and lines that are written in full need not be read first.
-// docs/performance.md has the measurement.
-constexpr int64_t kPastCache = int64_t(8) << 20;
-
 int64_t bytes_of(const Tensor& t) { return t ? t.numel() * size_of(t.dtype) : 0; }
 
-// `total` bytes of gradients are about to be written, these among them. A large gradient may lie in
-// pages that nobody has touched. As huge pages they come 512 at a time, and in a third of the time.
+// `total` bytes of gradients are about to be written, these among them. Many are written past the
+// cache: it would not keep them until they are read, and lines that are written in full need not be
+// read first. docs/performance.md has the measurement. A large gradient may lie in pages that
+// nobody has touched. As huge pages they come 512 at a time, and in a third of the time.
 void expect_writing(Tensor& gradient, int64_t total) {
-  gradient.streams = total >= kPastCache;
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data);
+  // Memory that is not aligned to the dtype never is to a vector.
+  gradient.streams =
+      total >= thresholds.past_cache && begin % uintptr_t(size_of(gradient.dtype)) == 0;
+#if defined(__linux__)
+  const uintptr_t huge = uintptr_t(thresholds.huge_page);
   const uintptr_t end = begin + uintptr_t(bytes_of(gradient));
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
   if (begin != 0 && first < last)
@@ -45,6 +46,14 @@ void check_labels(Labels labels, const Tensor& logits, const SoftTargetParameter
       throw std::invalid_argument("labels must lie in [0, " + std::to_string(classes - 1) +
                                   "] or be ignore_index=" + std::to_string(p.ignore_index) +
                                   ", got " + std::to_string(labels[row]));
+}
+
+// Winners are numbered in 32 bits.
+void check_channels(const Tensor& features, const MapParameters& p) {
+  const int64_t channels = features.sizes[p.channel_dim + (p.channel_dim < 0 ? features.ndim : 0)];
+  if (p.kind == MapKind::max_pow && channels > INT32_MAX)
+    throw std::invalid_argument("max_pow takes at most 2147483647 channels, got " +
+                                std::to_string(channels));
 }
 
 void put(const Tensor& loss, int64_t i, double value) {
@@ -99,6 +108,7 @@ void soft_target_ensemble(const Tensor& student, const Tensors& teachers,
 
 void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
                            const MapParameters& p) {
+  check_channels(features, p);
   kernels().attention.map(features, raw, winners, p);
 }
 
@@ -106,6 +116,8 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
                                 const Tensor& loss, const Tensors& slopes, const Winners& winners,
                                 Tensors gradients, const TransferParameters& transfer,
                                 const MapParameters& p) {
+  for (const Tensors* side : {&students, &teachers})
+    for (const Tensor& features : *side) check_channels(features, p);
   expect_writing(gradients);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];

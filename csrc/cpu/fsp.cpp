@@ -44,25 +44,25 @@ constexpr int kBlock = 16;
 // branches nobody can predict. Of equal ones the first stays, and NaN is above all.
 template <class A>
 struct Best {
-  int size;
+  int64_t size;
   A* line;  // the next candidates
   A* values;
   int32_t* places;
 
-  explicit Best(int64_t n) : size(int((n + kBlock - 1) / kBlock * kBlock)) {
+  explicit Best(int64_t n) : size((n + kBlock - 1) / kBlock * kBlock) {
     line = scratch<A>(3 * size);
     values = line + size;
     places = reinterpret_cast<int32_t*>(values + size);
     std::fill(line + n, values, A(0));
   }
   void clear(int32_t place) const {
-    for (int i = 0; i < size / kBlock * kBlock; ++i) {
+    for (int64_t i = 0; i < size / kBlock * kBlock; ++i) {
       values[i] = -std::numeric_limits<A>::infinity();
       places[i] = place;
     }
   }
   void take(int32_t place) const {
-    for (int i = 0; i < size / kBlock * kBlock; ++i) {
+    for (int64_t i = 0; i < size / kBlock * kBlock; ++i) {
       const A x = line[i], value = values[i];
       const bool wins = x > value || (x != x && value == value);
       values[i] = wins ? x : value;
@@ -74,14 +74,14 @@ struct Best {
 // Of each bin of a row the element at `place`, or its last, which does not win again.
 template <class A, class S>
 void gather_bins(const S* row, int64_t stride, const Bins& columns, int64_t place, A* to) {
-  const int n = int(columns.count);
+  const int64_t n = columns.count;
   const int64_t step = columns.widest * stride;
   if (!columns.are_even()) {
-    for (int j = 0; j < n; ++j) to[j] = widen(row[columns.at(j, place) * stride]);
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(row[columns.at(j, place) * stride]);
   } else if (step == 2) {  // which vectors can do
-    for (int j = 0; j < n; ++j) to[j] = widen(row[2 * j + place * stride]);
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(row[2 * j + place * stride]);
   } else {
-    for (int j = 0; j < n; ++j) to[j] = widen(row[j * step + place * stride]);
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(row[j * step + place * stride]);
   }
 }
 
@@ -106,15 +106,12 @@ struct Shape {
   }
 };
 
-// How many bins of a plane are done together, at least.
-constexpr int64_t kTogether = 128;
-
 // One channel of a sample, some rows of bins at a time.
 template <class S, class A>
 void pool_plane(const Tensor& features, A* pooled, int32_t* winners, const Shape& shape, int64_t b,
                 int64_t channel) {
   const Bins &rows = shape.rows, &columns = shape.columns;
-  const int64_t group = (kTogether + columns.count - 1) / columns.count;
+  const int64_t group = (thresholds.bins + columns.count - 1) / columns.count;
   for (int64_t first = 0; first < rows.count; first += group) {
     const int64_t count = rows.count - first < group ? rows.count - first : group;
     const Best<A> best(count * columns.count);
@@ -143,7 +140,7 @@ void pool_plane(const Tensor& features, A* pooled, int32_t* winners, const Shape
 template <class A>
 void pool_row(const Tensor& features, A* pooled, int32_t* winners, const Shape& shape, int64_t b,
               int64_t i) {
-  const int n = int(shape.channels);
+  const int64_t n = shape.channels;
   const Best<A> best(n);
   const auto place = [&](int64_t row, int64_t c) { return int32_t(row * shape.columns.size + c); };
   for (int64_t j = 0; j < shape.columns.count; ++j) {
@@ -154,7 +151,7 @@ void pool_row(const Tensor& features, A* pooled, int32_t* winners, const Shape& 
         gather(features, offset_of(features, b, 0, r, c), features.strides[1], n, best.line);
         best.take(place(r, c));
       }
-    for (int k = 0; k < n; ++k) {
+    for (int64_t k = 0; k < n; ++k) {
       pooled[shape.bins(b, k, i) + j] = best.values[k];
       if (winners != nullptr) winners[shape.bins(b, k, i) + j] = best.places[k];
     }
@@ -201,9 +198,9 @@ void unpool_as(const Tensor& grad_output, const int32_t* winners, const Tensor& 
       const int64_t to = offset_of(gradient, b, first, row, 0), stride = gradient.strides[3];
       if (across)
         for (int64_t c = 0; c < columns; ++c)
-          scatter(line + c * count, int(count), gradient, to + c * stride, 1);
+          scatter(line + c * count, count, gradient, to + c * stride, 1);
       else
-        scatter(line, int(columns), gradient, to, stride);
+        scatter(line, columns, gradient, to, stride);
     }
   });
 }

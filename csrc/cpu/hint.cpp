@@ -6,9 +6,6 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-constexpr int64_t kPiece = 32768;  // elements of one unit of work
-constexpr int kStretch = 1024;     // elements in arithmetic precision at a time
-
 // The elements of one sample as runs along the student's densest dimension. `outer` counts the
 // runs, each of `length` elements with a stride per tensor.
 struct Runs {
@@ -117,7 +114,7 @@ double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradi
                            gradient != nullptr, gradient && gradient->streams));
   };
   if (contiguous && with_storages<A>(student.dtype, teacher.dtype, in_place)) return total;
-  alignas(64) A s[kStretch], t[kStretch], g[kStretch];
+  alignas(64) A s[kMostStretch], t[kMostStretch], g[kMostStretch];
   gather(student, offset[0], stride[0], n, s);
   gather(teacher, offset[1], stride[1], n, t);
   total = sum<A>(squares(s, t, g, n, coefficient, gradient != nullptr, false));
@@ -131,14 +128,15 @@ template <class A, class C>
 void visit(const Tensor& student, const Tensor& teacher, const Tensor* gradient, double* sums,
            int threads, const C& coefficient) {
   const Runs runs(student, teacher, gradient ? *gradient : student);
+  const int64_t size = thresholds.hint_piece, step = thresholds.hint_stretch;
   const int64_t per_sample = runs.outer * runs.length;
   if (per_sample == 0 || runs.batch == 0) {
     for (int64_t b = 0; sums && b < runs.batch; ++b) sums[b] = 0;
     return;
   }
   // Short runs are taken several to a piece, long ones cut into several pieces.
-  const int64_t cuts = (runs.length + kPiece - 1) / kPiece;
-  const int64_t together = cuts > 1 ? 1 : (kPiece + runs.length - 1) / runs.length;
+  const int64_t cuts = (runs.length + size - 1) / size;
+  const int64_t together = cuts > 1 ? 1 : (size + runs.length - 1) / runs.length;
   const int64_t groups = (runs.outer + together - 1) / together;
   const int64_t pieces = groups * cuts;
   Array<double> partial(runs.batch * pieces);
@@ -146,16 +144,16 @@ void visit(const Tensor& student, const Tensor& teacher, const Tensor* gradient,
   parallel_for(runs.batch * pieces, wanted, [&](int64_t work) {
     const int64_t sample = work / pieces, piece = work % pieces;
     const int64_t group = piece / cuts, cut = piece % cuts;
-    const int64_t begin = cut * kPiece;
-    const int64_t end = begin + kPiece < runs.length ? begin + kPiece : runs.length;
+    const int64_t begin = cut * size;
+    const int64_t end = begin + size < runs.length ? begin + size : runs.length;
     const int64_t last = (group + 1) * together < runs.outer ? (group + 1) * together : runs.outer;
     const A factor = coefficient(sample);
     double total = 0;
     for (int64_t run = group * together; run < last; ++run) {
       int64_t base[3];
       runs.offsets(sample, run, base);
-      for (int64_t i = begin; i < end; i += kStretch) {
-        const int n = int(end - i < kStretch ? end - i : kStretch);
+      for (int64_t i = begin; i < end; i += step) {
+        const int n = int(end - i < step ? end - i : step);
         const int64_t from[3] = {base[0] + i * runs.run_stride[0], base[1] + i * runs.run_stride[1],
                                  base[2] + i * runs.run_stride[2]};
         total += stretch<A>(student, teacher, gradient, from, runs.run_stride, n, factor);

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <new>
+
+#include "thresholds.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -28,12 +31,20 @@ inline void parallel_stretches(int64_t count, int threads, const F& f) {
 #ifdef _OPENMP
   if (threads > count) threads = int(count);
   if (threads > 1) {
+    // Without memory for its scratch a thread must say so where the others are waited for.
+    std::exception_ptr failed;
 #pragma omp parallel num_threads(threads)
     {
       const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-      f(count * me / team, count * (me + 1) / team);
+      try {
+        f(count * me / team, count * (me + 1) / team);
+      } catch (...) {
+#pragma omp critical(fastkd_failed)
+        failed = std::current_exception();
+      }
       finish_streaming();
     }
+    if (failed) std::rethrow_exception(failed);
     return;
   }
 #endif
@@ -52,7 +63,7 @@ inline void parallel_for(int64_t count, int threads, const F& f) {
 
 // How many threads are worth waking for so many elements: a wake-up costs a few microseconds.
 inline int threads_for(int64_t elements, int available) {
-  const int64_t useful = elements / 16384;
+  const int64_t useful = elements / thresholds.per_thread;
   return useful < 2 ? 1 : useful < available ? int(useful) : available;
 }
 

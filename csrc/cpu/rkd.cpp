@@ -10,9 +10,9 @@ namespace {
 using vec = vec_t<double>;
 constexpr int W = Simd<double>::width;
 
-// Squared distances: tiles of kRows points by kPanel others, kDepth coordinates at a time.
+// Squared distances: tiles of kRows points by kPanel others, some coordinates at a time.
 
-constexpr int kRows = 4, kPanel = 2 * W, kDepth = 128;
+constexpr int kRows = 4, kPanel = 2 * W;
 
 // Some coordinates of kPanel points, those of one coordinate side by side; 0 beyond the last point.
 template <class S>
@@ -57,9 +57,10 @@ void squares_of(const S* x, int64_t n, int64_t width, double* to, int available)
     for (int64_t i = 0; i < n * n; ++i) to[i] = 0;
   const int64_t count = (n + kPanel - 1) / kPanel;
   const int threads = threads_for(n * n * width / 16, available);
-  Array<double> packed(count * kPanel * (width < kDepth ? width : kDepth));
-  for (int64_t first = 0; first < width; first += kDepth) {
-    const int depth = int(width - first < kDepth ? width - first : kDepth);
+  const int64_t most = width < thresholds.depth ? width : thresholds.depth;
+  Array<double> packed(count * kPanel * most);
+  for (int64_t first = 0; first < width; first += most) {
+    const int depth = int(width - first < most ? width - first : most);
     const auto panel = [&](int64_t p) { return packed.data() + p * kPanel * depth; };
     parallel_for(count, threads, [&](int64_t p) {
       pack(x + p * kPanel * width + first, width, n - p * kPanel, depth, panel(p));
@@ -154,8 +155,6 @@ double distance(const double* student, const double* teacher, int64_t n, double*
   return total(losses, n) / pairs;
 }
 
-constexpr int64_t kTile = 16;  // rows that share what is read of a vertex
-
 // Squared distances and one over the distances.
 struct Side {
   const double* squares;
@@ -218,10 +217,10 @@ double angle(const double* student, const double* teacher, int64_t n, double* sl
     });
   });
   const Side s{student, inverse_s.data()}, t{teacher, inverse_t.data()};
-  const int64_t tiles = (n + kTile - 1) / kTile;
+  const int64_t size = thresholds.tile, tiles = (n + size - 1) / size;
   Array<double> losses(tiles);
   parallel_for(tiles, many, [&](int64_t tile) {
-    const int64_t first = tile * kTile, last = first + kTile < n ? first + kTile : n;
+    const int64_t first = tile * size, last = first + size < n ? first + size : n;
     vec loss = {};
     if (with_slopes)
       for (int64_t at = first * n; at < last * n; ++at) slopes[at] = 0;

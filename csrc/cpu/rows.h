@@ -3,6 +3,7 @@
 #pragma once
 
 #include "memory.h"
+#include "thresholds.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -45,7 +46,7 @@ struct Rows {
 
   // Rows that lie side by side in every tensor, while their classes do not.
   int64_t columns() const {
-    if (ndim == 0 || sizes[ndim - 1] < 8) return 0;
+    if (ndim == 0 || sizes[ndim - 1] < thresholds.column_rows) return 0;
     for (int t = 0; t < Tensors; ++t)
       if (strides[t][ndim - 1] != 1 || class_stride[t] == 1) return 0;
     return sizes[ndim - 1];

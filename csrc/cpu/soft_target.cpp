@@ -28,12 +28,14 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
                       A(plan.hard ? hard / statistics[kHardSum] : 0),
                       A(hard * plan.smoothing / double(plan.classes))};
   if (plan.hard && !plan.third_exponential) k.student += k.hard;
-  alignas(64) A student[kBlock], teacher[kBlock], es[kBlock], et[kBlock], eh[kBlock];
-  for (int64_t first = 0; first < plan.classes; first += kBlock) {
-    const int n = int(plan.classes - first < kBlock ? plan.classes - first : kBlock);
+  constexpr int room = kMostBlock;
+  alignas(64) A student[room], teacher[room], es[room], et[room], eh[room];
+  const int64_t size = thresholds.block;
+  for (int64_t first = 0; first < plan.classes; first += size) {
+    const int n = int(plan.classes - first < size ? plan.classes - first : size);
     gather(*t.student, offset[0] + first * stride[0], stride[0], n, student);
     gather(*t.teacher, offset[1] + first * stride[1], stride[1], n, teacher);
-    for (int i = n; i < kBlock && i % W; ++i) student[i] = teacher[i] = 0;
+    for (int i = n; i < room && i % W; ++i) student[i] = teacher[i] = 0;
     for (int i = 0; i < n; i += W) {
       const vec s = load(student + i) * scale - s_shift, y = load(teacher + i) * scale - t_shift;
       const vec p = plan.softened(y);
@@ -59,7 +61,7 @@ void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)
 template <class A, class S>
 void forward_side_by_side(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
                           const int64_t* labels, A* table, int threads) {
-  if (rows.classes > kFewClasses)
+  if (rows.classes > thresholds.few_classes)
     return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
       forward_stretch<A, S, false>(t, rows, plan, labels, begin, end, table);
     });
@@ -83,7 +85,7 @@ void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
   if (table == nullptr) table = own.data();
   bool gathers = t.student->dtype != t.teacher->dtype;
   for (int64_t stride : rows.class_stride) gathers |= stride != 1;
-  if (rows.columns() && rows.classes <= kMostColumnClasses) {
+  if (rows.columns() && rows.classes <= thresholds.column_classes) {
     forward_columns(t, rows, plan, labels, table, threads);
   } else if (gathers) {
     parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {

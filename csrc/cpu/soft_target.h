@@ -8,8 +8,6 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kBlock = 1024;  // both sides and their exponentials fit in the first-level cache
-
 struct Tensors {
   const Tensor *student, *teacher, *gradient, *to_teacher;
 };
@@ -97,9 +95,9 @@ struct Combination {
 
 template <class A>
 void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classes) {
-  alignas(64) A zeros[kBlock] = {};
-  for (int64_t first = 0; first < classes; first += kBlock)
-    scatter(zeros, int(classes - first < kBlock ? classes - first : kBlock), gradient,
+  alignas(64) A zeros[kMostBlock] = {};
+  for (int64_t first = 0; first < classes; first += kMostBlock)
+    scatter(zeros, classes - first < kMostBlock ? classes - first : kMostBlock, gradient,
             at + first * stride, stride);
 }
 

@@ -6,9 +6,7 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int kColumns = 128;  // rows per tile: 8 cache lines of float32 per class
 constexpr int kClassesAhead = 4;
-constexpr int64_t kMostColumnClasses = 4096;  // tiles of more do not stay in cache
 
 // The statistics of one vector of rows, whose exponentials are s, t and h, and the gradient in the
 // place of s.
@@ -106,13 +104,14 @@ template <class A>
 void forward_columns(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
                      const int64_t* labels, A* table, int threads) {
   constexpr int W = Simd<A>::width;
-  const int64_t side = rows.columns(), tiles = (side + kColumns - 1) / kColumns;
-  const int64_t outer = rows.count / side, room = plan.classes * kColumns;
+  const int64_t side = rows.columns(), width = thresholds.columns;
+  const int64_t tiles = (side + width - 1) / width;
+  const int64_t outer = rows.count / side, room = plan.classes * width;
   const auto& strides = rows.class_stride;
   const int64_t step = plan.classes * W;  // from one vector of rows to the next
   parallel_for(outer * tiles, threads, [&](int64_t tile) {
-    const int64_t column = tile % tiles * kColumns, row = tile / tiles * side + column;
-    const int n = int(side - column < kColumns ? side - column : kColumns);
+    const int64_t column = tile % tiles * width, row = tile / tiles * side + column;
+    const int n = int(side - column < width ? side - column : width);
     int64_t offset[3];
     rows.offsets(row, offset);
     A *s = scratch<A>(3 * room), *y = s + room, *h = y + room;

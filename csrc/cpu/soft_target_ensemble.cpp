@@ -8,7 +8,8 @@ namespace {
 // How many rows lie side by side in every tensor; 0 where they do not, or classes are too many.
 int64_t columns_of(const Ensemble& of) {
   const int64_t side = of.student.rows.columns();
-  bool all = of.student.rows.classes <= kMostColumnClasses && of.gradient.rows.columns() == side;
+  bool all =
+      of.student.rows.classes <= thresholds.column_classes && of.gradient.rows.columns() == side;
   for (const Side& teacher : of.teachers) all = all && teacher.rows.columns() == side;
   return all ? side : 0;
 }

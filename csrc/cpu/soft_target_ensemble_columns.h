@@ -87,11 +87,12 @@ template <class A>
 void ensemble_columns(const Ensemble& of, const Plan<A>& plan, int64_t side, const int64_t* labels,
                       A* table, int threads) {
   constexpr int W = Simd<A>::width;
-  const int64_t classes = plan.classes, room = classes * kColumns, step = classes * W;
-  const int64_t tiles = (side + kColumns - 1) / kColumns, outer = of.student.rows.count / side;
+  const int64_t width = thresholds.columns;
+  const int64_t classes = plan.classes, room = classes * width, step = classes * W;
+  const int64_t tiles = (side + width - 1) / width, outer = of.student.rows.count / side;
   parallel_for(outer * tiles, threads, [&](int64_t tile) {
-    const int64_t column = tile % tiles * kColumns, row = tile / tiles * side + column;
-    const int n = int(side - column < kColumns ? side - column : kColumns);
+    const int64_t column = tile % tiles * width, row = tile / tiles * side + column;
+    const int n = int(side - column < width ? side - column : width);
     A *x = scratch<A>(3 * room), *mean = x + room, *h = mean + room;
     const auto gather_tile = [&](const Side& from) {
       for (int64_t c = 0; c < classes; ++c)

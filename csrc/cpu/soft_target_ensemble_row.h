@@ -95,12 +95,12 @@ Sums take_student(const S* from, int n, const Plan<A>& plan, bool with_loss, A s
 template <class A>
 void ensemble_row(const Ensemble& of, const Plan<A>& plan, int64_t row, int64_t label,
                   bool with_loss, A* table) {
-  const int64_t classes = plan.classes, blocks = (classes + kBlock - 1) / kBlock;
-  const int64_t room = blocks * kBlock;
-  A* e = scratch<A>(3 * room + blocks + kBlock);
-  A *mean = e + room, *hard = mean + room, *gathered = hard + room, *maxima = gathered + kBlock;
+  const int64_t width = thresholds.block, classes = plan.classes;
+  const int64_t blocks = (classes + width - 1) / width, room = blocks * width;
+  A* e = scratch<A>(3 * room + blocks + width);
+  A *mean = e + room, *hard = mean + room, *gathered = hard + room, *maxima = gathered + width;
   const auto size = [&](int64_t first) {
-    return int(classes - first < kBlock ? classes - first : kBlock);
+    return int(classes - first < width ? classes - first : width);
   };
 
   // What brings the exponentials of a teacher's block to its share in the mean.
@@ -113,7 +113,7 @@ void ensemble_row(const Ensemble& of, const Plan<A>& plan, int64_t row, int64_t 
     const int64_t offset = teacher.offset(row);
     double highest = -INFINITY, total = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = b * kBlock;
+      const int64_t first = b * width;
       const int n = size(first);
       const A earlier = m == 0 ? 0 : share(b);
       const Part part = with_block(teacher, offset, first, n, gathered, [&](const auto* from) {
@@ -135,7 +135,7 @@ void ensemble_row(const Ensemble& of, const Plan<A>& plan, int64_t row, int64_t 
   const int64_t offset = of.student.offset(row);
   Sums sums;
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * kBlock;
+    const int64_t first = b * width;
     const int n = size(first);
     const A last = share(b);
     const Sums found = with_block(of.student, offset, first, n, gathered, [&](const auto* from) {
@@ -152,7 +152,7 @@ void ensemble_row(const Ensemble& of, const Plan<A>& plan, int64_t row, int64_t 
   const Tensor& gradient = *of.gradient.tensor;
   const int64_t to = of.gradient.offset(row), stride = of.gradient.stride();
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * kBlock;
+    const int64_t first = b * width;
     const int n = size(first);
     const auto k = combination_of(sums, maxima[b], 0, plan);
     const Exponentials<A> from{e + first, mean + first, hard + first};

@@ -80,21 +80,22 @@ Sums merged(const Sums& row, const Sums& block, const Plan<A>& plan) {
 template <class A, class S, bool gathered>
 class Source {
  public:
-  Source(const Tensors& tensors, const Rows<3>& rows) : tensors_(tensors), rows_(rows) {}
+  Source(const Tensors& tensors, const Rows<3>& rows, int64_t block)
+      : tensors_(tensors), rows_(rows), block_(block) {}
 
   int size(int64_t first) const {
-    return int(rows_.classes - first < kBlock ? rows_.classes - first : kBlock);
+    return int(rows_.classes - first < block_ ? rows_.classes - first : block_);
   }
 
   // Blocks are asked for in order, and each stays until the next but one is.
   Block<S> block(const int64_t (&offset)[3], int64_t first) {
     const int n = size(first);
     if constexpr (gathered) {
-      S* to = own_ + (turn_ ^= 1) * 2 * kBlock;
+      S* to = own_ + (turn_ ^= 1) * 2 * kMostBlock;
       const auto& stride = rows_.class_stride;
       gather(*tensors_.student, offset[0] + first * stride[0], stride[0], n, to);
-      gather(*tensors_.teacher, offset[1] + first * stride[1], stride[1], n, to + kBlock);
-      return {to, to + kBlock, n};
+      gather(*tensors_.teacher, offset[1] + first * stride[1], stride[1], n, to + kMostBlock);
+      return {to, to + kMostBlock, n};
     } else {
       return {at<S>(*tensors_.student, offset[0] + first),
               at<S>(*tensors_.teacher, offset[1] + first), n};
@@ -104,7 +105,8 @@ class Source {
  private:
   const Tensors& tensors_;
   const Rows<3>& rows_;
-  alignas(64) S own_[gathered ? 4 * kBlock : 1];
+  const int64_t block_;
+  alignas(64) S own_[gathered ? 4 * kMostBlock : 1];
   int turn_ = 0;
 };
 
@@ -148,15 +150,15 @@ Combination<A, A> combination_of(const Sums& row, double student_max, double tea
 template <class A, class S, bool gathered>
 void forward_stretch(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
                      const int64_t* labels, int64_t row, int64_t end, A* table) {
-  const int64_t blocks = (rows.classes + kBlock - 1) / kBlock;
+  const int64_t width = thresholds.block, blocks = (rows.classes + width - 1) / width;
   // Without a gradient nobody asks for the exponentials again: one block's room will do.
   const bool write = bool(t.gradient);
-  const int64_t room = (write ? blocks * kBlock : kBlock);
+  const int64_t room = (write ? blocks * width : width);
   const int kept = plan.third_exponential ? 3 : 2;
   A* memory = scratch<A>(kept * room + 2 * blocks);
   A *student_max = memory + kept * room, *teacher_max = student_max + blocks;
   const auto exponentials = [&](int64_t b) {
-    A* base = memory + (write ? b * kBlock : 0);
+    A* base = memory + (write ? b * width : 0);
     return Exponentials<A>{base, base + room, base + 2 * room};
   };
   int64_t offset[3] = {}, next_offset[3] = {};
@@ -173,8 +175,8 @@ void forward_stretch(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
 
   row = find(row, offset);
   if (row == end) return;
-  Source<A, S, gathered> source(t, rows);
-  alignas(64) A computed[gathered ? kBlock : 1];
+  Source<A, S, gathered> source(t, rows, width);
+  alignas(64) A computed[gathered ? kMostBlock : 1];
   Maxima<A, S> maxima{source.block(offset, 0)};
   maxima.take_from(0);
   while (row < end) {
@@ -183,7 +185,7 @@ void forward_stretch(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
     for (int64_t b = 0; b < blocks; ++b) {
       Maxima<A, S> of_next;
       if (b + 1 < blocks)
-        of_next.of = source.block(offset, (b + 1) * kBlock);
+        of_next.of = source.block(offset, (b + 1) * width);
       else if ((after = find(row + 1, next_offset)) < end)
         of_next.of = source.block(next_offset, 0);
       const Sums found = sums_of(maxima, plan, exponentials(b), of_next);
@@ -198,7 +200,7 @@ void forward_stretch(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
     write_statistics(sums, plan, logit, table + row * kCount);
 
     for (int64_t b = 0; write && b < blocks; ++b) {
-      const int64_t first = b * kBlock, to = offset[2] + first * rows.class_stride[2];
+      const int64_t first = b * width, to = offset[2] + first * rows.class_stride[2];
       const int n = source.size(first);
       const auto k = combination_of(sums, student_max[b], teacher_max[b], plan);
       if constexpr (gathered) {

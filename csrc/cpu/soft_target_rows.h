@@ -7,8 +7,6 @@
 
 namespace fastkd::FASTKD_ISA {
 
-constexpr int64_t kFewClasses = 256;  // with more, the exponentials leave the first-level cache
-
 // The `count` rows from `first` on, whose logits lie side by side.
 template <class A, class S>
 void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, const int64_t* labels,

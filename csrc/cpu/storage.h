@@ -158,20 +158,35 @@ inline void store(V v, S* to) {
   for (int i = 0; i < Simd<A>::width; ++i) narrow(v[i], to + i);
 }
 
+// The bytes that a vector of A takes as S, where one store past the cache writes as many; else 0.
+template <class A, class S>
+constexpr int streamed_bytes() {
+  [[maybe_unused]] constexpr int bytes = Simd<A>::width * int(sizeof(S));
+#if defined(__AVX2__)
+  if (bytes == 16 || bytes == 32 || bytes == kVectorBytes) return bytes;
+#endif
+  return 0;
+}
+
 // A whole vector past the cache, for gradients that would not stay in it: memory is then written
-// without being read first. `to` must be aligned to the store's size.
+// without being read first. `to` must be aligned to `streamed_bytes`. Where that is 0 it is stored.
 template <class V, class S>
 inline void stream(V v, S* to) {
+  [[maybe_unused]] constexpr int bytes = streamed_bytes<lane_t<V>, S>();
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return _mm512_stream_ps(to, (__m512)v);
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (bytes == 64) {
+    __m512i lanes;
+    store(v, (S*)&lanes);
+    return _mm512_stream_si512((__m512i*)to, lanes);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (bytes == 32) {
     __m256i lanes;
     store(v, (S*)&lanes);
     return _mm256_stream_si256((__m256i*)to, lanes);
   }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 4) return _mm256_stream_ps(to, (__m256)v);
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (bytes == 16) {
     __m128i lanes;
     store(v, (S*)&lanes);
     return _mm_stream_si128((__m128i*)to, lanes);
@@ -180,13 +195,17 @@ inline void stream(V v, S* to) {
   store(v, to);
 }
 
-// Elements before `to` is aligned for `stream`; at most n.
+// Elements before `to`, which is aligned to its type, is aligned for `stream`; at most n.
 template <class A, class S>
 inline int until_aligned(const S* to, int n) {
-  constexpr uintptr_t bytes = Simd<A>::width * sizeof(S);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
-  const int elements = past == 0 ? 0 : int((bytes - past) / sizeof(S));
-  return elements < n ? elements : n;
+  constexpr uintptr_t bytes = streamed_bytes<A, S>();
+  if constexpr (bytes == 0) {
+    return 0;
+  } else {
+    const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
+    const int elements = past == 0 ? 0 : int((bytes - past) / sizeof(S));
+    return elements < n ? elements : n;
+  }
 }
 
 // The first n lanes of a vector from or to memory; `fill` in the others.
