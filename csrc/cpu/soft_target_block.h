@@ -107,8 +107,8 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
 
 // Σ s, shifted and scaled: -inf where the student excludes a class.
 template <class A, class S>
-A shifted_sum(const Block<S>& block, A s_shift) {
-  A total = 0;
+double shifted_sum(const Block<S>& block, A s_shift) {
+  double total = 0;
   for (int i = 0; i < block.size; ++i) total += widen(block.student[i]) * A(kLogitScale) - s_shift;
   return total;
 }
@@ -116,8 +116,8 @@ A shifted_sum(const Block<S>& block, A s_shift) {
 // The difference where a class may be excluded: by the teacher it contributes 0 (and 0 · inf would
 // be NaN), by the student alone it is infinite.
 template <class A, class S>
-A difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const A* et) {
-  A total = 0;
+double difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const A* et) {
+  double total = 0;
   for (int i = 0; i < block.size; ++i) {
     const A s = widen(block.student[i]), t = widen(block.teacher[i]);
     if (t == A(-INFINITY)) continue;

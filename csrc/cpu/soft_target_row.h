@@ -35,7 +35,7 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
   if (!std::isfinite(sums.difference))
     sums.difference = difference_with_exclusions(block, s_shift, t_shift, to.teacher);
   if (plan.smoothing > 0) {
-    A shifted = sum<A>(found.shifted);
+    double shifted = sum<A>(found.shifted);
     if (!std::isfinite(shifted)) shifted = shifted_sum(block, s_shift);
     sums.logits = shifted + block.size * double(s_shift);
   }

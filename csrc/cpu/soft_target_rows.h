@@ -59,8 +59,8 @@ void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, co
   for (int i = 0; i < count; ++i) {
     if (!std::isfinite(lanes.difference[i]))
       lanes.difference[i] =
-          difference_with_exclusions(blocks[i], s_shift[i], t_shift[i], exponentials(i).teacher);
-    if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = shifted_sum(blocks[i], s_shift[i]);
+          A(difference_with_exclusions(blocks[i], s_shift[i], t_shift[i], exponentials(i).teacher));
+    if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = A(shifted_sum(blocks[i], s_shift[i]));
   }
 
   const auto k = finish(lanes, plan, labels, count, table);
