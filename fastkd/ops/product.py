@@ -29,6 +29,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     is_transformed = are_transforms_active()
     if not is_transformed and not wants_gradient(a, b, *(() if bias is None else (bias,))):
         return _multiply(a, b, bias)
+    if is_transformed and torch.compiler.is_compiling():
+        # torch.compile traces no autograd function in nested transforms, and none under vmap. The
+        # derivatives of these products are as precise as autocast says.
+        return _in_full_precision(a, b, bias)
     kind = _Product if torch.compiler.is_compiling() else _ProductWithTangents
     result: Tensor = kind.record(a, b, bias, is_transformed)
     return result
