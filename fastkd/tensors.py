@@ -107,6 +107,19 @@ def obstacle_while_compiling(kinds: Sequence[type[Tensor]]) -> str | None:
     return DTENSOR if any([issubclass(kind, _dtensor()) for kind in kinds]) else None
 
 
+def is_one_gradient() -> bool:
+    """Whether the transforms that are active are one, of `torch.func.grad` or `vjp`."""
+    try:
+        transform = torch._C._functorch.peek_interpreter_stack()
+        return transform.level() == 1 and transform.key() == torch._C._functorch.TransformType.Grad
+    except AttributeError:  # private to torch
+        return False
+
+
+# A fact of the trace, by what torch.compiler.assume_constant_result does.
+is_one_gradient._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def has_tangent(tensor: Tensor | None) -> bool:
     """Whether a tensor is a dual number of the current level of forward mode."""
     return (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.library import Fused, define, savable, wants_gradient
-from fastkd.tensors import are_transforms_active
+from fastkd.tensors import are_transforms_active, is_one_gradient
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -29,9 +29,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     is_transformed = are_transforms_active()
     if not is_transformed and not wants_gradient(a, b, *(() if bias is None else (bias,))):
         return _multiply(a, b, bias)
-    if is_transformed and torch.compiler.is_compiling():
-        # torch.compile traces no autograd function in nested transforms, and none under vmap. The
-        # derivatives of these products are as precise as autocast says.
+    if is_transformed and torch.compiler.is_compiling() and not is_one_gradient():
+        # torch.compile traces no autograd function under vmap or several transforms. Derivatives
+        # are as precise there as autocast says.
         return _in_full_precision(a, b, bias)
     kind = _Product if torch.compiler.is_compiling() else _ProductWithTangents
     result: Tensor = kind.record(a, b, bias, is_transformed)
