@@ -382,10 +382,11 @@ def test_one_class_warns_once(fresh_warning, backend, first):
     ]
     with pytest.warns(UserWarning, match=r"torch.stack\(\[torch.zeros_like\(z\), z\], dim\)") as w:
         assert calls[first]().abs() < 1e-6
-    assert [type(x.message) for x in w] == [UserWarning] * len(w)
-    assert w[0].filename == __file__
+    # Triton's interpreter has warnings of its own.
+    ours = [x for x in w if "single class" in str(x.message)]
+    assert [(type(x.message), x.filename) for x in ours] == [(UserWarning, __file__)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*single class")
         for call in calls:
             assert call().abs() < 1e-6
         z = torch.randn(4)
