@@ -26,6 +26,7 @@ DTENSOR = "DTensor"
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_zero: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda _: True)
 _functorch = getattr(torch._C, "_functorch", None)
+_tracing_state: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
 are_transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
@@ -85,7 +86,7 @@ def obstacle_to_kernels(tensors: Sequence[Tensor | None]) -> str | None:
     """
     if are_transforms_active():
         return TRANSFORM
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return TRACE
     if forward_ad._current_level >= 0 and any([has_tangent(t) for t in tensors]):
         return FORWARD_MODE

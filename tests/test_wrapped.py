@@ -8,6 +8,8 @@ from calls import LOSSES, sample, variants
 from torch.utils._pytree import tree_map, tree_map_only
 
 import fastkd
+from fastkd import tensors
+from fastkd.ops import library
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastkd.FallbackWarning")
 
@@ -303,6 +305,22 @@ def test_jit_trace_of_a_kernel_asked_for_raises(kernel_backend, name):
     call = sample(name)
     with pytest.raises(fastkd.BackendUnavailableError, match=r"torch\.jit\.trace"):
         torch.jit.trace(lambda *x: call(*x, backend=kernel_backend), call.tensors)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_torch_without_the_private_names(kernel_backend, name, monkeypatch):
+    """All calls go through the dispatcher then."""
+    for call in variants(name):
+        found = []
+        for missing in (False, True):
+            if missing:
+                monkeypatch.setattr(tensors, "_is_zero", lambda _: True)
+                monkeypatch.setattr(library, "dispatch_modes", lambda: 1)
+            leaves = call.leaves()
+            loss = call(*leaves, backend=kernel_backend)
+            found.append((loss, torch.autograd.grad(loss, leaves, torch.ones_like(loss))))
+        monkeypatch.undo()
+        torch.testing.assert_close(*found)
 
 
 def compiled(function):
