@@ -84,12 +84,13 @@ fuzz: .venv/native  ## Call every loss with EXAMPLES random arguments, which SEE
 crashes: .venv/native  ## Compute gradients of up to 32 MB of every pair of dtypes, a process each
 	PYTHONPATH=tests $(BIN)/python tests/large_gradients.py --seed $(SEED) $(ARGS)
 
-# What no test reaches must be in tests/unreached.txt, with the reason.
-coverage: .venv/installed  ## Show that tests reach every line and branch of the CPU kernels
+# What no test reaches must be in tests/unreached.txt, with the reason. For a processor with AVX-512.
+coverage: .venv/installed  ## Show which lines and branches of the CPU kernels tests reach
 	$(call kernels,build/coverage,-DFASTKD_COVERAGE=ON)
 	find build/coverage -name '*.gcda' -delete
-	$(call kernels_in,build/coverage) $(BIN)/pytest $(SANITIZED_TESTS) tests/test_thresholds.py \
-	    tests/test_large_gradients.py -k 'not compile and not memory_is and not float64' $(ARGS)
+	$(call kernels_in,build/coverage) FASTKD_TEST_SEED=$(SEED) $(BIN)/pytest $(SANITIZED_TESTS) \
+	    tests/test_thresholds.py tests/test_large_gradients.py --hypothesis-seed=$(SEED) \
+	    -k 'not compile and not memory_is and not float64' $(ARGS)
 	$(BIN)/python tests/coverage.py build/coverage
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter

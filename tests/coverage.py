@@ -93,7 +93,8 @@ def main(build):
     for place in known.keys() - used:
         unexplained.append(f"{REASONS.name}: {place[0]}: is reached, or is no more: {place[1]}")
     print(f"{len(used)} places are not, for reasons in {REASONS.relative_to(ROOT)}")
-    print(*unexplained, sep="\n")
+    for place in unexplained:
+        print(place)
     return len(unexplained) > 0
 
 

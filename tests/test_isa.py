@@ -190,9 +190,9 @@ def test_large_maps(isa, layout):
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 def test_maps_with_nan(isa, layout):
-    """The sample is NaN, of any order; the others are what they are. A NaN channel wins."""
+    """The sample is NaN, of any order; the others are what they are. The first NaN wins."""
     pair = [layout(features(3, 19, 4, 5)) for _ in range(2)]
-    pair[0][1, 7, 2, 3] = torch.nan
+    pair[0][1, [7, 9], 2, 3] = torch.nan
     for order in (1.0, 2.0, 3.0, torch.inf):
         check_transfer(*pair, "native", order=order, with_teachers=False)
     pair[0].requires_grad_()
@@ -220,6 +220,11 @@ def test_planes_apart_and_gradients_that_lie_otherwise(isa):
     for pair in (rows, pixels):
         check_transfer(*pair, "native")
         check_hint(*pair, "native")
+
+
+def test_maps_of_one_position(isa):
+    """Normalised they are 1, without a gradient."""
+    check_map(features(3, 19, 1), "native", normalize=False)
 
 
 def test_a_temperature_that_softens_everything(isa):
@@ -280,6 +285,12 @@ def test_flows(isa, dtype, layout):
             shapes = [(size, 3, 5), (2, 2, 3), (size, 4, 2), (2, 2, 1)]
         pairs = [layout(features(2, *shape, dtype=dtype)) for shape in shapes]
         check_flows([tuple(pairs[:2])], [tuple(pairs[2:])], "native")
+
+
+def test_flows_of_one_channel(isa):
+    """Whose stride is 1, as is that of a row's pixels."""
+    sides = [[features(2, 6, 4, 1).movedim(-1, 1), features(2, 3, 3, 2)] for _ in range(2)]
+    check_flows([tuple(sides[0])], [tuple(sides[1])], "native")
 
 
 @pytest.mark.parametrize("value", [0.0, -torch.inf, torch.nan])
