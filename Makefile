@@ -36,10 +36,12 @@ kernels_in = FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered \
     FASTKD_NATIVE_PATH="$$(ls $(1)/fastkd/_native*.so)"
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = $(call cmake,tests/cuda_on_host,$(1),$(2))
+# What is about the CPU kernels, which that module has not.
+NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients)
 # $(call test_on_host,folder,tests) runs them.
 test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(CASES) \
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
-    $(BIN)/pytest -p cuda_on_host.plugin tests --ignore tests/test_isa.py -k $(2)
+    $(BIN)/pytest -p cuda_on_host.plugin tests $(NOT_CUDA) -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
 FUSED := hint or soft_target or distillation or extreme or attention or rkd or similarity or relation \
     or fsp or ensemble
