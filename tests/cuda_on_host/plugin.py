@@ -12,7 +12,7 @@ import random
 import pytest
 
 from fastkd.kernels import compiled, cuda, native
-from fastkd.losses import soft_target
+from fastkd.losses import logits
 from fastkd.ops import attention, fsp
 from fastkd.ops.soft_target import Parameters
 
@@ -44,7 +44,7 @@ def _with_checked_labels(function, place):
         p = next(arg for arg in args if isinstance(arg, Parameters))
         labels = args[place - 1]
         if labels is not None:
-            soft_target._check_label_range(labels, student.shape[p.dim], p.ignore_index)
+            logits.check_label_range(labels, student.shape[p.dim], p.ignore_index)
         function(student, *args)
 
     return checked
