@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference.precision import compute_dtype
+from fastkd.reference.symbols import as_tensor
 from fastkd.tensors import unshard
 
 # Logits are multiplied by this where their maximum is subtracted, as in the kernels. Any two finite
@@ -141,7 +142,7 @@ def soft_target_loss(
     rows = student[..., 0].numel()
     divisor = {"batchmean": rows, "mean": student.numel()}.get(reduction, 1)
     of_row = temperature if scale_t2 else 1 / temperature
-    factor = student.new_full((), of_row / max(divisor, 1))
+    factor = as_tensor(of_row / max(divisor, 1), dtype, student.device)
     lift = lift_for(factor)
     kl = kl_rows(student, teachers, weights, temperature, lift)
     # Divided before they are added up, because only the mean may be representable.
