@@ -10,6 +10,7 @@ from torch import float32, float64
 
 import fastkd
 
+RELATIONS = ["rkd_distance_loss", "rkd_angle_loss"]
 DTYPES = [float32, float64, torch.float16, torch.bfloat16]
 
 # Of the loss, or of the loss's natural size where that is larger; of the gradient's norm.
@@ -111,6 +112,20 @@ def assert_gradient(actual, expected, cancelled=0.0, terms=None):
 
 def logits(*shape, dtype=torch.float32, scale=3.0):
     return (scale * torch.randn(shape, dtype=torch.float64)).to(dtype)
+
+
+def some_labels(*shape, classes, ignored=0.3, ignore_index=-100):
+    labels = torch.randint(classes, shape)
+    return labels.masked_fill(torch.rand(shape) < ignored, ignore_index)
+
+
+def edge_labels(rows, classes, phase=0):
+    """First and last classes of what a vector, a thread, a warp or a block takes."""
+    ends = [size * 2**i - phase for size in (4, 3 * 2**10) for i in range(16)]
+    ends = [x for end in ends for x in (end - 1, end) if 0 < x < classes - 1]
+    chosen = torch.tensor(ends or [0])[torch.randint(len(ends) or 1, (rows,))]
+    chosen[0], chosen[-1] = 0, classes - 1
+    return chosen
 
 
 def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, **_):
@@ -251,3 +266,43 @@ def check_hint(students, teachers, backend, weight=None, bias=None, grad_output=
     check(
         loss, expected, [*students, *teachers, *regressor], students=count, grad_output=grad_output
     )
+
+
+def points(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def check_relation(name, student, teacher, backend, grad_output=None, **keywords):
+    check(
+        functools.partial(getattr(fastkd, name), backend=backend, **keywords),
+        functools.partial(getattr(oracle, name.removesuffix("_loss")), **keywords),
+        (student, teacher),
+        grad_output=grad_output,
+    )
+
+
+def check_similarity(student, teacher, backend, grad_output=None):
+    check(
+        functools.partial(fastkd.similarity_preserving_loss, backend=backend),
+        oracle.similarity,
+        (student, teacher),
+        grad_output=grad_output,
+    )
+
+
+def in_pairs(flat):
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def check_flow(student, teacher, backend, grad_output=None):
+    """Lists of pairs."""
+    flat = [x for side in (student, teacher) for pair in side for x in pair]
+    count = len(flat) // 2
+
+    def loss(*x):
+        return fastkd.fsp_loss(in_pairs(x[:count]), in_pairs(x[count:]), backend=backend)
+
+    def expected(*x, grad_output):
+        return oracle.fsp(in_pairs(x[:count]), in_pairs(x[count:]), grad_output)
+
+    check(loss, expected, flat, students=count, grad_output=grad_output)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 
@@ -43,6 +44,16 @@ _SAMPLES = {
 # How many of the tensors are the student's, where it is not one.
 _STUDENTS = {"fsp_loss": 2}
 LOSSES = tuple(_SAMPLES)
+# HintLoss aside, which is made with channels.
+MODULES = {
+    fastkd.nn.SoftTargetLoss: fastkd.soft_target_loss,
+    fastkd.nn.DistillationLoss: fastkd.distillation_loss,
+    fastkd.nn.AttentionTransferLoss: fastkd.attention_transfer_loss,
+    fastkd.nn.RKDDistanceLoss: fastkd.rkd_distance_loss,
+    fastkd.nn.RKDAngleLoss: fastkd.rkd_angle_loss,
+    fastkd.nn.SimilarityPreservingLoss: fastkd.similarity_preserving_loss,
+    fastkd.nn.FSPLoss: fastkd.fsp_loss,
+}
 
 
 class Call(NamedTuple):
@@ -112,3 +123,38 @@ def public_losses():
         if inspect.isfunction(value := getattr(fastkd, name))
         and "backend" in inspect.signature(value).parameters
     )
+
+
+class Recorder(TorchDispatchMode):
+    """The operators of fastkd that run, each with its arguments as they were before."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastkd":
+            self.calls.append((function, torch.utils._pytree.tree_map(copied, args)))
+        return function(*args, **(kwargs or {}))
+
+
+def copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def operators_of(name, backend):
+    """All operator calls of a loss: with every variant, by the student alone and by all."""
+    with Recorder() as recorder:
+        # In half precision a gradient is computed again for another grad_output.
+        for call in (*variants(name), *variants(name, torch.bfloat16)):
+            for count in {call.students, len(call.tensors)}:
+                leaves = [
+                    x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)
+                ]
+                call(*leaves, backend=backend).sum().mul(3).backward()
+    return recorder.calls
+
+
+def keyword_defaults(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -119,6 +119,15 @@ def fresh_dispatch(monkeypatch):
 
 
 @pytest.fixture
+def fresh_compiler():
+    # Inductor has its own way with uninitialised memory under deterministic algorithms.
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

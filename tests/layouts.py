@@ -1,5 +1,8 @@
 """The same shapes in other memory layouts. What lies between the elements is NaN."""
 
+import math
+import mmap
+
 import torch
 
 
@@ -46,6 +49,23 @@ def flat(x):
 def channels_last(x):
     """The channels innermost, in any number of dimensions."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def beginning_at(x, first, width):
+    """The same rows inside of longer ones; what lies between them is NaN."""
+    wide = x.new_full((*x.shape[:-1], width), math.nan)
+    return wide[..., first : first + x.shape[-1]].copy_(x)
+
+
+def far_apart(x, distance):
+    """So far from sample to sample; little of the memory between them is ever touched."""
+    size = (len(x) - 1) * distance + x[0].numel()
+    if torch.get_default_device().type == "cpu":
+        pages = mmap.mmap(-1, size * x.dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=x.dtype)
+    else:
+        memory = torch.empty(size, dtype=x.dtype)
+    return memory.as_strided(x.shape, (distance, *x.stride()[1:])).copy_(x)
 
 
 GENERAL = (contiguous, reversed_dims, sliced, cropped, stepped, expanded, flat)

@@ -14,17 +14,12 @@ from conftest import DEVICE
 import fastkd
 from fastkd.losses import logits as logit_checks
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 CLASSES = 10
 LABELS = [0, 9, 3, 5]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def distil(labels, backend, **keywords):

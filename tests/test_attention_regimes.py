@@ -8,12 +8,12 @@ import layouts
 import numpy as np
 import oracle
 import pytest
+import shim
 import torch
 from agreement import array, assert_gradient, check_map, check_transfer, features
-from test_soft_target_regimes import set_schedule
 
 import fastkd
-from fastkd.kernels import compiled, cuda
+from fastkd.kernels import cuda
 from fastkd.ops import attention
 from fastkd.ops.library import kernels
 
@@ -269,7 +269,7 @@ def test_repeated_calls_are_bitwise_equal(kernel_backend, kind, layout):
         x.requires_grad_()
     first = None
     for seed in range(3):
-        set_schedule(seed)
+        shim.set_schedule(seed)
         loss = fastkd.attention_transfer_loss(students, teachers, kind=kind, backend=kernel_backend)
         results = [loss.detach(), *torch.autograd.grad(loss, students)]
         first = first or results
@@ -313,9 +313,9 @@ def test_gradients_and_nothing_beside_them(shape, layout):
             assert torch.equal(memory, before)
 
 
-@pytest.mark.skipif(not hasattr(compiled.load(), "set_capturing"), reason="needs the shim")
+@pytest.mark.skipif(not shim.module(), reason="needs the shim")
 def test_more_streams_than_there_are_counters_for(monkeypatch):
-    compiled.load().set_capturing(False)
+    shim.module().set_capturing(False)
     student, teacher = features(2, 3, 5), features(2, 2, 5)
     for stream in [*range(20)] * 2:
         monkeypatch.setattr(cuda, "_place", lambda tensor, at=stream: (0, 16 * at))

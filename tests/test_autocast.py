@@ -9,7 +9,6 @@ import pytest
 import torch
 from calls import LOSSES, Call, variants
 from conftest import DEVICE
-from test_compile import fresh_compiler  # noqa: F401
 
 import fastkd
 

@@ -2,23 +2,15 @@
 
 import pytest
 import torch
-from calls import LOSSES, sample, variants
+from calls import LOSSES, operators_of, sample, variants
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd.ops import library
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    # Inductor has its own way with uninitialised memory under deterministic algorithms.
-    torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def value_and_gradients(function, tensors, grad_output=1.0):
@@ -109,36 +101,6 @@ def test_dynamic_shapes(backend, name):
         torch.testing.assert_close(
             compiled(*tensors, **keywords), call.function(*tensors, backend=backend, **keywords)
         )
-
-
-class Recorder(TorchDispatchMode):
-    """The operators of fastkd that run, each with its arguments as they were before."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastkd":
-            self.calls.append((function, torch.utils._pytree.tree_map(copied, args)))
-        return function(*args, **(kwargs or {}))
-
-
-def copied(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def operators_of(name, backend):
-    """All operator calls of a loss: with every variant, by the student alone and by all."""
-    with Recorder() as recorder:
-        # In half precision a gradient is computed again for another grad_output.
-        for call in (*variants(name), *variants(name, torch.bfloat16)):
-            for count in {call.students, len(call.tensors)}:
-                leaves = [
-                    x.clone().requires_grad_(index < count) for index, x in enumerate(call.tensors)
-                ]
-                call(*leaves, backend=backend).sum().mul(3).backward()
-    return recorder.calls
 
 
 @pytest.fixture

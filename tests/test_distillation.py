@@ -7,14 +7,9 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DTYPES, array, assert_loss, check_distillation, logits
+from agreement import DTYPES, array, assert_loss, check_distillation, logits, some_labels
 
 import fastkd
-
-
-def some_labels(*shape, classes, ignored=0.3, ignore_index=-100):
-    labels = torch.randint(classes, shape)
-    return labels.masked_fill(torch.rand(shape) < ignored, ignore_index)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])

@@ -6,11 +6,10 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits
+from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
 from calls import ensemble
-from test_distillation import some_labels
-from test_wrapped import Wrapped, plain
 from torch.autograd import gradcheck, gradgradcheck
+from wrapped import Wrapped, plain
 
 import fastkd
 

@@ -5,10 +5,15 @@ import math
 import layouts
 import pytest
 import torch
-from agreement import array, assert_loss, check_distillation, check_soft_target, logits
+from agreement import (
+    array,
+    assert_loss,
+    check_distillation,
+    check_soft_target,
+    edge_labels,
+    logits,
+)
 from oracle import distillation
-from test_hint_regimes import far_apart
-from test_soft_target_regimes import beginning_at, edge_labels
 
 import fastkd
 
@@ -63,7 +68,7 @@ def test_rows_that_begin_at_each_alignment(backend, classes, dtypes):
     for starts, gap in [((1, 1, 1), 24), ((3, 0, 3), 24), ((0, 5, 2), 9)]:
         width = classes + gap + -classes % 16
         sides = [
-            beginning_at(x, start, width)
+            layouts.beginning_at(x, start, width)
             for x, start in zip((student, *teachers), starts, strict=True)
         ]
         check_distillation(sides[0], sides[1:], labels, backend, temperature=3.0, teachers=False)
@@ -177,6 +182,6 @@ def test_same_bits_again(kernel_backend, classes):
 
 def test_offsets_beyond_32_bits(backend):
     student, teachers = draw(4, 520, SIDES[1])
-    teachers[1] = far_apart(4, 520, dtype=BF16, distance=2**30 + 65)
+    teachers[1] = layouts.far_apart(logits(4, 520, dtype=BF16), 2**30 + 65)
     check_soft_target(student, teachers, backend, teachers=False)
     check_soft_target(teachers[1], teachers[:1] * 2, backend, teachers=False)

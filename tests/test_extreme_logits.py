@@ -5,14 +5,11 @@ import math
 import pytest
 import torch
 from agreement import DTYPES, check_soft_target, logits
+from extremes import FORMS, arranged
 
 import fastkd
 
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
-
-# Several rows together, rows of one block and of more, rows side by side, and more classes than
-# that form takes.
-FORMS = [(40, -1), (700, -1), (2500, -1), (40, 0), (4200, 0)]
 
 
 @pytest.fixture(params=FORMS, ids=str)
@@ -23,11 +20,6 @@ def form(request):
 def pair(rows, form, dtype=torch.float32, scale=3.0):
     """Student and teacher to write extremes into, with the classes last."""
     return tuple(logits(rows, form[0], dtype=dtype, scale=scale) for _ in range(2))
-
-
-def arranged(tensors, form):
-    """The same with the classes where the form has them."""
-    return [x.t().contiguous() if form[1] == 0 else x for x in tensors]
 
 
 def check(tensors, form, backend, **keywords):

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from agreement import DTYPES, array, assert_loss, check_distillation, check_soft_target, logits
-from test_extreme_logits import FORMS, arranged
+from extremes import FORMS, arranged
 
 import fastkd
 

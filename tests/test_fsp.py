@@ -4,10 +4,9 @@ import math
 
 import agreement
 import layouts
-import oracle
 import pytest
 import torch
-from agreement import DTYPES, distinct, features
+from agreement import DTYPES, check_flow, distinct, features, in_pairs
 
 import fastkd
 
@@ -26,24 +25,6 @@ SHAPES = [
 def promised(monkeypatch):
     for tolerance in (agreement.LOSS_TOLERANCE, agreement.GRADIENT_TOLERANCE):
         monkeypatch.setitem(tolerance, torch.float32, 1e-6)
-
-
-def in_pairs(flat):
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def check(student, teacher, backend, grad_output=None):
-    """Lists of pairs."""
-    flat = [x for side in (student, teacher) for pair in side for x in pair]
-    count = len(flat) // 2
-
-    def loss(*x):
-        return fastkd.fsp_loss(in_pairs(x[:count]), in_pairs(x[count:]), backend=backend)
-
-    def expected(*x, grad_output):
-        return oracle.fsp(in_pairs(x[:count]), in_pairs(x[count:]), grad_output)
-
-    agreement.check(loss, expected, flat, students=count, grad_output=grad_output)
 
 
 def draw(shapes, batch=3, dtype=torch.float32):
@@ -66,20 +47,20 @@ def draw(shapes, batch=3, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes(backend, shapes, dtype):
     student, teacher = draw(shapes, dtype=dtype)
-    check([student], [teacher], backend)
-    check([student], [teacher], backend, grad_output=3.7)
+    check_flow([student], [teacher], backend)
+    check_flow([student], [teacher], backend, grad_output=3.7)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_batches(backend, batch):
     for shapes in SHAPES:
         student, teacher = draw(shapes, batch)
-        check([student], [teacher], backend)
+        check_flow([student], [teacher], backend)
 
 
 def test_several_pairs_are_summed(backend):
     students, teachers = zip(*map(draw, SHAPES), strict=True)
-    check(students, teachers, backend)
+    check_flow(students, teachers, backend)
     losses = [fastkd.fsp_loss(*pairs) for pairs in zip(students, teachers, strict=True)]
     total = fastkd.fsp_loss([list(s) for s in students], tuple(teachers), backend=backend)
     torch.testing.assert_close(total, sum(losses))
@@ -95,7 +76,7 @@ def test_one_pair_is_a_sequence_of_one(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_dtypes(backend, dtype, other):
     student, teacher = draw(SHAPES[1])
-    check([(student[0].to(dtype), student[1].to(other))], [teacher], backend)
+    check_flow([(student[0].to(dtype), student[1].to(other))], [teacher], backend)
 
 
 @pytest.mark.parametrize("layout", layouts.FEATURES)
@@ -103,13 +84,13 @@ def test_layouts(backend, layout):
     for shapes in (*SHAPES[:2], *SHAPES[-2:]):
         student, teacher = draw(shapes)
         student, teacher = tuple(map(layout, student)), (teacher[0], layout(teacher[1]))
-        check([student], [teacher], backend)
+        check_flow([student], [teacher], backend)
 
 
 def test_half_precision_beyond_its_squares(backend):
     pair, other = draw(SHAPES[0])
     pair = tuple((300 + x).half() for x in pair)
-    check([pair], [tuple((280 + x).half() for x in other)], backend)
+    check_flow([pair], [tuple((280 + x).half() for x in other)], backend)
 
 
 @pytest.mark.parametrize("layout", layouts.FEATURES[:2])
@@ -117,7 +98,7 @@ def test_ties_of_the_maximum(backend, layout):
     """The gradient goes to the first of them in memory."""
     for shapes in SHAPES[1:]:
         student, teacher = (tuple(layout(x.round()) for x in pair) for pair in draw(shapes))
-        check([student], [teacher], backend)
+        check_flow([student], [teacher], backend)
 
 
 def test_nan_is_a_maximum(backend):

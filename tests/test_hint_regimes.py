@@ -1,7 +1,6 @@
 """Hints at the sizes and strides where a kernel goes another way or a unit of its work ends."""
 
 import itertools
-import mmap
 
 import layouts
 import pytest
@@ -73,24 +72,12 @@ def test_expanded_features(backend):
     check_hint(teacher, student, backend, reduction="none")
 
 
-def far_apart(*shape, dtype, distance):
-    """Features with such a distance between samples; little of what lies there is ever touched."""
-    size = (shape[0] - 1) * distance + features(*shape[1:]).numel()
-    if torch.get_default_device().type == "cpu":
-        pages = mmap.mmap(-1, size * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(pages, dtype=dtype)
-    else:
-        memory = torch.empty(size, dtype=dtype)
-    whole = features(*shape, dtype=dtype)
-    return memory.as_strided(shape, (distance, *whole.stride()[1:])).copy_(whole)
-
-
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 @pytest.mark.parametrize("distance", [2**30 + 64, 2**30 + 65])
 @pytest.mark.parametrize("shape", [(4, 520), (4, 35), (4, 6, 35)])
 def test_offsets_beyond_32_bits(backend, shape, distance, reduction):
     """Over 2³¹ elements from the first sample to the last."""
-    student = far_apart(*shape, dtype=BF16, distance=distance)
+    student = layouts.far_apart(features(*shape, dtype=BF16), distance)
     teacher = features(*shape, dtype=BF16)
     turned = layouts.reversed_dims(teacher)
     for other in (teacher, turned):

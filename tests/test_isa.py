@@ -6,20 +6,21 @@ import torch
 import torch.nn.functional as F
 from agreement import (
     DTYPES,
+    RELATIONS,
     check_distillation,
+    check_flow,
     check_hint,
     check_map,
+    check_relation,
+    check_similarity,
     check_soft_target,
     check_transfer,
     features,
     logits,
+    points,
 )
 from conftest import BACKENDS
 from layouts import channels_last, contiguous, cropped, sliced
-from test_fsp import check as check_flows
-from test_rkd import NAMES, points
-from test_rkd import check as check_relations
-from test_similarity import check as check_similarities
 
 import fastkd
 from fastkd.kernels import compiled
@@ -270,9 +271,9 @@ def test_what_float16_does_not_hold_is_infinite(isa, size):
 def test_relations(isa, dtype):
     for size in (3, 4, 5, 8, 9, 16, 17, 33):
         student, teacher = points(size, 7, dtype=dtype), points(size, 130, dtype=dtype)
-        for name in NAMES:
-            check_relations(name, student, teacher, "native")
-        check_similarities(student, teacher, "native")
+        for name in RELATIONS:
+            check_relation(name, student, teacher, "native")
+        check_similarity(student, teacher, "native")
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
@@ -284,13 +285,13 @@ def test_flows(isa, dtype, layout):
         if layout is channels_last:
             shapes = [(size, 3, 5), (2, 2, 3), (size, 4, 2), (2, 2, 1)]
         pairs = [layout(features(2, *shape, dtype=dtype)) for shape in shapes]
-        check_flows([tuple(pairs[:2])], [tuple(pairs[2:])], "native")
+        check_flow([tuple(pairs[:2])], [tuple(pairs[2:])], "native")
 
 
 def test_flows_of_one_channel(isa):
     """Whose stride is 1, as is that of a row's pixels."""
     sides = [[features(2, 6, 4, 1).movedim(-1, 1), features(2, 3, 3, 2)] for _ in range(2)]
-    check_flows([tuple(sides[0])], [tuple(sides[1])], "native")
+    check_flow([tuple(sides[0])], [tuple(sides[1])], "native")
 
 
 @pytest.mark.parametrize("value", [0.0, -torch.inf, torch.nan])

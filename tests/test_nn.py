@@ -7,19 +7,10 @@ import pickle
 
 import pytest
 import torch
-from calls import sample
+from calls import MODULES, keyword_defaults, sample
 
 import fastkd
 
-MODULES = {
-    fastkd.nn.SoftTargetLoss: fastkd.soft_target_loss,
-    fastkd.nn.DistillationLoss: fastkd.distillation_loss,
-    fastkd.nn.AttentionTransferLoss: fastkd.attention_transfer_loss,
-    fastkd.nn.RKDDistanceLoss: fastkd.rkd_distance_loss,
-    fastkd.nn.RKDAngleLoss: fastkd.rkd_angle_loss,
-    fastkd.nn.SimilarityPreservingLoss: fastkd.similarity_preserving_loss,
-    fastkd.nn.FSPLoss: fastkd.fsp_loss,
-}
 KEYWORDS = {
     fastkd.nn.SoftTargetLoss: {"temperature": 3.0, "scale_t2": False, "reduction": "none"},
     fastkd.nn.DistillationLoss: {"temperature": 2.0, "hard_weight": 2.0, "label_smoothing": 0.2},
@@ -29,11 +20,6 @@ KEYWORDS = {
     fastkd.nn.SimilarityPreservingLoss: {},
     fastkd.nn.FSPLoss: {},
 }
-
-
-def keyword_defaults(function):
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def test_every_module_is_tested():

@@ -6,8 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from calls import sample
-from test_nn import MODULES, keyword_defaults
+from calls import MODULES, keyword_defaults, sample
 
 import fastkd
 from fastkd import nn

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from test_compile import fresh_compiler  # noqa: F401
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from fastkd.ops.product import product

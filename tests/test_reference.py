@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from calls import pair
+from calls import pair, public_losses
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkd
@@ -68,6 +68,11 @@ def reference(name, keywords):
         return function(*tensors[:2], **regressor)
 
     return call
+
+
+@pytest.mark.parametrize("name", public_losses())
+def test_gradient_checks(name):
+    assert GRADCHECKS[name]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

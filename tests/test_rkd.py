@@ -1,24 +1,19 @@
 """Relational distillation against the oracle."""
 
-import functools
 import importlib
 import math
 from pathlib import Path
 
 import agreement
 import layouts
-import oracle
 import pytest
 import torch
-from agreement import DTYPES
+from agreement import DTYPES, RELATIONS, check_relation, points
 from conftest import DEVICE
 
 import fastkd
 
-NAMES = ["rkd_distance_loss", "rkd_angle_loss"]
-ORACLES = {"rkd_distance_loss": oracle.rkd_distance, "rkd_angle_loss": oracle.rkd_angle}
-
-pytestmark = pytest.mark.parametrize("name", NAMES)
+pytestmark = pytest.mark.parametrize("name", RELATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +23,6 @@ def promised(monkeypatch):
         monkeypatch.setitem(tolerance, torch.float32, 1e-6)
 
 
-def points(*shape, dtype=torch.float32):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def check(name, student, teacher, backend, grad_output=None, **keywords):
-    agreement.check(
-        functools.partial(getattr(fastkd, name), backend=backend, **keywords),
-        functools.partial(ORACLES[name], **keywords),
-        (student, teacher),
-        grad_output=grad_output,
-    )
-
-
 # Around the vectors and the tiles of the kernels, in points and in coordinates.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -48,24 +30,28 @@ def check(name, student, teacher, backend, grad_output=None, **keywords):
     [(3, 2, 5), (4, 7, 2), (5, 300, 64), (15, 128, 3), (16, 129, 16), (17, 3, 257), (50, 33, 31)],
 )
 def test_sizes(backend, name, count, width, other, dtype):
-    check(name, points(count, width, dtype=dtype), points(count, other, dtype=dtype), backend)
+    check_relation(
+        name, points(count, width, dtype=dtype), points(count, other, dtype=dtype), backend
+    )
 
 
 @pytest.mark.parametrize("grad_output", [3.7, 65536.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_output(backend, name, dtype, grad_output):
-    check(name, points(9, 8, dtype=dtype), points(9, 6), backend, grad_output)
+    check_relation(name, points(9, 8, dtype=dtype), points(9, 6), backend, grad_output)
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.5, 2, 100.0])
 def test_delta(backend, name, delta):
-    check(name, points(12, 3), points(12, 2), backend, delta=delta)
+    check_relation(name, points(12, 3), points(12, 2), backend, delta=delta)
 
 
 @pytest.mark.parametrize("student_dtype", DTYPES)
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 def test_mixed_dtypes(backend, name, student_dtype, teacher_dtype):
-    check(name, points(7, 5, dtype=student_dtype), points(7, 9, dtype=teacher_dtype), backend)
+    check_relation(
+        name, points(7, 5, dtype=student_dtype), points(7, 9, dtype=teacher_dtype), backend
+    )
 
 
 # Points on a line have no angles but of 0 and 180 degrees, and a gradient of rounding errors.
@@ -73,8 +59,8 @@ def test_mixed_dtypes(backend, name, student_dtype, teacher_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, name, layout, dtype):
     student, teacher = layout(points(9, 6, dtype=dtype)), points(9, 4)
-    check(name, student, teacher, backend)
-    check(name, teacher, student, backend)
+    check_relation(name, student, teacher, backend)
+    check_relation(name, teacher, student, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,8 +71,8 @@ def test_points_that_coincide(backend, name, dtype):
     student[5:8] = student[4]
     teacher[7] = teacher[4]
     teacher[10] = teacher[11]
-    check(name, student, teacher, backend)
-    check(name, student[:1].expand(12, 5), teacher, backend)
+    check_relation(name, student, teacher, backend)
+    check_relation(name, student[:1].expand(12, 5), teacher, backend)
 
 
 @pytest.mark.parametrize(
@@ -98,21 +84,21 @@ def test_points_that_nearly_coincide(backend, name, dtype, nearness):
     student, teacher = points(24, 64, dtype=dtype), points(24, 32, dtype=dtype)
     for x in (student, teacher):
         x[12:] = x[:12] + nearness * torch.randn_like(x[12:])
-    check(name, student, teacher, backend)
+    check_relation(name, student, teacher, backend)
 
 
 def test_points_far_from_the_origin(backend, name):
-    check(name, points(16, 8) + 1000, points(16, 8) - 1000, backend)
+    check_relation(name, points(16, 8) + 1000, points(16, 8) - 1000, backend)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_squares_beyond_float32(backend, name, scale):
-    check(name, points(8, 5) * scale, points(8, 5), backend)
+    check_relation(name, points(8, 5) * scale, points(8, 5), backend)
 
 
 def test_half_precision_beyond_its_squares(backend, name):
     student, teacher = 300 * points(8, 64), 300 * points(8, 64)
-    check(name, student.half(), teacher.half(), backend)
+    check_relation(name, student.half(), teacher.half(), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +114,7 @@ def test_too_few_points_for_a_relation(backend, name, count, dtype):
 @pytest.mark.parametrize("shapes", [[(0, 4), (0, 5)], [(0, 0), (0, 5)], [(5, 0), (5, 3)]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty(backend, name, shapes, dtype):
-    check(name, *(points(*shape, dtype=dtype) for shape in shapes), backend)
+    check_relation(name, *(points(*shape, dtype=dtype) for shape in shapes), backend)
 
 
 def test_a_student_that_has_the_teacher_s_relations(backend, name):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from calls import sample, variants
-from test_compile import fresh_compiler  # noqa: F401
 from torch._dynamo.backends.registry import lookup_backend
 
 import fastkd

@@ -5,13 +5,21 @@ import math
 import layouts
 import oracle
 import pytest
+import shim
 import torch
-from agreement import array, assert_loss, check_distillation, check_soft_target, leaf, logits
+from agreement import (
+    array,
+    assert_loss,
+    check_distillation,
+    check_soft_target,
+    edge_labels,
+    leaf,
+    logits,
+)
 from conftest import DEVICE
-from test_hint_regimes import far_apart
 
 import fastkd
-from fastkd.kernels import compiled, cuda
+from fastkd.kernels import cuda
 from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -44,15 +52,6 @@ def rows_of(classes):
 
 def pair(rows, classes, dtypes=(F32, F32)):
     return tuple(logits(rows, classes, dtype=dtype) for dtype in dtypes)
-
-
-def edge_labels(rows, classes, phase=0):
-    """First and last classes of what a vector, a thread, a warp or a block takes."""
-    ends = [size * 2**i - phase for size in (4, 3 * 2**10) for i in range(16)]
-    ends = [x for end in ends for x in (end - 1, end) if 0 < x < classes - 1]
-    chosen = torch.tensor(ends or [0])[torch.randint(len(ends) or 1, (rows,))]
-    chosen[0], chosen[-1] = 0, classes - 1
-    return chosen
 
 
 def check_parts(student, teacher, labels, backend, temperature, **keywords):
@@ -120,12 +119,6 @@ def test_gradients_of_both_sides_of_a_large_row(backend):
     check_distillation(*tensors, edge_labels(2, 131073), backend, temperature=2.0)
 
 
-def beginning_at(x, first, width):
-    """The same rows inside of longer ones; what lies between them is NaN."""
-    wide = x.new_full((*x.shape[:-1], width), math.nan)
-    return wide[..., first : first + x.shape[-1]].copy_(x)
-
-
 @every_pair
 @pytest.mark.parametrize("classes", [250, 1021, 3001, 9001])
 def test_rows_that_begin_at_each_alignment(backend, classes, dtypes):
@@ -134,7 +127,10 @@ def test_rows_that_begin_at_each_alignment(backend, classes, dtypes):
     # By how far apart the rows are: all at one alignment, or each at another.
     for first, other, gap in [(1, 1, 24), (7, 7, 17), (3, 0, 24), (0, 5, 9), (2, 6, 31)]:
         width = classes + gap + -classes % 16
-        sides = beginning_at(student, first, width), beginning_at(teacher, other, width)
+        sides = (
+            layouts.beginning_at(student, first, width),
+            layouts.beginning_at(teacher, other, width),
+        )
         keywords = {"temperature": 3.0, "label_smoothing": 0.1}
         check_parts(*sides, labels, backend, **keywords)
         check_distillation(*sides, labels, backend, teachers=first == 7, **keywords)
@@ -328,7 +324,7 @@ def test_many_axes(backend, dim):
 @pytest.mark.parametrize("shape", [(4, 20), (4, 300), (4, 2100)])
 def test_offsets_beyond_32_bits(backend, shape, distance):
     """Over 2³¹ elements from the first to the last, of rows that are apart or of classes."""
-    far = far_apart(*shape, dtype=BF16, distance=distance)
+    far = layouts.far_apart(logits(*shape, dtype=BF16), distance)
     near = logits(*shape, dtype=BF16)
     turned = near.t().contiguous()
     for student, teacher in [
@@ -338,13 +334,6 @@ def test_offsets_beyond_32_bits(backend, shape, distance):
         labels = edge_labels(*student.shape)
         check_distillation(student, teacher, labels, backend, temperature=2.0)
         check_soft_target(student.t(), teacher.t(), backend, dim=0, temperature=2.0)
-
-
-def set_schedule(seed):
-    """Where the GPU's threads have an order of ours, this one."""
-    module = compiled.load()
-    if hasattr(module, "set_schedule"):
-        module.set_schedule(seed)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -357,7 +346,7 @@ def test_repeated_calls_are_bitwise_equal(kernel_backend, classes, dtype):
     student.requires_grad_()
     first = None
     for seed in range(3):
-        set_schedule(seed)
+        shim.set_schedule(seed)
         loss = fastkd.distillation_loss(
             student, teacher, labels, temperature=2.0, label_smoothing=0.1, backend=kernel_backend
         )
@@ -367,9 +356,7 @@ def test_repeated_calls_are_bitwise_equal(kernel_backend, classes, dtype):
 
 
 # Elsewhere such a label is an error before a kernel sees it.
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not hasattr(compiled.load(), "set_schedule"), reason="needs CUDA kernels"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not shim.module(), reason="needs CUDA kernels")
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("wrong", [-1, "classes", 2**32 + 1])
 @every_form
