@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import shim
 import thresholds
 import torch
 
@@ -50,19 +51,30 @@ def pytest_report_header():
     )
 
 
+def _has_gpu_kernels(item):
+    """Whether what it tests is a GPU's kernels, wherever these run."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend") or parameters.get("kernel_backend") or "native"
+    native = DEVICE != "cpu" or shim.module()
+    return backend == "triton" or (backend == "native" and native)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Of each test's cases at most FASTKD_TEST_CASES run, drawn anew by every seed.
+    """Sizes at which only a GPU's kernels change are for those kernels.
 
-    For what takes a GPU's place, and for sanitizers: there a case takes seconds.
+    Of each test's cases at most FASTKD_TEST_CASES run, which the seed draws: for what takes a GPU's
+    place, and for sanitizers, where a case takes seconds.
     """
-    if not CASES:
-        return
-    cases = collections.defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    draw = random.Random(SEED)
-    kept = {item for of_one in cases.values() for item in draw.sample(of_one, len(of_one))[:CASES]}
+    kept = {
+        item for item in items if not item.get_closest_marker("gpu_sizes") or _has_gpu_kernels(item)
+    }
+    if CASES:
+        cases = collections.defaultdict(list)
+        for item in filter(kept.__contains__, items):
+            cases[item.nodeid.partition("[")[0]].append(item)
+        draw = random.Random(SEED)
+        kept = {x for of_one in cases.values() for x in draw.sample(of_one, len(of_one))[:CASES]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -94,9 +94,12 @@ GAPS = [
     lambda x: x[:, ::2],
     lambda x: beginning_at(layouts.channels_last(x).movedim(1, -1), 3).movedim(-1, 1),
 ]
-WAYS = [
+SIZES = [
     *((shape, layouts.contiguous) for shape in PLANES + PERIODS + ELEMENTS),
     *((shape, layouts.channels_last) for shape in ROWS + APART),
+]
+WAYS = [
+    *(pytest.param(*way, marks=pytest.mark.gpu_sizes) for way in SIZES),
     *itertools.product([(3, 8, 6, 8), (2, 40, 9, 5, 3)], GAPS),
 ]
 
@@ -116,6 +119,7 @@ def test_ways(backend, shape, layout, dtype):
         check_transfer(student, teacher, backend, with_teachers=in_backward, kind=kind)
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last])
 @pytest.mark.parametrize("shape", [(3, 8, 7, 7), (2, 300, 36), (2, 33, 5, 7), (3, 40, 1)])
@@ -126,6 +130,7 @@ def test_maps(backend, shape, layout, kind):
         check_map(x, backend, kind=kind, normalize=False)
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize(("shape", "layout"), WAYS[::5])
 def test_ties_and_nan_of_the_maximum(backend, shape, layout):
@@ -160,6 +165,7 @@ def apart(shape, dtype=F32):
     ]
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize(("distance", "order"), DISTANCES)
 @pytest.mark.parametrize("positions", [4097, 8193])
 def test_parts_of_a_map(kernel_backend, positions, distance, order):
@@ -178,6 +184,7 @@ def test_parts_of_a_map(kernel_backend, positions, distance, order):
     )
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize("count", [5, 6, 50])
 @pytest.mark.parametrize("kind", ["sum_pow", "max_pow"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -224,6 +231,7 @@ def test_pairs_of_every_kind_in_one_call(backend, kind):
     check_transfer(students, teachers, backend, kind=kind)
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize("batch", [1, 4096])
 def test_batches(backend, batch):
     """Of more samples than a stream has counters for."""

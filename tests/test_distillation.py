@@ -7,7 +7,16 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DTYPES, array, assert_loss, check_distillation, logits, some_labels
+from agreement import (
+    DTYPES,
+    array,
+    assert_loss,
+    check_distillation,
+    check_soft_target,
+    edge_labels,
+    logits,
+    some_labels,
+)
 
 import fastkd
 
@@ -218,3 +227,52 @@ def test_without_labels_to_ignore_it_is_the_weighted_sum(backend):
     soft = fastkd.soft_target_loss(student, teacher, temperature=3.0, backend=backend)
     expected = 0.7 * soft + 2 * F.cross_entropy(student, labels)
     torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5, 20, 7, 7), (7, 30, 3, 3), (3, 900, 5, 5), (40, 9, 1, 2)])
+def test_rows_side_by_side_in_short_runs(backend, shape, dtypes):
+    student, teacher = (logits(*shape, dtype=dtype) for dtype in dtypes)
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+    labels[0] = -100
+    keywords = {"dim": 1, "temperature": 2.0}
+    check_distillation(student, teacher, labels, backend, **keywords)
+    turned = layouts.channels_last(teacher)
+    check_distillation(student, turned, labels, backend, **keywords, teachers=False)
+    check_distillation(turned, student, labels, backend, **keywords, teachers=False)
+
+
+@pytest.mark.parametrize("dim", [0, 3, 7])
+def test_many_axes(backend, dim):
+    """Axes of which no two are one stretch in both tensors."""
+    shape = [2, 3, 2, 2, 3, 2, 2, 2]
+    shape[dim] = 5
+    evens_first = sorted(range(8), key=lambda axis: (axis % 2, axis))
+    student, teacher = logits(*shape), logits(*[shape[axis] for axis in evens_first])
+    teacher = teacher.permute(*[evens_first.index(axis) for axis in range(8)])
+    labels = torch.randint(5, [size for axis, size in enumerate(shape) if axis != dim])
+    check_soft_target(student, teacher, backend, dim=dim, temperature=2.0)
+    check_distillation(teacher, student, labels, backend, dim=dim, temperature=2.0)
+
+
+@pytest.mark.parametrize("distance", [2**30 + 64, 2**30 + 65])
+@pytest.mark.parametrize("shape", [(4, 20), (4, 300), (4, 2100)])
+def test_offsets_beyond_32_bits(backend, shape, distance):
+    """Over 2³¹ elements from the first to the last, of rows that are apart or of classes."""
+    far = layouts.far_apart(logits(*shape, dtype=torch.bfloat16), distance)
+    near = logits(*shape, dtype=torch.bfloat16)
+    turned = near.t().contiguous()
+    for student, teacher in [
+        *((far, near), (near, far), (far.t(), near.t()), (near.t(), far.t())),
+        *((far.t(), turned), (turned, far.t())),
+    ]:
+        labels = edge_labels(*student.shape)
+        check_distillation(student, teacher, labels, backend, temperature=2.0)
+        check_soft_target(student.t(), teacher.t(), backend, dim=0, temperature=2.0)

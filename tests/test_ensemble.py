@@ -6,7 +6,14 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
+from agreement import (
+    DTYPES,
+    check_distillation,
+    check_soft_target,
+    edge_labels,
+    logits,
+    some_labels,
+)
 from calls import ensemble
 from torch.autograd import gradcheck, gradgradcheck
 from wrapped import Wrapped, plain
@@ -336,3 +343,29 @@ def test_bad_arguments(case):
         with pytest.raises(error) as caught:
             call(teacher_weights=weights)
         assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_many_axes(backend):
+    """Axes of which no two are one stretch in every tensor."""
+    shape = (2, 3, 2, 5, 2)
+    student, *sides = (logits(*shape) for _ in range(3))
+    turned = sorted(range(5), key=lambda axis: (axis % 2, axis))
+    back = [turned.index(axis) for axis in range(5)]
+    sides[1] = sides[1].permute(turned).contiguous().permute(back)
+    for dim in (1, 3):
+        check_soft_target(student, sides, backend, dim=dim, teachers=False)
+
+
+@pytest.mark.parametrize("classes", [40, 1200])
+def test_as_many_teachers_as_there_can_be(backend, classes):
+    student = logits(3, classes, dtype=torch.bfloat16)
+    sides = [logits(3, classes, dtype=DTYPES[i % 4]) for i in range(64)]
+    labels = edge_labels(3, classes)
+    check_distillation(student, sides, labels, backend, teachers=False)
+
+
+def test_offsets_beyond_32_bits(backend):
+    near, other = (logits(4, 520, dtype=torch.bfloat16) for _ in range(2))
+    far = layouts.far_apart(logits(4, 520, dtype=torch.bfloat16), 2**30 + 65)
+    check_soft_target(near, [other, far], backend, teachers=False)
+    check_soft_target(far, [other, other], backend, teachers=False)

@@ -11,6 +11,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (torch.float16, F32)]
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 @pytest.mark.parametrize("unit", [512, 1024, 4096])
 def test_runs_that_end_around_a_unit(backend, unit, dtypes):
@@ -46,6 +47,7 @@ def test_planes_that_lie_side_by_side_in_neither(backend, sizes):
     check_hint(student[:, ::2, ::2], teacher[:, 1::2, 1::2], backend, reduction="none")
 
 
+@pytest.mark.gpu_sizes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("count", [4, 5, 70])
 def test_many_pairs(backend, count, reduction):
