@@ -2,11 +2,14 @@ PYTHON ?= python3
 # Pinned, because another torch may bring gigabytes of CUDA libraries with it.
 TORCH ?= torch==2.13.0
 ARGS ?=
-# How many calls `make fuzz` makes, and the seed that decides which.
-EXAMPLES ?= 100000
+# What tests draw from; nothing: another seed in every run, which the tests' first line tells.
 SEED ?= 0
+# How many calls `make fuzz` makes.
+EXAMPLES ?= 100000
 # Of each test that runs in a GPU's place or under sanitizers so many cases are drawn; none: all run.
 CASES ?= 6
+# Processes that share the tests of the CPU.
+WORKERS ?= 2
 OUT ?= build/gpu_check
 
 # With -j, Ninja would ask make for its turn, through files that are not handed down to it.
@@ -36,6 +39,8 @@ kernels_in = FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered \
     FASTKD_NATIVE_PATH="$$(ls $(1)/fastkd/_native*.so)"
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = $(call cmake,tests/cuda_on_host,$(1),$(2))
+# What `make test-all` builds more for.
+NOT_BRIEF := $(patsubst %,--ignore tests/test_%.py,cuda_on_host cpu_helpers)
 # What is about the CPU kernels, which that module has not.
 NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients)
 # $(call test_on_host,folder,tests) runs them.
@@ -53,7 +58,8 @@ NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attentio
     cuda_on_host)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
-test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
+test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
+test test-% sanitize-%: export FASTKD_TEST_SEED = $(SEED)
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -67,11 +73,16 @@ demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the
 compare: .venv/native  ## Compare the methods of the literature (ARGS="--help" lists the choices)
 	$(BIN)/python examples/compare.py $(ARGS)
 
-# With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.
-test: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run the tests, also of the GPU's kernels
+# At most so many cases of each test, and calls of the fuzz test.
+test: .venv/native  ## Run the tests of the losses on the CPU (2 to 4 minutes; ARGS="-k hint" chooses)
+	FASTKD_TEST_CASES=20 FASTKD_TEST_EXAMPLES=200 $(BIN)/pytest -n $(WORKERS) --dist worksteal \
+	    -m 'not thorough' $(NOT_BRIEF) tests $(ARGS)
 
-test-cpu: .venv/native cuda-on-host cpu-helpers
-	$(BIN)/pytest tests $(ARGS)
+# With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.
+test-all: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run every test, also of the GPU's kernels
+
+test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU and of the tools
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
 	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)
@@ -174,5 +185,5 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo compare test test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \
+.PHONY: help demo compare test test-all test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \
     lint format bench fuzz crashes coverage sanitize sanitize-cpu sanitize-cuda sanitize-fuzz clean

@@ -97,6 +97,7 @@ def test_compiled_code_ignores_no_label_beyond_int64(kernel_backend, ignore_inde
         assert compiled(*sides, labels, **keywords).isnan()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", SIGNED + UNSIGNED)
 def test_labels_in_compiled_code(backend, dtype):
     labels = torch.tensor(LABELS).to(dtype)
@@ -246,6 +247,7 @@ def test_an_error_inside_of_an_iterable_is_its_own():
         fastkd.soft_target_loss(torch.randn(4, CLASSES), broken())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("iterable", [list, tuple, collections.deque, Sequence, dict_values])
 def test_sequences_in_compiled_code(backend, iterable):
     """Values of a dictionary only where it is looked into inside, which is dynamo's own limit."""

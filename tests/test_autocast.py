@@ -12,6 +12,8 @@ from conftest import DEVICE
 
 import fastkd
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 REGIONS = {"forward": (True, False), "both": (True, True), "backward": (False, True)}
 AUTOCASTS = [torch.bfloat16, torch.float16]
 # The losses in which torch's own products take part, all of them or in the reference alone.
@@ -84,6 +86,7 @@ def compare_compiled(call, region, compiler, dtype, tolerance):
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled(backend, name, region):
@@ -92,6 +95,7 @@ def test_compiled(backend, name, region):
     compare_compiled(call, region, "aot_eager", torch.bfloat16, 3e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -102,6 +106,7 @@ def test_compiled_products(backend, name, region, dtype):
             compare_compiled(call, region, "aot_eager", autocast, 3e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_inductor(backend, name, region):

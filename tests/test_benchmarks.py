@@ -135,6 +135,7 @@ def without_gradient(workload):
     return lambda *batch: contenders.CONTENDERS["eager"](workload)(*batch).detach() + spare
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("contender", "status", "message"),
     [
@@ -392,6 +393,7 @@ def bench(*arguments: str, status: int = 0) -> str:
     return result.stdout
 
 
+@pytest.mark.thorough
 def test_command_line_end_to_end(tmp_path):
     output = bench(
         *("--quick", "--filter", "(256,1000)", "--dtype", "float32"),
@@ -419,6 +421,7 @@ def test_command_line_end_to_end(tmp_path):
     assert (tmp_path / "cpu-partial.png").exists()
 
 
+@pytest.mark.thorough
 def test_torch_compile_takes_part():
     case = measured(["eager", "compile"])
     compiled = case.outcomes["compile"]

@@ -10,7 +10,10 @@ from fastkd.ops import library
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [
+    torch.float32,
+    *(pytest.param(dtype, marks=pytest.mark.thorough) for dtype in (torch.float64, torch.bfloat16)),
+]
 
 
 def value_and_gradients(function, tensors, grad_output=1.0):
@@ -38,6 +41,7 @@ def test_value_and_gradients(backend, name, dtype):
         torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LOSSES)
 def test_inductor(backend, name):
     call = sample(name)
@@ -86,6 +90,7 @@ def test_changed_arguments(backend):
             )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LOSSES)
 def test_dynamic_shapes(backend, name):
     call = sample(name)

@@ -58,6 +58,7 @@ def on_each_rank(rank, port):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_the_losses_of_dtensors():
     torch.multiprocessing.spawn(on_each_rank, (free_port(),), nprocs=RANKS)
 

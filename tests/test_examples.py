@@ -99,6 +99,7 @@ def cifar(tmp_path):
     return write
 
 
+@pytest.mark.thorough
 def test_quick_run_writes_everything(tmp_path):
     command = [sys.executable, ROOT / "examples" / "distill.py", "--quick", "--output", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -133,6 +134,7 @@ def test_channels_last_and_amp_reach_the_losses(tmp_path, monkeypatch):
     assert recipe["channels_last"]
 
 
+@pytest.mark.thorough
 def test_options_are_honoured(tmp_path, capsys):
     arguments = "--quick --seeds 1 --epochs 1 --backend reference --device cpu --output"
     distill.main([*arguments.split(), str(tmp_path / "new" / "folder")])
@@ -167,6 +169,7 @@ def test_cifar_batches(cifar, tmp_path, name, classes, inside):
     assert dataset.augment
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
 def test_files_are_distilled_from(name, mnist, cifar, tmp_path, monkeypatch):
     if name == "cifar10":
@@ -195,6 +198,7 @@ def test_only_what_is_missing_is_named(mnist):
         data.load("mnist", folder)
 
 
+@pytest.mark.thorough
 def test_missing_files_end_the_program(tmp_path):
     command = [sys.executable, ROOT / "examples" / "distill.py", "--data", "mnist"]
     run = subprocess.run([*command, "--data-dir", tmp_path], capture_output=True, text=True)

@@ -50,6 +50,7 @@ def test_how_a_part_ends(tmp_path):
     assert run(seen, tmp_path).line == "blue"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ends", [False, True])
 def test_nothing_survives_a_part(tmp_path, ends):
     """Neither where its time is up nor where it ends and leaves a process behind."""
@@ -178,6 +179,7 @@ def test_the_demo_is_as_accurate_as_its_seeds_are_alike():
     assert problem.startswith("hints: 90.00 % and 92.10 %")
 
 
+@pytest.mark.thorough
 def test_the_demo_trains_with_the_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "BACKENDS", ("reference",))
     (found,) = demo.train(tmp_path, "--quick", "--epochs", "1", *demo.OPTIONS[:2])

@@ -24,6 +24,7 @@ WRITTEN = ["soft targets", "soft targets of pixels", "ensemble", "distillation",
 WRITTEN += ["attention of maxima", "hint", "flows"]
 
 
+@pytest.mark.thorough
 def test_large_gradients_next_to_float64():
     script = TESTS / "large_gradients.py"
     python(script, "--few", "--sizes", "8 MiB", "--losses", *WRITTEN)

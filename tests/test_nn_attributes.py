@@ -134,6 +134,7 @@ def test_copies_keep_it(module, name, value, wrong):
     assert getattr(one, name) == value
 
 
+@pytest.mark.thorough
 @EACH
 def test_compiled_code_follows(module, name, value, wrong):
     torch._dynamo.reset()

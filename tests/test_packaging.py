@@ -120,6 +120,7 @@ def test_sdist_holds_every_kernel_source(sdist: Path) -> None:
     assert sources(sdist) == sources(ROOT)
 
 
+@pytest.mark.thorough
 def test_install_compiles_the_kernels(compiled: Environment) -> None:
     assert compiled.install is not None
     assert compiled.install.returncode == 0, compiled.install.stdout
@@ -131,6 +132,7 @@ def test_install_compiles_the_kernels(compiled: Environment) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_installed_package_runs_its_kernels_from_anywhere(compiled: Environment) -> None:
     done = compiled.run(
         "-W",
@@ -149,6 +151,7 @@ def test_installed_package_runs_its_kernels_from_anywhere(compiled: Environment)
     assert Path(done.stdout.strip()).parent == compiled.package
 
 
+@pytest.mark.thorough
 def test_wheel_holds_the_package_and_nothing_else(compiled: Environment) -> None:
     done = compiled.run(
         "-c", "from importlib.metadata import files; print(*files('fastkd'), sep='\\n')"
@@ -160,6 +163,7 @@ def test_wheel_holds_the_package_and_nothing_else(compiled: Environment) -> None
     assert files == sources | {Path("fastkd", name) for name in extras}
 
 
+@pytest.mark.thorough
 def test_demanded_kernels_without_a_compiler_fail(sdist: Path, bare: Environment) -> None:
     done = install(bare, sdist, FASTKD_BUILD="cpu", **no_compiler(bare)).install
     assert done is not None
@@ -168,6 +172,7 @@ def test_demanded_kernels_without_a_compiler_fail(sdist: Path, bare: Environment
     assert not bare.package.exists()
 
 
+@pytest.mark.thorough
 def test_install_without_a_compiler_is_pure_python(
     sdist: Path, compiled: Environment, bare: Environment
 ) -> None:

@@ -8,6 +8,8 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from fastkd.ops.product import product
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 def plain(a, b, bias=None):
     return a @ b if bias is None else a @ b + bias

@@ -302,6 +302,7 @@ def test_errors_are_the_function_s(make):
             module(student, teacher)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [None, "spectral_norm", "weight_norm", "forward hook", "adapter"])
 def test_compiled(backend, name):
     torch._dynamo.reset()

@@ -137,6 +137,7 @@ def test_a_point_that_is_not_finite(backend, name):
         assert torch.autograd.grad(loss, student)[0][2].isnan().any()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures resident memory")
 @pytest.mark.parametrize("kernel_backend", ["native"])
 def test_memory_is_quadratic_in_the_points(kernel_backend, name, monkeypatch):

@@ -81,6 +81,7 @@ def test_checkpointing_and_offloading(backend, name, way, dtype, students_only):
         torch.testing.assert_close(gradients(call, WAYS[way], backend, students_only), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_checkpointing_in_compiled_code(kernel_backend, name, dtype):
@@ -149,6 +150,7 @@ def test_a_teacher_from_inference_mode_is_not_copied(kernel_backend, make):
     assert teacher.untyped_storage().data_ptr() in kept
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LOSSES)
 def test_inference_tensors_in_compiled_code(backend, name):
     call = sample(name)

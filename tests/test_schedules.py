@@ -13,6 +13,8 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import fastkd
 
+pytestmark = [pytest.mark.usefixtures("fresh_compiler"), pytest.mark.thorough]
+
 STEPS = 12
 # A constant and a symbol; and one more for a value that switches something off.
 MOST_GRAPHS = 3

@@ -64,6 +64,7 @@ def test_training_in_float64_follows_the_reference_to_rounding(kernel_backend):
     assert deviation(kernel_backend, torch.float64) < 1e-10
 
 
+@pytest.mark.thorough
 def test_training_in_float32_is_as_close_to_float64_as_the_reference(kernel_backend):
     assert 0 < deviation("reference", torch.float32) < 1e-4
     assert deviation(kernel_backend, torch.float32) < FACTOR * deviation("reference", torch.float32)
@@ -102,6 +103,7 @@ def test_the_full_tasks_have_the_maps_of_the_workloads(name, shapes):
     assert student.logits.shape == teacher.logits.shape
 
 
+@pytest.mark.thorough
 def test_command_line_end_to_end(tmp_path, capsys):
     options = ["--small", "--seconds", "0.01", "--contenders", "eager", "fastkd"]
     options += ["--device", DEVICE, "--output", str(tmp_path / "new")]
@@ -124,6 +126,7 @@ def test_command_line_end_to_end(tmp_path, capsys):
     assert "distillation_loss by " in output
 
 
+@pytest.mark.thorough
 def test_torch_compile_takes_part():
     outcome = measured("tokens", "compile").outcomes["compile"]
     if outcome.status == "failed":
@@ -153,6 +156,7 @@ def without_gradient(task):
     return lambda student, *others: student.features[0].square().mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("contender", "status", "message"),
     [
@@ -193,6 +197,7 @@ def test_the_step_without_losses_has_the_gradients_of_the_losses():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.thorough
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
     cases = iter([measured("cifar", "eager")])
 

@@ -316,6 +316,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_transforms_inside_a_compiled_function(name, transform):
