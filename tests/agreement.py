@@ -146,6 +146,8 @@ def check_distillation(
     """`teacher` may be a list."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
     size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
+    if keywords.get("reduction") == "sum":
+        size *= max((labels != keywords.get("ignore_index", -100)).sum().item(), 1)
 
     def loss(s, *t):
         t = list(t) if isinstance(teacher, list) else t[0]
