@@ -87,6 +87,9 @@ def sometimes(draw, value, others):
     return draw(others) if draw(st.integers(0, 19)) == 0 else value
 
 
+PAIR_WEIGHTS = st.none() | st.none() | st.lists(st.sampled_from([0, 0.5, -2]), max_size=3)
+
+
 def odd_keywords(draw, keywords):
     return {name: sometimes(draw, value, ODD) for name, value in keywords.items()}
 
@@ -187,6 +190,7 @@ def test_distillation_loss(backend, data):
         "hard_weight": draw(st.sampled_from([0.1, 0.0, 2])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1])),
         "ignore_index": draw(st.sampled_from([-100, -100, -100, 1])),
+        "reduction": draw(st.sampled_from(["batchmean", "sum", "none", "mean"])),
         "dim": dim,
     }
     keywords = odd_keywords(draw, keywords)
@@ -281,6 +285,7 @@ def test_attention_transfer_loss(backend, data):
         "distance": distance,
         "order": order,
         "beta": draw(st.sampled_from([1.0, 10, -0.5])),
+        "pair_weights": draw(PAIR_WEIGHTS),
         "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
         "eps": 1e-3,
         "channel_dim": channel_dim,
@@ -316,6 +321,7 @@ def test_hint_loss(backend, data):
     for x in students:
         x.requires_grad_()
     keywords = {
+        "pair_weights": draw(PAIR_WEIGHTS),
         "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
         "half": draw(st.booleans()),
     }
@@ -356,6 +362,7 @@ def test_relations(backend, name, data):
         sides.append(draw(tensors(shape, specials=(0.0, math.nan), stream=stream)))
     sides[0].requires_grad_()
     keywords = {"delta": draw(st.sampled_from([0.1, 1.0, 3]))} if matrices else {}
+    keywords |= {} if matrices else {"pair_weights": None}
     keywords = odd_keywords(draw, keywords)
 
     def expected():
@@ -384,7 +391,7 @@ def test_fsp_loss(backend, data):
         arrays = [*map(array, sides)]
         return oracle.fsp([arrays[:2]], [arrays[2:]], 2.0)
 
-    compare(flat, backend, sides, expected)
+    compare(flat, backend, sides, expected, **odd_keywords(draw, {"pair_weights": None}))
 
 
 @pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss", "fsp_loss"])
