@@ -75,10 +75,10 @@ def hint_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     half = checks.flag("half", half)
     _check_features(students, teachers, regressor_weight, regressor_bias, is_sequence)
-    if reduction == "none" and len({t.shape[0] for t in teachers}) > 1:
+    batches = [t.shape[0] for t in teachers]
+    if reduction == "none" and any([batch != batches[0] for batch in batches]):
         raise ValueError(
-            'reduction="none" needs the same batch size in every pair, '
-            f"got {[t.shape[0] for t in teachers]}"
+            f'reduction="none" needs the same batch size in every pair, got {batches}'
         )
     regressor = (regressor_weight, regressor_bias)
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
