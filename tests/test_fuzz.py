@@ -239,12 +239,16 @@ def test_attention_map(backend, data):
 def attention_transfer(students, teachers, **keywords):
     """The oracle's, with NaN for gradients that rounding would decide.
 
-    Those are the gradients of a norm where the maps nearly coincide, as all constant maps do.
+    Those are the gradients of a map of one position, which is 1 whatever it holds, and of a norm
+    where the maps nearly coincide, as all constant maps do.
     """
     students, teachers = [*map(array, students)], [*map(array, teachers)]
     if keywords["order"] == 10**400:  # more than a float holds is infinite
         keywords["order"] = math.inf
     value, gradients = oracle.attention_transfer(students, teachers, 2.0, **keywords)
+    for index, x in enumerate(students):
+        if x.size == len(x) * x.shape[keywords["channel_dim"]]:
+            gradients[index] = np.full_like(gradients[index], np.nan)
     if keywords["distance"] == "mse":
         return value, gradients
     of_map = {name: keywords[name] for name in ("kind", "p", "eps", "channel_dim")}

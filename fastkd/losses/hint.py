@@ -77,9 +77,7 @@ def hint_loss(
     _check_features(students, teachers, regressor_weight, regressor_bias, is_sequence)
     batches = [t.shape[0] for t in teachers]
     if reduction == "none" and any([batch != batches[0] for batch in batches]):
-        raise ValueError(
-            f'reduction="none" needs the same batch size in every pair, got {batches}'
-        )
+        raise ValueError(f'reduction="none" needs the same batch size in every pair, got {batches}')
     regressor = (regressor_weight, regressor_bias)
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
     if regressor_weight is not None:
