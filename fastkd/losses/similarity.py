@@ -66,14 +66,18 @@ def similarity_preserving_loss(
             )
     chosen = select("similarity_preserving_loss", (*students, *teachers), backend)
 
+    if not is_sequence and weights is None:
+        return _loss(students[0], teachers[0], chosen)
+
     def of_pair(students: list[Tensor], teachers: list[Tensor], factor: float) -> Tensor:
-        one, other = students[0], teachers[0]
-        if chosen == "reference":
-            loss = reference.similarity_preserving_loss(one, other)
-        else:
-            loss = similarity(one, other, chosen)
+        loss = _loss(students[0], teachers[0], chosen)
         return loss if weights is None else loss * factor
 
     # One kernel serves one pair.
-    factors = [1.0] * len(students) if is_sequence and weights is None else weights
-    return pairs.total(of_pair, students, teachers, factors)
+    return pairs.total(of_pair, students, teachers, weights or [1.0] * len(students))
+
+
+def _loss(student: Tensor, teacher: Tensor, backend: Backend) -> Tensor:
+    if backend == "reference":
+        return reference.similarity_preserving_loss(student, teacher)
+    return similarity(student, teacher, backend)
