@@ -25,11 +25,29 @@ ORDER: tuple[Backend, ...] = ("native", "triton", "reference")
 
 
 class FallbackWarning(UserWarning):
-    """A slower implementation serves a call than the machine could offer; says why."""
+    """Warns that a slower implementation serves a call than the machine could offer.
+
+    The message gives the reason and the remedy, once in the process for each reason. To silence it,
+    ask for the implementation by name (`backend="reference"`, `use_backend`, or FASTKD_BACKEND), or
+    filter it.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=fastkd.FallbackWarning)
+    """
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot serve this call; says why."""
+    """A backend was asked for by name and cannot serve this call; the message says why.
+
+    Example:
+        >>> rows = torch.randn(4, 10, device="meta")
+        >>> try:
+        ...     fastkd.soft_target_loss(rows, rows, backend="native")
+        ... except fastkd.BackendUnavailableError:
+        ...     print("no kernels for meta tensors")
+        no kernels for meta tensors
+    """
 
 
 class Facts(NamedTuple):
@@ -59,7 +77,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns: the backend that serves a call, and why not the others."""
+    """The answer of `explain`; `print` shows it as a table.
+
+    Attributes:
+        loss: the name of the function.
+        chosen: the backend that serves the call; None where the one asked for cannot.
+        reasons: for each backend why it serves the call or does not.
+    """
 
     loss: str
     chosen: Backend | None
@@ -187,7 +211,7 @@ def _resolve(
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, FallbackWarning, stacklevel=5)
+    warnings.warn(message, FallbackWarning, stacklevel=6)
 
 
 def known_backend(name: object) -> Backend:
@@ -204,12 +228,21 @@ def known_backend(name: object) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the context, every call that names no backend uses this one or raises.
+    """Use this backend in every call within the context that names none, or raise.
 
-    The setting belongs to the process, not to the thread, as torch's own backend flags do.
+    The setting belongs to the process, not to the thread, as torch's own backend flags do. An
+    argument `backend=` beats it, and it beats the environment variable FASTKD_BACKEND.
+
+    Args:
+        name: `"native"`, `"triton"` or `"reference"`.
 
     Raises:
         ValueError: the name is not a backend's.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 64, 100)
+        >>> with fastkd.use_backend("reference"):
+        ...     loss = fastkd.soft_target_loss(student, teacher)
     """
     global _override
     previous, _override = _override, known_backend(name)
@@ -220,12 +253,30 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend would serve `function(*args, **kwargs)`, and why each other would not.
+    """Tell which backend would serve `function(*args, **kwargs)`, and why the others would not.
 
-    `function` is a loss or a module of `fastkd.nn`. Its arguments, but not the values in labels,
-    are checked as in a real call, and raise as they would there; no kernel runs.
+    The arguments, but not the values in labels, are checked as in a real call, and raise as they
+    would there; no kernel runs.
 
-    >>> print(fastkd.explain(fastkd.soft_target_loss, student, teacher, temperature=4.0))
+    Args:
+        function: a loss, or a module of `fastkd.nn`.
+        args: its arguments by position.
+        kwargs: its keywords.
+
+    Returns:
+        An `Explanation` with the attributes `loss`, `chosen` and `reasons`, a dictionary from each
+        backend to its reason. As a string it is a table.
+
+    Raises:
+        TypeError: the function is no loss of fastkd.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 64, 100)
+        >>> answer = fastkd.explain(fastkd.soft_target_loss, student, teacher, backend="reference")
+        >>> answer.chosen
+        'reference'
+        >>> answer.reasons["reference"]
+        'asked for'
     """
     token = _explaining.set(True)
     try:

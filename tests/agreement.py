@@ -161,6 +161,8 @@ def check_distillation(
     """`teacher` may be a list."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
     size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
+    if keywords.get("reduction") == "sum":
+        size *= max((labels != keywords.get("ignore_index", -100)).sum().item(), 1)
 
     def loss(s, *t):
         t = list(t) if isinstance(teacher, list) else t[0]
@@ -229,9 +231,11 @@ def check_transfer(students, teachers, backend, grad_output=None, with_teachers=
         return fastkd.attention_transfer_loss(*sides, backend=backend, **keywords)
 
     def expected(*arrays, grad_output):
-        return oracle.attention_transfer(
+        value, gradients = oracle.attention_transfer(
             arrays[:count], arrays[count:], grad_output=grad_output, **keywords
         )
+        per_sample = not is_sequence and keywords.get("reduction") == "none"
+        return value[0] if per_sample else value, gradients
 
     check(
         loss, expected, [*students, *teachers],

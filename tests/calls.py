@@ -19,7 +19,13 @@ _SAMPLES = {
     "distillation_loss": (
         [(4, 10), (4, 10)],
         {"labels": [1, 9, -100, 0], "temperature": 2.0},
-        [{"label_smoothing": 0.1}, {"teacher_weights": [0.5, 0.25, 0.25]}],
+        [
+            {"label_smoothing": 0.1},
+            {"teacher_weights": [0.5, 0.25, 0.25]},
+            {"reduction": "sum"},
+            {"reduction": "none"},
+            {"reduction": "none", "teacher_weights": [1, 3]},
+        ],
     ),
     "attention_map": (
         [(2, 3, 4, 5)],
@@ -29,17 +35,31 @@ _SAMPLES = {
     "attention_transfer_loss": (
         [(2, 3, 4, 5), (2, 6, 4, 5)],
         {"beta": 10.0},
-        [{"reduction": "none"}, {"kind": "max_pow"}, {"distance": "mse"}],
+        [
+            {"reduction": "none"},
+            {"kind": "max_pow"},
+            {"distance": "mse"},
+            {"pair_weights": [0.5, 2]},
+            {"pair_weights": [0.5, 2], "reduction": "none"},
+        ],
     ),
     "hint_loss": (
         [(2, 3, 4, 5), (2, 3, 4, 5)],
         {},
-        [{"reduction": "none"}],
+        [
+            {"reduction": "none"},
+            {"pair_weights": [0.5, 2]},
+            {"pair_weights": [0.5, 2], "reduction": "none"},
+        ],
     ),
     "rkd_distance_loss": ([(4, 6), (4, 5)], {}, [{"delta": 0.1}]),
     "rkd_angle_loss": ([(4, 6), (4, 5)], {}, [{"delta": 0.1}]),
-    "similarity_preserving_loss": ([(4, 3, 5), (4, 7)], {}, []),
-    "fsp_loss": ([(2, 3, 4, 5), (2, 4, 2, 5), (2, 3, 3, 3), (2, 4, 3, 3)], {}, []),
+    "similarity_preserving_loss": ([(4, 3, 5), (4, 7)], {}, [{"pair_weights": [0.5, 2]}]),
+    "fsp_loss": (
+        [(2, 3, 4, 5), (2, 4, 2, 5), (2, 3, 3, 3), (2, 4, 3, 3)],
+        {},
+        [{"pair_weights": [0.5, 2]}],
+    ),
 }
 # How many of the tensors are the student's, where it is not one.
 _STUDENTS = {"fsp_loss": 2}
@@ -85,29 +105,40 @@ def pair(function):
     return flat
 
 
+def several(function, count, size):
+    """A loss of several pairs, whose tensors come one by one: `size` of each side of a pair."""
+
+    def flat(*tensors, **keywords):
+        items = tensors if size == 1 else list(zip(tensors[::2], tensors[1::2], strict=True))
+        return function(items[:count], items[count:], **keywords)
+
+    return flat
+
+
 def variants(name, dtype=torch.float32):
     """The loss on fresh random tensors, plainly and then with each of the other keywords."""
     shapes, keywords, others = _SAMPLES[name]
     function = getattr(fastkd, name)
-    function = pair(function) if name == "fsp_loss" else function
     if "labels" in keywords:
         keywords = {**keywords, "labels": torch.tensor(keywords["labels"])}
 
     def draw(shapes):
         return tuple(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
 
-    tensors = draw(shapes)
+    tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
     for other in ({}, *others):
-        more = len(other.get("teacher_weights", [1])) - 1
-        calls.append(
-            Call(
-                ensemble(function) if more else function,
-                tensors + draw(shapes[1:] * more),
-                {**keywords, **other},
-                _STUDENTS.get(name, 1),
-            )
-        )
+        changed, drawn, students = function, tensors, count
+        if name == "fsp_loss":
+            changed = pair(function)
+        if "teacher_weights" in other:
+            changed = ensemble(function)
+            drawn = tensors + draw(shapes[1:] * (len(other["teacher_weights"]) - 1))
+        if "pair_weights" in other:
+            copies = len(other["pair_weights"])
+            changed, students = several(function, copies, count), copies * count
+            drawn = draw(shapes[:count] * copies + shapes[count:] * copies)
+        calls.append(Call(changed, drawn, {**keywords, **other}, students))
     return calls
 
 

@@ -84,27 +84,37 @@ def soft_target(
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def distillation(
     student, teachers, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
-    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, dim=-1, teacher_weights=None,
-    magnitudes=False,
+    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, reduction="batchmean", dim=-1,
+    teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
-    """As the others; the loss is `(loss, hard, soft)`."""
+    """As the others; the loss is `(loss, hard, soft)`, each reduced."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
     kept = labels != ignore_index
-    count, classes = max(kept.sum(), 1), student.shape[-1]
+    classes = student.shape[-1]
+    count = max(kept.sum(), 1) if reduction == "batchmean" else 1
     gradients = [np.zeros_like(x) for x in (student, *teachers)]
     s = student[kept]
 
     log_q = log_softmax(s)
     target = np.full(s.shape, label_smoothing / classes)
     target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
-    hard = -np.where(target > 0, target * log_q, 0).sum() / count
+    hard = -np.where(target > 0, target * log_q, 0).sum(-1) / count
     rows, soft_to_student, soft_to_teachers = kl_rows(
         s, [t[kept] for t in teachers], weights, temperature, magnitudes
     )
-    soft = temperature * rows.sum() / count
+    soft = temperature * rows / count
 
+    def reduced(rows):
+        if reduction != "none":
+            return rows.sum()
+        of_all = np.zeros(labels.shape)
+        of_all[kept] = rows
+        return of_all
+
+    hard, soft = reduced(hard), reduced(soft)
     # A term of weight 0 is not there, also where it is infinite.
     loss = sum(w * part for w, part in ((hard_weight, hard), (soft_weight, soft)) if w)
+    loss = loss + np.zeros(labels.shape if reduction == "none" else ())
     if hard_weight:
         q = np.exp(log_q / SCALE)
         gradients[0][kept] += hard_weight * (q + target if magnitudes else q - target)
@@ -113,7 +123,8 @@ def distillation(
             gradients, (soft_to_student, *soft_to_teachers), strict=True
         ):
             gradient[kept] += soft_weight * temperature * soft_gradient
-    gradients = [g * grad_output / count for g in gradients]
+    upstream = np.broadcast_to(grad_output, labels.shape)[..., None] / count
+    gradients = [g * upstream for g in gradients]
     gradients[1:] = [g / SCALE for g in gradients[1:]]
     gradients = [np.moveaxis(g, -1, dim) for g in gradients]
     return (loss / SCALE, hard / SCALE, soft / SCALE), gradients
@@ -173,6 +184,10 @@ def _distance(difference, distance, order):
     return (largest * norm)[:, 0], slope
 
 
+def _of_pairs(weights, pairs):
+    return np.ones(len(pairs)) if weights is None else np.array(weights, dtype=float)
+
+
 def pooling(size, to):
     """The matrix that averages `size` positions into `to` bins, as adaptive pooling does."""
     matrix = np.zeros((to, size))
@@ -192,15 +207,16 @@ def _pooled(features, height, width):
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def attention_transfer(
     students, teachers, grad_output=1.0, *, kind="sum_pow", p=None, distance="norm", order=None,
-    beta=1.0, resize=None, reduction="mean", eps=1e-12, channel_dim=1,
+    beta=1.0, pair_weights=None, resize=None, reduction="mean", eps=1e-12, channel_dim=1,
 ):  # fmt: skip
     """Takes lists; the gradients are all students', then all teachers'."""
     batch = students[0].shape[0]
     weight = beta / 2 if distance == "norm" else beta
     weight = weight / max(batch, 1) if reduction == "mean" else weight
-    upstream = np.broadcast_to(grad_output, (len(students), batch)) * weight
+    weights = weight * _of_pairs(pair_weights, students)
+    upstream = np.broadcast_to(grad_output, (len(students), batch)) * weights[:, None]
     losses, to_students, to_teachers = [], [], []
-    for pair, student, teacher in zip(upstream, students, teachers, strict=True):
+    for pair, weight, student, teacher in zip(upstream, weights, students, teachers, strict=True):
         unpool = [lambda gradient: gradient] * 2
         if resize is not None:
             smaller = np.minimum(student.shape[2:], teacher.shape[2:])
@@ -218,12 +234,14 @@ def attention_transfer(
 
 
 def hint(
-    students, teachers, weight=None, bias=None, grad_output=1.0, *, reduction="batchmean", half=True
-):
+    students, teachers, weight=None, bias=None, grad_output=1.0, *, pair_weights=None,
+    reduction="batchmean", half=True,
+):  # fmt: skip
     """Takes lists; the gradients are all students', all teachers', the weight's, the bias's."""
-    scale = 0.5 if half else 1.0
+    scales = (0.5 if half else 1.0) * _of_pairs(pair_weights, students)
     losses, to_students, to_teachers, to_weight, to_bias = [], [], [], 0, 0
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        scale = scales[index]
         guided = student
         if weight is not None:
             matrix = weight.reshape(weight.shape[:2])
@@ -323,6 +341,17 @@ def similarity(student, teacher, grad_output=1.0):
     return (difference**2).sum(), gradients
 
 
+def similarities(students, teachers, grad_output=1.0, *, pair_weights=None):
+    """Takes lists; the gradients are all students', then all teachers'."""
+    weights = _of_pairs(pair_weights, students)
+    found = [
+        similarity(*pair, weight * grad_output)
+        for weight, *pair in zip(weights, students, teachers, strict=True)
+    ]
+    loss = sum(weight * value for weight, (value, _) in zip(weights, found, strict=True))
+    return loss, [gradients[side] for side in range(2) for _, gradients in found]
+
+
 def _max_pooled(x, height, width):
     """The maxima of adaptive bins, and the function that carries a gradient of them back."""
     pooled, winners = np.empty((*x.shape[:2], height, width)), {}
@@ -348,10 +377,11 @@ def _max_pooled(x, height, width):
     return pooled, back
 
 
-def fsp(students, teachers, grad_output=1.0):
+def fsp(students, teachers, grad_output=1.0, *, pair_weights=None):
     """Takes lists of pairs; the gradients are those of all students' features, then teachers'."""
     loss, to_students, to_teachers = 0.0, [], []
-    for pairs in zip(students, teachers, strict=True):
+    weights = _of_pairs(pair_weights, students)
+    for weight, *pairs in zip(weights, students, teachers, strict=True):
         sides = []
         for first, second in pairs:
             height, width = np.minimum(first.shape[2:], second.shape[2:])
@@ -362,11 +392,11 @@ def fsp(students, teachers, grad_output=1.0):
             sides.append((gram, one, back, other, back_other))
         difference = sides[0][0] - sides[1][0]
         batch = max(len(difference), 1)
-        loss += (difference**2).sum() / batch
+        loss += weight * (difference**2).sum() / batch
         for sign, to, (_, one, back, other, back_other) in zip(
             (1, -1), (to_students, to_teachers), sides, strict=True
         ):
-            slope = 2 * sign * grad_output * difference / batch / np.prod(one.shape[2:])
+            slope = 2 * sign * weight * grad_output * difference / batch / np.prod(one.shape[2:])
             to.append(back(np.einsum("bcd,bdhw->bchw", slope, other)))
             to.append(back_other(np.einsum("bcd,bchw->bdhw", slope, one)))
     return loss, [*to_students, *to_teachers]

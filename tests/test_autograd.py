@@ -119,7 +119,7 @@ def _kept(name, call):
     """Numbers besides inputs and gradient: of rows of logits, or of relations."""
     batch, channels = call.tensors[0].shape[:2]
     if name.startswith(("rkd", "similarity")):
-        return 2 * batch**2
+        return 2 * batch**2 * call.students
     if name == "fsp_loss":
         # Gram matrices of both sides and their slopes; where layers differ in size, the larger one
         # widened and pooled, and where its maxima were.

@@ -1,5 +1,6 @@
 """Bad input of every kind: what is raised, that it says enough, and that no kernel has run."""
 
+import inspect
 import math
 
 import numpy as np
@@ -91,6 +92,11 @@ def distillation_cases():
     for dtype in (torch.float32, torch.bool, torch.bfloat16, torch.complex64):
         yield case(LABELS.to(dtype), TypeError, ["labels", "integers", "int64", str(dtype)])
     yield case([1, 9, -100, 0], TypeError, ["labels", "tensor", "list"])
+    words = ["two meanings", "cross-entropy's is over rows", "rows × classes", '"batchmean"']
+    yield case(reduction="mean", words=words)
+    for value in ("Mean", None, 1):
+        words = ["reduction", "'none', 'sum', 'batchmean'", repr(value)]
+        yield case(reduction=value, words=words)
     yield case(LABELS[:3], words=["labels", "(4,)", "(3,)"])
     yield case(LABELS[:, None], words=["labels", "(4,)", "(4, 1)"])
     yield case(LABELS, dim=0, words=["labels", "(10,)", "(4,)"])
@@ -202,7 +208,7 @@ def hint_cases():
 
 def feature_cases():
     """Tensors and sequences that no loss of features takes."""
-    for name in ("attention_transfer_loss", "hint_loss"):
+    for name in ("attention_transfer_loss", "hint_loss", "similarity_preserving_loss"):
         yield name, ([X], [X, X]), {}, ValueError, ["same number", "1 and 2"]
         yield name, ([], []), {}, ValueError, ["at least one", "none"]
         yield name, (X, [X]), {}, TypeError, ["Tensor and list"]
@@ -227,9 +233,12 @@ def relation_cases():
         for one, other in ((X, ROWS), (ROWS, ROWS[0]), (ROWS, ROWS[:3])):
             words = ["(N, D)", "same N", str(tuple(one.shape)), str(tuple(other.shape))]
             yield name, (one, other), {}, ValueError, words
+        yield name, (X, X), {}, ValueError, [".flatten(1)"]
     for one, other in ((X, X[:1]), (ROWS[0], ROWS), (ROWS, ROWS[0, 0])):
         words = ["(B, *any)", "same B", str(tuple(one.shape)), str(tuple(other.shape))]
         yield "similarity_preserving_loss", (one, other), {}, ValueError, words
+        words = ["student[1] and teacher[1]", *words]
+        yield "similarity_preserving_loss", ([X, one], [X, other]), {}, ValueError, words
 
 
 def fsp_cases():
@@ -242,7 +251,8 @@ def fsp_cases():
         kind = type(value).__name__
         yield case(teacher=value, error=TypeError, words=["teacher", "pair (first", kind])
     yield case(teacher=(), words=["teacher", "at least one pair", "none"])
-    yield case((X, X, X), words=["student", "pair (first, second)", "3"])
+    words = ["student", "pair (first, second)", "3", "list(zip(f, f[1:]))"]
+    yield case((X, X, X), words=words)
     yield case([(X, X), (X,)], words=["student[1]", "pair (first, second)", "1"])
     yield case([(X, X)] * 2, [(X, X)], words=["same number of pairs", "2 and 1"])
     yield case((X, [X, X]), error=TypeError, words=["student[1]", "tensor", "list"])
@@ -338,3 +348,32 @@ def test_unknown_keywords_and_positional_ones(name):
         call(tau=4.0)
     with pytest.raises(TypeError, match="positional"):
         getattr(fastkd, name)(*call.tensors, *call.keywords.values(), 1, 2, 3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_too_much_by_position_names_the_keywords(name):
+    function = getattr(fastkd, name)
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    count = len(parameters) - len(named)
+    words = rf"{name}\(\) takes {count} positional .* {named[0]}=.*: {', '.join(named)}$"
+    with pytest.raises(TypeError, match=words):
+        function(*[X] * count, 4.0)
+
+
+def test_a_temperature_by_position():
+    with pytest.raises(TypeError, match=r"by name, as temperature=\.\.\."):
+        fastkd.soft_target_loss(ROWS, ROWS, 4.0)
+    with pytest.raises(TypeError, match=r"by name, as temperature=\.\.\."):
+        fastkd.distillation_loss(ROWS, ROWS, LABELS, 4.0)
+
+
+PIXELS = torch.randn(2, 5, 3, 4)
+
+
+def test_labels_that_fit_dim_1_suggest_it():
+    labels = torch.zeros(2, 3, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"without dim 3, \(2, 5, 3\), got .*; dim=1 says"):
+        fastkd.distillation_loss(PIXELS, PIXELS, labels)
+    with pytest.raises(ValueError, match=r"without dim 3.*got \(2, 4, 3\)$"):
+        fastkd.distillation_loss(PIXELS, PIXELS, labels.mT)

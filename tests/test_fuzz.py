@@ -87,6 +87,9 @@ def sometimes(draw, value, others):
     return draw(others) if draw(st.integers(0, 19)) == 0 else value
 
 
+PAIR_WEIGHTS = st.none() | st.none() | st.lists(st.sampled_from([0, 0.5, -2]), max_size=3)
+
+
 def odd_keywords(draw, keywords):
     return {name: sometimes(draw, value, ODD) for name, value in keywords.items()}
 
@@ -187,6 +190,7 @@ def test_distillation_loss(backend, data):
         "hard_weight": draw(st.sampled_from([0.1, 0.0, 2])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1])),
         "ignore_index": draw(st.sampled_from([-100, -100, -100, 1])),
+        "reduction": draw(st.sampled_from(["batchmean", "sum", "none", "mean"])),
         "dim": dim,
     }
     keywords = odd_keywords(draw, keywords)
@@ -235,12 +239,16 @@ def test_attention_map(backend, data):
 def attention_transfer(students, teachers, **keywords):
     """The oracle's, with NaN for gradients that rounding would decide.
 
-    Those are the gradients of a norm where the maps nearly coincide, as all constant maps do.
+    Those are the gradients of a map of one position, which is 1 whatever it holds, and of a norm
+    where the maps nearly coincide, as all constant maps do.
     """
     students, teachers = [*map(array, students)], [*map(array, teachers)]
     if keywords["order"] == 10**400:  # more than a float holds is infinite
         keywords["order"] = math.inf
     value, gradients = oracle.attention_transfer(students, teachers, 2.0, **keywords)
+    for index, x in enumerate(students):
+        if x.size == len(x) * x.shape[keywords["channel_dim"]]:
+            gradients[index] = np.full_like(gradients[index], np.nan)
     if keywords["distance"] == "mse":
         return value, gradients
     of_map = {name: keywords[name] for name in ("kind", "p", "eps", "channel_dim")}
@@ -281,6 +289,7 @@ def test_attention_transfer_loss(backend, data):
         "distance": distance,
         "order": order,
         "beta": draw(st.sampled_from([1.0, 10, -0.5])),
+        "pair_weights": draw(PAIR_WEIGHTS),
         "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
         "eps": 1e-3,
         "channel_dim": channel_dim,
@@ -316,6 +325,7 @@ def test_hint_loss(backend, data):
     for x in students:
         x.requires_grad_()
     keywords = {
+        "pair_weights": draw(PAIR_WEIGHTS),
         "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
         "half": draw(st.booleans()),
     }
@@ -339,7 +349,7 @@ def test_hint_loss(backend, data):
 RELATIONS = {
     "rkd_distance_loss": oracle.rkd_distance,
     "rkd_angle_loss": oracle.rkd_angle,
-    "similarity_preserving_loss": oracle.similarity,
+    "similarity_preserving_loss": lambda *x, pair_weights: oracle.similarity(*x),
 }
 
 
@@ -356,6 +366,7 @@ def test_relations(backend, name, data):
         sides.append(draw(tensors(shape, specials=(0.0, math.nan), stream=stream)))
     sides[0].requires_grad_()
     keywords = {"delta": draw(st.sampled_from([0.1, 1.0, 3]))} if matrices else {}
+    keywords |= {} if matrices else {"pair_weights": None}
     keywords = odd_keywords(draw, keywords)
 
     def expected():
@@ -384,7 +395,7 @@ def test_fsp_loss(backend, data):
         arrays = [*map(array, sides)]
         return oracle.fsp([arrays[:2]], [arrays[2:]], 2.0)
 
-    compare(flat, backend, sides, expected)
+    compare(flat, backend, sides, expected, **odd_keywords(draw, {"pair_weights": None}))
 
 
 @pytest.mark.parametrize("name", ["attention_transfer_loss", "hint_loss", "fsp_loss"])

@@ -7,18 +7,19 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from calls import MODULES, keyword_defaults, sample
 
 import fastkd
 
 KEYWORDS = {
     fastkd.nn.SoftTargetLoss: {"temperature": 3.0, "scale_t2": False, "reduction": "none"},
-    fastkd.nn.DistillationLoss: {"temperature": 2.0, "hard_weight": 2.0, "label_smoothing": 0.2},
-    fastkd.nn.AttentionTransferLoss: {"kind": "max_pow", "order": 3.0, "beta": 7.0},
+    fastkd.nn.DistillationLoss: {"temperature": 2.0, "label_smoothing": 0.2, "reduction": "sum"},
+    fastkd.nn.AttentionTransferLoss: {"kind": "max_pow", "order": 3.0, "pair_weights": [7.0]},
     fastkd.nn.RKDDistanceLoss: {"delta": 0.2},
     fastkd.nn.RKDAngleLoss: {"delta": 0.2},
-    fastkd.nn.SimilarityPreservingLoss: {},
-    fastkd.nn.FSPLoss: {},
+    fastkd.nn.SimilarityPreservingLoss: {"pair_weights": (1.0, 0.5)},
+    fastkd.nn.FSPLoss: {"pair_weights": [0.5]},
 }
 
 
@@ -55,6 +56,8 @@ def test_the_numbers_are_the_function_s(backend, module, with_keywords):
     tensors = call.tensors
     if function is fastkd.fsp_loss:
         tensors = tensors[:2], tensors[2:]
+    if function is fastkd.similarity_preserving_loss:
+        tensors = [tensors[0]] * 2, [tensors[1]] * 2
     inputs = [*tensors, *([call.keywords["labels"]] if "labels" in call.keywords else [])]
     keywords = {"backend": backend, **(KEYWORDS[module] if with_keywords else {})}
     assert torch.equal(module(**keywords)(*inputs), function(*inputs, **keywords))
@@ -95,6 +98,25 @@ def test_hint_loss_is_the_function_with_its_regressor(backend, spatial, bias):
     assert len(list(module.parameters())) == 1 + bias
 
 
+@pytest.mark.parametrize("channels", [(), (None, None)])
+def test_hint_loss_without_a_regressor_is_the_function(backend, channels):
+    module = fastkd.nn.HintLoss(*channels, reduction="mean", half=False, backend=backend)
+    student, teacher = (torch.randn(2, 8, 4, 4) for _ in range(2))
+    torch.testing.assert_close(module(student, teacher), F.mse_loss(student, teacher))
+    assert module([student], [teacher]) == module(student, teacher)
+    assert not list(module.parameters())
+    assert not module.state_dict()
+    module.regressor = torch.nn.Linear(4, 4)
+    assert len(list(module.parameters())) == 2
+    assert module(student, teacher) != F.mse_loss(student, teacher)
+
+
+@pytest.mark.parametrize(("channels", "bias"), [((3,), True), ((None, 3), True), ((), False)])
+def test_half_a_regressor_is_refused(channels, bias):
+    with pytest.raises(ValueError, match="channels of both sides"):
+        fastkd.nn.HintLoss(*channels, bias=bias)
+
+
 def test_an_optimizer_trains_the_regressor(backend):
     module = fastkd.nn.HintLoss(3, 4, backend=backend)
     student = torch.randn(8, 3, 5, 5)
@@ -121,7 +143,9 @@ def test_state_dict_round_trip():
     assert torch.equal(module(*inputs), other(*inputs))
 
 
-@pytest.mark.parametrize("module", [*MODULES, lambda: fastkd.nn.HintLoss(3, 8)])
+@pytest.mark.parametrize(
+    "module", [*MODULES, lambda: fastkd.nn.HintLoss(3, 8), lambda: fastkd.nn.HintLoss()]
+)
 def test_modules_copy_and_pickle(module):
     one = module()
     for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):

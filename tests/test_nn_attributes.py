@@ -24,6 +24,7 @@ VALUES = {
     (nn.DistillationLoss, "hard_weight"): (3.0, float("nan")),
     (nn.DistillationLoss, "ignore_index"): (3, 1.5),
     (nn.DistillationLoss, "label_smoothing"): (0.25, 2),
+    (nn.DistillationLoss, "reduction"): ("none", "mean"),
     (nn.DistillationLoss, "dim"): (0, -3),
     (nn.DistillationLoss, "teacher_weights"): ((2.0, 1.0), "12"),
     (nn.DistillationLoss, "return_parts"): (True, 1),
@@ -32,14 +33,18 @@ VALUES = {
     (nn.AttentionTransferLoss, "distance"): ("mse", "l2"),
     (nn.AttentionTransferLoss, "order"): (1.5, 0),
     (nn.AttentionTransferLoss, "beta"): (1000, "1000"),
+    (nn.AttentionTransferLoss, "pair_weights"): ([3.0], [1, 2]),
     (nn.AttentionTransferLoss, "resize"): ("adaptive_avg_pool", "bilinear"),
     (nn.AttentionTransferLoss, "reduction"): ("sum", "batchmean"),
     (nn.AttentionTransferLoss, "eps"): (1e3, 0),
     (nn.AttentionTransferLoss, "channel_dim"): (-1, 0),
+    (nn.HintLoss, "pair_weights"): ((0.5,), 0.5),
     (nn.HintLoss, "reduction"): ("mean", None),
     (nn.HintLoss, "half"): (False, 1),
     (nn.RKDDistanceLoss, "delta"): (0.01, -1),
     (nn.RKDAngleLoss, "delta"): (0.01, "1"),
+    (nn.SimilarityPreservingLoss, "pair_weights"): ([2], ["2"]),
+    (nn.FSPLoss, "pair_weights"): ([-1.5], [float("nan")]),
 }
 BACKENDS = {(module, "backend"): ("reference", "cuda") for module in LOSSES}
 CASES = [(*key, *values) for key, values in (VALUES | BACKENDS).items()]

@@ -24,6 +24,8 @@ GRADCHECKS = {
         ([(3, 5)] * 2, {"labels": LABELS}),
         ([(3, 5)] * 2, {"labels": LABELS, "label_smoothing": 0.2, "temperature": 1.0}),
         ([(5, 3)] * 2, {"labels": LABELS, "dim": 0, "hard_weight": 3.0}),
+        ([(3, 5)] * 2, {"labels": LABELS, "reduction": "none"}),
+        ([(3, 5)] * 2, {"labels": LABELS, "reduction": "sum", "soft_weight": 0.0}),
     ],
     "attention_map": [
         ([(2, 3, 4)], {"kind": "sum"}),
@@ -39,19 +41,25 @@ GRADCHECKS = {
         ([(2, 3, 4), (2, 2, 4)], {"order": 1.0, "p": 4.0}),
         ([(2, 3, 4), (2, 2, 4)], {"order": math.inf}),
         ([(1, 2, 3, 3), (1, 2, 2, 2)], {"resize": "adaptive_avg_pool"}),
+        ([(2, 3, 4), (2, 2, 4)], {"pair_weights": [2.5]}),
     ],
     "hint_loss": [
         ([(2, 3, 4)] * 2, {}),
         ([(2, 3, 4)] * 2, {"reduction": "none", "half": False}),
+        ([(2, 3, 4)] * 2, {"reduction": "none", "pair_weights": [2.5]}),
         ([(2, 3, 2, 2), (2, 4, 2, 2), (4, 3), (4,)], {"reduction": "mean"}),
         ([(2, 3), (2, 4), (4, 3, 1, 1), (4,)], {"reduction": "sum"}),
     ],
     "rkd_distance_loss": [([(4, 2), (4, 3)], {}), ([(4, 2), (4, 3)], {"delta": 0.3})],
     "rkd_angle_loss": [([(4, 2), (4, 3)], {}), ([(4, 2), (4, 3)], {"delta": 0.3})],
-    "similarity_preserving_loss": [([(3, 2, 2), (3, 3)], {})],
+    "similarity_preserving_loss": [
+        ([(3, 2, 2), (3, 3)], {}),
+        ([(3, 2, 2), (3, 3)], {"pair_weights": [2.5]}),
+    ],
     "fsp_loss": [
         ([(2, 2, 2, 2), (2, 3, 2, 2)] * 2, {}),
         ([(1, 2, 3, 2), (1, 2, 2, 3), (1, 2, 1, 4), (1, 2, 2, 2)], {}),
+        ([(2, 2, 2, 2), (2, 3, 2, 2)] * 2, {"pair_weights": [2.5]}),
     ],
 }
 CASES = [(name, case) for name, cases in GRADCHECKS.items() for case in cases]

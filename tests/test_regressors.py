@@ -225,7 +225,7 @@ def taken(monkeypatch):
         weights.append(regressor_weight)
         return fastkd.hint_loss(*args, regressor_weight=regressor_weight, **keywords)
 
-    monkeypatch.setattr(fastkd.nn, "hint_loss", recorded)
+    monkeypatch.setattr(fastkd.nn.hint, "hint_loss", recorded)
     return weights
 
 

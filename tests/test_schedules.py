@@ -35,6 +35,12 @@ SCHEDULES = {
     "rkd_distance_loss": {"delta": (0.05, 2)},
     "rkd_angle_loss": {"delta": (2, 0.05)},
 }  # fmt: skip
+WEIGHTED = [
+    "attention_transfer_loss",
+    "hint_loss",
+    "similarity_preserving_loss",
+    "fsp_loss",
+]
 ARGUMENTS = [(name, argument) for name, bounds in SCHEDULES.items() for argument in bounds]
 
 
@@ -198,3 +204,11 @@ def test_what_does_not_change_stays_a_constant(kernel_backend):
     (node,) = [n for n in graphs[0].graph.nodes if "fastkd" in str(n.target)]
     assert len(node.args) < len(node.target._schema.arguments)
     assert [x for x in node.args if isinstance(x, float)] == [2.0, 3.6, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_pair_weights_compile_twice(backend, name):
+    call = next(x for x in variants(name) if "pair_weights" in x.keywords)
+    schedule = list(zip(values((1, 0.1)), values((0.5, 3)), strict=True))
+    call.keywords["backend"] = backend
+    assert follow(call, {"pair_weights": [list(weights) for weights in schedule]}) <= MOST_GRAPHS

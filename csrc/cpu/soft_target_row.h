@@ -122,9 +122,10 @@ void write_statistics(const Sums& row, const Plan<A>& plan, A label_logit, A* to
   to[kKl] = A(kl < 0 ? 0 : kl);  // rounding may leave a tiny negative number
   to[kCe] = 0;
   if (!plan.hard) return;
-  const double log_sum = std::log(row.hard_sum) * kLogitScale + row.student_max * kLogitScale;
-  to[kCe] = A(plan.cross_entropy(log_sum - double(label_logit) * kLogitScale,
-                                 log_sum - row.logits / double(plan.classes)));
+  // Logits are compared with one another first: beside a large one the logarithm has no digits.
+  const double log_sum = std::log(row.hard_sum) * kLogitScale, top = row.student_max * kLogitScale;
+  to[kCe] = A(plan.cross_entropy(log_sum + (top - double(label_logit) * kLogitScale),
+                                 log_sum + (top - row.logits / double(plan.classes))));
 }
 
 // What the gradient of a block is made of, whose exponentials are relative to other maxima than the

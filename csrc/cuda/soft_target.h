@@ -224,11 +224,12 @@ __device__ Losses losses_of(const Sums<A>& row, const Rates<A>& rates, const Cal
                     log(double(row.student) / double(row.teacher)) * kLogitScale;
   Losses losses{kl < 0 ? 0 : kl, 0};  // rounding may leave a tiny negative number
   if (label == kNoLabels) return losses;
-  const double log_sum = log(double(rates.third ? row.hard : row.student)) * kLogitScale +
-                         double(row.student_max) * kLogitScale;
+  // Logits are compared with one another first: beside a large one the logarithm has no digits.
+  const double log_sum = log(double(rates.third ? row.hard : row.student)) * kLogitScale;
+  const double top = double(row.student_max) * kLogitScale, smoothing = call.smoothing;
   // A part of weight 0 may be infinite.
-  if (call.smoothing < 1) losses.ce += (1 - call.smoothing) * (log_sum - label_logit * kLogitScale);
-  if (call.smoothing > 0) losses.ce += call.smoothing * (log_sum - row.logits * call.share);
+  if (smoothing < 1) losses.ce += (1 - smoothing) * (log_sum + (top - label_logit * kLogitScale));
+  if (smoothing > 0) losses.ce += smoothing * (log_sum + (top - row.logits * call.share));
   if (label == kWrongLabel) losses.ce = double(NAN);
   return losses;
 }

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.dispatch import Backend, select
-from fastkd.losses import checks
+from fastkd.losses import checks, pairs
 from fastkd.ops.attention import (
     MapParameters,
     TransferParameters,
@@ -23,6 +23,7 @@ _REDUCTIONS = ("none", "sum", "mean")
 _RESIZES = ("adaptive_avg_pool",)
 
 
+@checks.keywords
 def attention_map(
     features: Tensor,
     *,
@@ -33,31 +34,41 @@ def attention_map(
     channel_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""Where a network looks: the magnitude of its features at each position.
+    r"""Compute spatial attention maps: the magnitude of features at each position.
 
     Over the channels `A_i`, `kind` is `"sum"` for `F = Σ|A_i|`, `"sum_pow"` for `Σ|A_i|^p`,
     `"max_pow"` for `max |A_i|^p`. The map is `Q = vec(F) / max(‖vec(F)‖₂, eps)`. Its gradient
     reaches a feature through `p · |A_i|^(p−1) · sign(A_i)`; at a tie of the maximum it goes to
     the lowest channel, and a sample whose map is all zero has a zero map and a zero gradient.
+    `attention_transfer_loss` compares the maps of two networks.
 
     Args:
         features: `(B, C, *spatial)`, or with `channel_dim=-1` tokens `(B, N, C)`; float32,
             float16, bfloat16 or float64, in any memory layout.
-        kind: `"sum"`, `"sum_pow"` or `"max_pow"`.
-        p: the exponent of the two pow kinds, any real number >= 1; None is 2. `"sum"` takes
-            None or 1.
-        normalize: divide each sample's map by its L2 norm.
-        eps: the least norm to divide by, above 0.
-        channel_dim: the dimension of the channels; not 0.
-        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+        kind: `"sum"`, `"sum_pow"` or `"max_pow"`. Default: `"sum_pow"`.
+        p: the exponent of the two pow kinds, any real number >= 1; `"sum"` takes None or 1.
+            Default: None, which is 2 (1 for `"sum"`).
+        normalize: divide each sample's map by its L2 norm. Default: True.
+        eps: the least norm to divide by, above 0. Default: 1e-12.
+        channel_dim: the dimension of the channels; not 0. Default: 1.
+        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
+            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
+            one than the machine could offer warns with `FallbackWarning`, which says how to silence
+            it.
 
     Returns:
-        The maps, `(B, positions)`, in float32 (float64 for float64 features).
+        The maps, `(B, positions)`, in float32 (float64 for float64 features). Positions are in
+        the order of the features' dimensions: `.view(B, H, W)` makes images.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument is out of its range, or there are no channels or positions.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Example:
+        >>> maps = fastkd.attention_map(torch.randn(8, 64, 16, 16))
+        >>> maps.shape
+        torch.Size([8, 256])
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
@@ -80,6 +91,7 @@ def attention_map(
     return reference.unit(raw, eps) if normalize else raw
 
 
+@checks.keywords
 def attention_transfer_loss(
     student: Tensor | Iterable[Tensor],
     teacher: Tensor | Iterable[Tensor],
@@ -89,40 +101,50 @@ def attention_transfer_loss(
     distance: str = "norm",
     order: float | None = None,
     beta: float = 1.0,
+    pair_weights: Iterable[float] | None = None,
     resize: str | None = None,
     reduction: str = "mean",
     eps: float = 1e-12,
     channel_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""The distance between the student's and the teacher's normalised attention maps.
+    r"""Compute the distance between the student's and the teacher's normalised attention maps.
 
     `distance="norm"` is the paper's equation, `(beta/2) · Σ_j mean_b ‖Q_S − Q_T‖_order`;
-    `distance="mse"` is the authors' released code, `beta · Σ_j mean_{b,i} (Q_S − Q_T)²`, without
-    the half. No constant converts one into the other. Maps are those of `attention_map`; the
-    gradient of a norm at 0 is 0.
+    `distance="mse"` is the mean of squared differences, `beta · Σ_j mean_{b,i} (Q_S − Q_T)²`,
+    without the half, as the authors' released code computes it. No constant converts one into the
+    other. Maps are those of `attention_map`; the gradient of a norm at 0 is 0. The module is
+    `fastkd.nn.AttentionTransferLoss`.
 
     Args:
         student: features `(B, C, *spatial)`, or a sequence (any iterable) of them: the pairs j.
             float32, float16, bfloat16 or float64, in any memory layout.
-        teacher: as many features; channels, dtype and layout may differ within a pair. They
-            receive their gradient if they require one.
-        kind: `"sum"`, `"sum_pow"` or `"max_pow"`, see `attention_map`.
-        p: the exponent of the map, any real number >= 1; None is 2 (1 for `"sum"`).
-        distance: `"norm"` or `"mse"`.
-        order: of the norm, any real number >= 1 or `math.inf`; None is 2. `"mse"` takes None
-            or 2. At order infinity, positions that tie share the gradient.
-        beta: the weight of the loss. The paper uses about 1e3 with `"mse"`.
-        resize: None: spatial sizes that differ are an error. `"adaptive_avg_pool"`: the larger
-            features, `(B, C, H, W)`, are pooled to the smaller size before the map.
-        reduction: `"mean"` or `"sum"` over the batch, or `"none"` for `(pairs, B)` (for `"mse"`
-            the mean over each sample's positions). Pairs are summed.
-        eps: the least norm that a map is divided by, above 0.
-        channel_dim: the dimension of the channels; -1 for tokens `(B, N, C)`.
-        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+        teacher: as many features, on the same device, with the spatial sizes of the student's;
+            channels, dtype and layout may differ within a pair. All pairs have one batch size B.
+            They receive their gradient if they require one.
+        kind: `"sum"`, `"sum_pow"` or `"max_pow"`, see `attention_map`. Default: `"sum_pow"`.
+        p: the exponent of the map, any real number >= 1. Default: None, which is 2 (1 for
+            `"sum"`).
+        distance: `"norm"` or `"mse"`. Default: `"norm"`.
+        order: of the norm, any real number >= 1 or `math.inf`; `"mse"` takes None or 2. At order
+            infinity, positions that tie share the gradient. Default: None, which is 2.
+        beta: the weight of the loss. Usual: 1000 with `"mse"`, near 1 with `"norm"`. Default: 1.0.
+        pair_weights: one finite number for each pair, in a sequence or a NumPy array, which
+            multiplies the pair's loss under every reduction. Default: None, 1 for each.
+        resize: `"adaptive_avg_pool"` pools the larger features, `(B, C, H, W)`, to the smaller
+            size before the map. Default: None, sizes that differ are an error.
+        reduction: `"mean"` or `"sum"` over the batch, where pairs are summed; or `"none"` for one
+            loss per sample (for `"mse"` the mean over its positions). Default: `"mean"`.
+        eps: the least norm that a map is divided by, above 0. Default: 1e-12.
+        channel_dim: the dimension of the channels; -1 for tokens `(B, N, C)`. Default: 1.
+        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
+            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
+            one than the machine could offer warns with `FallbackWarning`, which says how to silence
+            it.
 
     Returns:
-        The loss in float32 (float64 if an input is float64); 0 for an empty batch.
+        A scalar; with `reduction="none"` `(B,)` for tensors, `(pairs, B)` for sequences. In float32
+        (float64 if an input is float64); 0 for an empty batch.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -130,12 +152,20 @@ def attention_transfer_loss(
             or an argument is out of its range.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
 
-    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2.
+    Example:
+        >>> student = [torch.randn(8, c, s, s, requires_grad=True) for c, s in ((16, 32), (32, 16))]
+        >>> teacher = [torch.randn(8, c, s, s) for c, s in ((64, 32), (128, 16))]
+        >>> loss = fastkd.attention_transfer_loss(student, teacher, distance="mse", beta=1000.0)
+        >>> loss.backward()
+
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2; for
+    `"mse"`, `at_loss` of their code (szagoruyko/attention-transfer, `utils.py`).
     """
-    students, teachers, is_sequence = checks.pairs(student, teacher)
+    students, teachers, is_sequence = pairs.check(student, teacher)
     exponent = _exponent(kind, p)
     norm_order = _order(distance, order)
     beta = checks.number("beta", beta)
+    weights = pairs.check_weights(pair_weights, len(students))
     eps = checks.number("eps", eps, above=0)
     channel_dim = checks.integer("channel_dim", channel_dim)
     if resize is not None:
@@ -146,25 +176,30 @@ def attention_transfer_loss(
         students, teachers = _pool_larger(students, teachers, channel_dim, is_sequence)
     _check_positions(students, teachers, channel_dim, is_sequence)
     chosen = select("attention_transfer_loss", (*students, *teachers), backend)
-    if chosen == "reference":
-        return reference.attention_transfer_loss(
+
+    def of_pairs(students: list[Tensor], teachers: list[Tensor], factor: float) -> Tensor:
+        if chosen == "reference":
+            return reference.attention_transfer_loss(
+                students,
+                teachers,
+                kind=kind,
+                p=exponent,
+                distance=distance,
+                order=norm_order,
+                beta=beta * factor,
+                reduction=reduction,
+                eps=eps,
+                channel_dim=channel_dim,
+            )
+        return attention_transfer(
             students,
             teachers,
-            kind=kind,
-            p=exponent,
-            distance=distance,
-            order=norm_order,
-            beta=beta,
-            reduction=reduction,
-            eps=eps,
-            channel_dim=channel_dim,
+            TransferParameters(distance, norm_order, beta * factor, reduction),
+            MapParameters(kind, exponent, eps, channel_dim, chosen),
         )
-    return attention_transfer(
-        students,
-        teachers,
-        TransferParameters(distance, norm_order, beta, reduction),
-        MapParameters(kind, exponent, eps, channel_dim, chosen),
-    )
+
+    loss = pairs.total(of_pairs, students, teachers, weights)
+    return loss if is_sequence or reduction != "none" else loss[0]
 
 
 def _exponent(kind: str, p: float | None) -> float:
@@ -206,16 +241,12 @@ def _spatial(features: Tensor, channel_dim: int) -> tuple[int, ...]:
     return tuple(features.shape[1:axis]) + tuple(features.shape[axis + 1 :])
 
 
-def _names(is_sequence: bool, index: int) -> tuple[str, str]:
-    return (f"student[{index}]", f"teacher[{index}]") if is_sequence else ("student", "teacher")
-
-
 def _check_pairs(
     students: list[Tensor], teachers: list[Tensor], channel_dim: int, is_sequence: bool
 ) -> None:
     """Each feature map by itself, and the batch sizes."""
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        names = _names(is_sequence, index)
+        names = pairs.names(is_sequence, index)
         _check_features(names[0], student, channel_dim)
         _check_features(names[1], teacher, channel_dim)
         if student.shape[0] != teacher.shape[0] or student.shape[0] != students[0].shape[0]:
@@ -230,7 +261,7 @@ def _check_positions(
 ) -> None:
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         if _spatial(student, channel_dim) != _spatial(teacher, channel_dim):
-            names = _names(is_sequence, index)
+            names = pairs.names(is_sequence, index)
             raise ValueError(
                 f"{names[0]} and {names[1]} must have the same spatial size, "
                 f"got {tuple(student.shape)} and {tuple(teacher.shape)}; "
@@ -245,7 +276,7 @@ def _pool_larger(
     for index, pair in enumerate(zip(students, teachers, strict=True)):
         sizes = [_spatial(features, channel_dim) for features in pair]
         if sizes[0] != sizes[1] and any(f.ndim != 4 or channel_dim % f.ndim != 1 for f in pair):
-            names = _names(is_sequence, index)
+            names = pairs.names(is_sequence, index)
             raise ValueError(
                 'resize="adaptive_avg_pool" needs features (B, C, H, W) with channel_dim=1, got '
                 f"{names[0]} {tuple(pair[0].shape)} and {names[1]} {tuple(pair[1].shape)} with "

@@ -1,14 +1,39 @@
 """Checks that the losses share. Each raises in the user's words, before any kernel runs."""
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose error names the keywords where too much comes by position."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    most = len(positional)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > most:
+            raise TypeError(
+                f"{function.__name__}() takes {most} positional arguments "
+                f"({', '.join(positional)}), got {len(args)}; the others are given by name, as "
+                f"{named[0]}=...: {', '.join(named)}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def floating(*named: tuple[str, Any]) -> None:
@@ -161,29 +186,3 @@ def items(value: Any) -> list[Any] | None:
     except TypeError:
         return None
     return list(iterator)
-
-
-def pairs(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]:
-    """Student and teacher as equally long lists, and whether sequences came in."""
-    students, teachers = items(student), items(teacher)
-    is_sequence = students is not None
-    if is_sequence != (teachers is not None):
-        raise TypeError(
-            "student and teacher must both be tensors or both be sequences of tensors, "
-            f"got {type(student).__name__} and {type(teacher).__name__}"
-        )
-    if students is None or teachers is None:
-        students, teachers = [student], [teacher]
-    if len(students) != len(teachers):
-        raise ValueError(
-            "student and teacher must have the same number of feature maps, "
-            f"got {len(students)} and {len(teachers)}"
-        )
-    if not students:
-        raise ValueError("student and teacher must hold at least one pair, got none")
-    for index, (one, other) in enumerate(zip(students, teachers, strict=True)):
-        names = [f"{side}[{index}]" if is_sequence else side for side in ("student", "teacher")]
-        floating((names[0], one), (names[1], other))
-        same_device(names[0], one, names[1], other)
-        same_device("student[0]", students[0], names[0], one)
-    return students, teachers, is_sequence

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fastkd.dispatch import Backend, select
-from fastkd.losses import checks
+from fastkd.losses import checks, pairs
 from fastkd.ops.hint import Parameters, hint
 from fastkd.reference import hint as reference
 from fastkd.reference.precision import compute_dtype
@@ -13,39 +13,48 @@ from fastkd.reference.precision import compute_dtype
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
+@checks.keywords
 def hint_loss(
     student: Tensor | Iterable[Tensor],
     teacher: Tensor | Iterable[Tensor],
     *,
     regressor_weight: Tensor | None = None,
     regressor_bias: Tensor | None = None,
+    pair_weights: Iterable[float] | None = None,
     reduction: str = "batchmean",
     half: bool = True,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""Half the squared distance between the student's (guided) and the teacher's (hint) features.
+    r"""Compute half the squared distance between the student's and the teacher's features.
 
     `½ ‖r(student) − teacher‖²`, summed over everything but the batch and averaged over the batch.
     `half=False, reduction="mean"` is `F.mse_loss`. The gradient of one element of `r(student)` is
-    the difference, over the same divisor.
+    the difference, over the same divisor. The module `fastkd.nn.HintLoss` owns the regressor r.
 
     Args:
         student: features `(B, C_s, *spatial)` of at least two dimensions, or a sequence (any
-            iterable) of them; float32, float16, bfloat16 or float64, in any memory layout.
+            iterable) of them: the pairs; float32, float16, bfloat16 or float64, in any memory
+            layout.
         teacher: as many features of the same shape and device (`C_t` channels where there is a
-            regressor); dtype and layout may differ. They receive their gradient if they require
-            one.
+            regressor); dtype and layout may differ. Batch sizes are equal within a pair, and
+            between pairs with `reduction="none"`. They receive their gradient if they require one.
         regressor_weight: `(C_t, C_s)` or `(C_t, C_s, 1, 1)`: r is this 1×1 convolution, computed
             in float32 (float64 for float64 inputs). It receives its gradient and serves every
-            pair of a sequence.
-        regressor_bias: `(C_t,)`, with a weight only.
-        reduction: `"batchmean"`, `"sum"`, `"mean"` over all elements, or `"none"` for one loss
-            per sample: `(B,)`, and `(pairs, B)` for sequences. Pairs are summed.
-        half: the paper's factor ½.
-        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+            pair of a sequence. Default: None, r is the identity.
+        regressor_bias: `(C_t,)`, with a weight only. Default: None.
+        pair_weights: one finite number for each pair, in a sequence or a NumPy array, which
+            multiplies the pair's loss under every reduction. Default: None, 1 for each.
+        reduction: `"batchmean"`, `"sum"`, `"mean"` over all elements of a pair, where pairs are
+            summed; or `"none"` for one loss per sample. Default: `"batchmean"`.
+        half: the paper's factor ½. Usual: False with `"mean"` and a weight of 100. Default: True.
+        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
+            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
+            one than the machine could offer warns with `FallbackWarning`, which says how to silence
+            it.
 
     Returns:
-        The loss in float32 (float64 if an input is float64); 0 for an empty batch.
+        A scalar; with `reduction="none"` `(B,)` for tensors, `(pairs, B)` for sequences. In float32
+        (float64 if an input is float64); 0 for an empty batch.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -53,28 +62,40 @@ def hint_loss(
             without a weight, or an argument is out of its range.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
 
+    Example:
+        >>> student = torch.randn(8, 32, 16, 16, requires_grad=True)
+        >>> teacher = torch.randn(8, 64, 16, 16)
+        >>> weight = torch.randn(64, 32, requires_grad=True)
+        >>> fastkd.hint_loss(student, teacher, regressor_weight=weight).backward()
+
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
     """
-    students, teachers, is_sequence = checks.pairs(student, teacher)
+    students, teachers, is_sequence = pairs.check(student, teacher)
+    weights = pairs.check_weights(pair_weights, len(students))
     checks.choice("reduction", reduction, _REDUCTIONS)
     half = checks.flag("half", half)
     _check_features(students, teachers, regressor_weight, regressor_bias, is_sequence)
-    if reduction == "none" and len({t.shape[0] for t in teachers}) > 1:
-        raise ValueError(
-            'reduction="none" needs the same batch size in every pair, '
-            f"got {[t.shape[0] for t in teachers]}"
-        )
+    batches = [t.shape[0] for t in teachers]
+    if reduction == "none" and any([batch != batches[0] for batch in batches]):
+        raise ValueError(f'reduction="none" needs the same batch size in every pair, got {batches}')
     regressor = (regressor_weight, regressor_bias)
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
     if regressor_weight is not None:
         dtype = compute_dtype(*students, *teachers, regressor_weight)
         students = [reference.regress(s, regressor_weight, regressor_bias, dtype) for s in students]
-    if chosen == "reference":
-        losses = reference.hint_loss(students, teachers, reduction=reduction, half=half)
-    else:
-        parameters = Parameters(0.5 if half else 1.0, reduction, chosen)
-        losses = hint(students, teachers, regressor_weight is not None, parameters)
-    return losses if is_sequence or reduction != "none" else losses[0]
+    consumes = regressor_weight is not None
+    scale = 0.5 if half else 1.0
+
+    def of_pairs(students: list[Tensor], teachers: list[Tensor], factor: float) -> Tensor:
+        if chosen == "reference":
+            return reference.hint_loss(
+                students, teachers, reduction=reduction, scale=scale * factor
+            )
+        parameters = Parameters(scale * factor, reduction, chosen)
+        return hint(students, teachers, consumes, parameters)
+
+    loss = pairs.total(of_pairs, students, teachers, weights)
+    return loss if is_sequence or reduction != "none" else loss[0]
 
 
 def _check_features(

@@ -88,7 +88,7 @@ def _warn_once_of_one_class() -> None:
     warnings.warn(
         "logits with a single class: softmax is 1 whatever they hold, so the loss is 0 for ever. "
         "Two classes are made of one logit z by torch.stack([torch.zeros_like(z), z], dim)",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -96,8 +96,32 @@ def _warn_of_one_class() -> None:
     _warn_once_of_one_class()
 
 
+@functools.cache
+def _warn_once_of_last_dim() -> None:
+    warnings.warn(
+        "logits of 4 or more dimensions have their classes in the last one unless dim is given: "
+        "pass dim=1 for (N, C, H, W), or the last dimension as a positive number, dim=3 of 4, "
+        "which does not warn",
+        stacklevel=6,
+    )
+
+
+def _warn_of_last_dim() -> None:
+    _warn_once_of_last_dim()
+
+
 # Called while a function is compiled, and not part of the graph.
 _warn_of_one_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_of_last_dim._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_last_dim(logits: Tensor, dim: int, labels: Tensor | None = None) -> None:
+    """Warn once in the process where a last dimension may be meant to be the width of images.
+
+    Labels tell which dimension has the classes, unless their shape fits both.
+    """
+    if dim == -1 and logits.ndim >= 4 and (labels is None or _fit_dim_1(logits, labels)):
+        _warn_of_last_dim()
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) -> Tensor:
@@ -109,9 +133,10 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
     checks.same_device("student_logits", logits, "labels", labels)
     rows = logits.shape[:dim] + logits.shape[dim + 1 :]
     if labels.shape != rows:
+        remedy = "; dim=1 says that the classes come second, as in (N, C, H, W)"
         raise ValueError(
             f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
-            f"got {tuple(labels.shape)}"
+            f"got {tuple(labels.shape)}{remedy if _fit_dim_1(logits, labels) else ''}"
         )
     if labels.dtype == torch.int64:
         return labels
@@ -123,6 +148,11 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
     if _has_values(wide) and too_large.any():
         raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
     return wide.masked_fill(too_large, -2 if ignore_index == -1 else -1)
+
+
+def _fit_dim_1(logits: Tensor, labels: Tensor) -> bool:
+    """Whether the labels are those of `(N, C, *spatial)`."""
+    return logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]
 
 
 def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -12,10 +12,11 @@ from fastkd.ops.soft_target_ensemble import soft_target_ensemble, soft_target_en
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_WITH_LABELS = ("none", "sum", "batchmean")
 
 
 class DistillationParts(NamedTuple):
-    """What `distillation_loss(..., return_parts=True)` returns.
+    """The result of `distillation_loss(..., return_parts=True)`, each part reduced as the loss is.
 
     Attributes:
         loss: `hard_weight * hard + soft_weight * soft`, differentiable.
@@ -28,6 +29,7 @@ class DistillationParts(NamedTuple):
     soft: Tensor
 
 
+@checks.keywords
 def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Iterable[Tensor],
@@ -39,46 +41,63 @@ def soft_target_loss(
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""The KL divergence from the student's softened distribution to the teacher's.
+    r"""Compute the KL divergence from the student's softened distribution to the teacher's.
 
-    With `p = softmax(teacher/T)` and `q = softmax(student/T)` along `dim`, each row's loss is
-    `T^2 * sum(p * (log p - log q))`, and its gradient `T * (q - p)`. A row is one distribution:
-    `dim=1` serves `(N, C, H, W)` segmentation logits, without a copy.
+    With `p = softmax(teacher/T)` and `q = softmax(student/T)` along `dim`, the loss of a row is
+    `T^2 * sum(p * (log p - log q))` and its gradient `T * (q - p)`. A row is one distribution. The
+    module is `fastkd.nn.SoftTargetLoss`; with labels, `distillation_loss` reads the logits once for
+    both terms.
 
     Args:
-        student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
-            float64. `-inf` excludes a class.
-        teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one. A sequence (any iterable) of up to 64 such tensors is an ensemble,
-            with the target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of
-            logits.
-        temperature: T, above 0.
+        student_logits: unnormalised scores of any shape with at least one dimension, in float32,
+            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
+        teacher_logits: the same shape and device as `student_logits`; the dtype may differ. It
+            receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
+            tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
+            probabilities, not of logits.
+        temperature: T, above 0; papers on images use 4. Default: 1.0.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
-        reduction: `"none"` for one loss per row (the input's shape without `dim`), `"sum"`,
-            `"batchmean"` for the sum over the number of rows, `"mean"` for the sum over
-            rows × classes (what `torch.nn.KLDivLoss` calls mean: K times smaller).
-        dim: the dimension of the classes.
+            Default: True.
+        reduction: `"batchmean"` for the sum over the number of rows, `"sum"`, `"mean"` for the sum
+            over rows × classes (what `torch.nn.KLDivLoss` calls mean: K times smaller), or `"none"`
+            for one loss per row. Rows are all positions: B·L of `(B, L, K)`, N·H·W of
+            `(N, C, H, W)`. Default: `"batchmean"`.
+        dim: the dimension of the classes: 1 for the `(N, C, H, W)` of segmentation, which is not
+            copied. Default: -1, with one warning in the process for logits of 4 or more dimensions;
+            the last dimension as a positive number, such as 3, does not warn.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
-            which are divided by their sum: a sequence or a NumPy array; None weighs all teachers
-            alike. A teacher of weight 0 is not looked at.
-        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+            in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
+            not read. Default: None, all teachers weigh the same.
+        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
+            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
+            one than the machine could offer warns with `FallbackWarning`, which says how to silence
+            it.
 
     Returns:
-        The loss in float32 (float64 if an input is float64). 0 for an empty batch; `+inf` for a
-        row in which the student excludes a class that a teacher does not; NaN for a row that holds
-        NaN.
+        A scalar; with `reduction="none"` a tensor of the logits' shape without `dim`. In float32
+        (float64 if an input is float64). 0 for an empty batch; `+inf` for a row in which the
+        student excludes a class that a teacher does not; NaN for a row that holds NaN.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
+        TypeError: an argument is of the wrong type or dtype, or a keyword is given by position.
         ValueError: shapes or devices differ, or an argument is out of its range.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Example:
+        >>> student = torch.randn(64, 100, requires_grad=True)
+        >>> teacher = torch.randn(64, 100)
+        >>> fastkd.soft_target_loss(student, teacher, temperature=4.0).backward()
+        >>> pixels = torch.randn(2, 19, 8, 8)
+        >>> fastkd.soft_target_loss(pixels, pixels, dim=1, reduction="none").shape
+        torch.Size([2, 8, 8])
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
     section 2; section 1 for ensembles, of which this takes the arithmetic mean.
     """
-    dim, teachers, weights, unused = logits.check_logits(
+    axis, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
+    logits.check_last_dim(student_logits, dim)
     temperature = checks.number("temperature", temperature, above=0)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
@@ -91,11 +110,11 @@ def soft_target_loss(
             temperature=temperature,
             scale_t2=scale_t2,
             reduction=reduction,
-            dim=dim,
+            dim=axis,
         )
         return _tied(loss, unused)
     weight = temperature * temperature if scale_t2 else 1.0
-    parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, dim, chosen)
+    parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, axis, chosen)
     if len(teachers) == 1:
         loss = soft_target(student_logits, teachers[0], None, parameters)
     else:
@@ -114,6 +133,7 @@ def distillation_loss(
     hard_weight: float = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    reduction: str = ...,
     dim: int = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
@@ -132,6 +152,7 @@ def distillation_loss(
     hard_weight: float = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    reduction: str = ...,
     dim: int = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
@@ -139,6 +160,7 @@ def distillation_loss(
 ) -> DistillationParts: ...
 
 
+@checks.keywords
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Iterable[Tensor],
@@ -149,56 +171,80 @@ def distillation_loss(
     hard_weight: float = 0.1,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    reduction: str = "batchmean",
     dim: int = -1,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | DistillationParts:
-    r"""Soft targets and hard labels together, from one read of the logits.
+    r"""Compute soft targets and hard labels together, from one read of the logits.
 
     `hard_weight * CE(student, labels) + soft_weight * T^2 * KL(softmax(teacher/T) ‖
     softmax(student/T))`, both averaged over the rows whose label is not `ignore_index`. The
-    cross-entropy is at temperature 1.
+    cross-entropy is at temperature 1. The module is `fastkd.nn.DistillationLoss`; without labels,
+    see `soft_target_loss`.
 
     Args:
-        student_logits: any shape with at least one dimension; float32, float16, bfloat16 or
-            float64. `-inf` excludes a class.
-        teacher_logits: the same shape and device; its dtype may differ. It receives its gradient
-            if it requires one. A sequence (any iterable) of up to 64 such tensors is an ensemble,
-            with the target `p = sum(w * softmax(teacher/T))`: the mean of probabilities, not of
-            logits.
-        labels: classes in any integer dtype, of the logits' shape without `dim`. int64 labels are
-            not copied.
-        temperature: T, above 0, of the soft term only.
-        soft_weight: the weight of the soft term; 0 switches it off.
+        student_logits: unnormalised scores of any shape with at least one dimension, in float32,
+            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
+        teacher_logits: the same shape and device as `student_logits`; the dtype may differ. It
+            receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
+            tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
+            probabilities, not of logits.
+        labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
+            device. int64 labels are not copied.
+        temperature: T, above 0, of the soft term only. Default: 4.0.
+        soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
+            on ImageNet. Default: 0.9.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
-            independent: they need not sum to 1.
-        ignore_index: rows with this label contribute nothing and count for nothing.
+            independent: they need not sum to 1. Default: 0.1.
+        ignore_index: rows with this label contribute nothing and count for nothing, in both terms.
+            Default: -100.
         label_smoothing: in [0, 1]; the hard target is `(1 - label_smoothing) * one_hot +
-            label_smoothing / K`.
-        dim: the dimension of the classes.
+            label_smoothing / K`. Default: 0.0.
+        reduction: `"batchmean"` for the sum over the number of rows that count, `"sum"` over these
+            rows, or `"none"` for one loss per row, which is 0 where the row is ignored. `"mean"`
+            is refused: a cross-entropy's is over rows, that of `torch.nn.KLDivLoss` over rows ×
+            classes. Default: `"batchmean"`.
+        dim: the dimension of the classes: 1 for the `(N, C, H, W)` of segmentation, which is not
+            copied. Default: -1, with one warning in the process where logits of 4 or more
+            dimensions have labels that fit `dim=1` as well; the last dimension as a positive
+            number, such as 3, does not warn.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
-            which are divided by their sum: a sequence or a NumPy array; None weighs all teachers
-            alike. A teacher of weight 0 is not looked at.
-        return_parts: return a `DistillationParts` in place of the loss.
-        backend: `"native"`, `"triton"` or `"reference"`; None picks the best one available.
+            in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
+            not read. Default: None, all teachers weigh the same.
+        return_parts: return a `DistillationParts` in place of the loss. Default: False.
+        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
+            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
+            one than the machine could offer warns with `FallbackWarning`, which says how to silence
+            it.
 
     Returns:
-        The loss in float32 (float64 if an input is float64); 0, with a zero gradient, if every
-        row is ignored.
+        A scalar; with `reduction="none"` a tensor of the labels' shape. In float32 (float64 if an
+        input is float64). 0, with a zero gradient, if every row is ignored. With `return_parts` the
+        tuple `(loss, hard, soft)` of such tensors.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
+        TypeError: an argument is of the wrong type or dtype, or a keyword is given by position.
         ValueError: shapes or devices differ, an argument is out of its range, or a label is
-            neither a class nor `ignore_index`. On a GPU a label cannot be looked at without
-            stopping the queue: there the kernels make the loss and the row's gradient NaN, and with
-            the reference torch's own device-side assertion reports it.
+            neither a class nor `ignore_index`. On a GPU a check of the labels would synchronise the
+            stream: there the kernels make the loss and the row's gradient NaN, and with the
+            reference torch's own device-side assertion reports it.
         BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    Example:
+        >>> student = torch.randn(64, 100, requires_grad=True)
+        >>> teacher, labels = torch.randn(64, 100), torch.randint(100, (64,))
+        >>> loss = fastkd.distillation_loss(student, teacher, labels, temperature=4.0)
+        >>> loss.backward()
+        >>> parts = fastkd.distillation_loss(student, teacher, labels, return_parts=True)
+        >>> parts._fields
+        ('loss', 'hard', 'soft')
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
     section 2 (the weighted average of two objectives).
     """
-    dim, teachers, weights, unused = logits.check_logits(
+    axis, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
     temperature = checks.number("temperature", temperature, above=0)
@@ -207,11 +253,13 @@ def distillation_loss(
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     return_parts = checks.flag("return_parts", return_parts)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    labels = logits.check_labels(student_logits, labels, ignore_index, dim)
+    _check_reduction(reduction)
+    labels = logits.check_labels(student_logits, labels, ignore_index, axis)
+    logits.check_last_dim(student_logits, dim, labels)
     chosen = select("distillation_loss", (student_logits, *teachers), backend, (labels,))
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
-        logits.check_label_range(labels, student_logits.shape[dim], ignore_index)
+        logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
     if chosen == "reference":
         loss, hard, soft = reference.distillation_loss(
             student_logits,
@@ -223,7 +271,8 @@ def distillation_loss(
             hard_weight=hard_weight,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
-            dim=dim,
+            reduction=reduction,
+            dim=axis,
         )
         loss = _tied(loss, unused)
         return DistillationParts(loss, hard.detach(), soft.detach()) if return_parts else loss
@@ -234,8 +283,8 @@ def distillation_loss(
         hard_weight,
         label_smoothing,
         ignore_index,
-        "batchmean",
-        dim,
+        reduction,
+        axis,
         chosen,
     )
     if not return_parts:
@@ -251,6 +300,16 @@ def distillation_loss(
             student_logits, teachers, weights, labels, parameters
         )
     return DistillationParts(_tied(loss, unused), hard, soft)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction == "mean":
+        raise ValueError(
+            'reduction="mean" has two meanings here: a cross-entropy\'s is over rows, that of '
+            'torch.nn.KLDivLoss over rows × classes; "batchmean" divides both terms by the rows '
+            "that count"
+        )
+    checks.choice("reduction", reduction, _WITH_LABELS)
 
 
 def _tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:

@@ -25,12 +25,14 @@ from fastkd.ops.library import (
     wants_gradient,
 )
 from fastkd.reference.precision import compute_dtype
+from fastkd.reference.soft_target import LOGIT_SCALE
 
 # Per row: maximum and sum of exponentials of student and teacher at T, the student's sum at
 # temperature 1, the KL divergence and the cross-entropy. These two are multiplied by 2^-24, so that
 # those of any finite logits are finite. All that backward needs of a row. After the last row come
 # the parts of the loss, `(hard, T² KL)`, and the number of rows that count.
 STATISTICS = 7
+KL, CROSS_ENTROPY = 5, 6
 PARTS = 3
 
 PARAMETERS = (
@@ -226,5 +228,9 @@ def soft_target_parts(
         loss, statistics = SoftTarget.record(student, teacher, labels, True, p)
     else:
         loss, statistics, _ = forward(student, teacher, labels, True, False, p)
+    if p.reduction == "none":
+        rows = statistics[:-PARTS].view(*loss.shape, STATISTICS)
+        t2 = p.temperature * p.temperature
+        return loss, rows[..., CROSS_ENTROPY] / LOGIT_SCALE, rows[..., KL] * t2 / LOGIT_SCALE
     # Copies, because a part that is kept for a log would keep the statistics of all rows.
     return loss, statistics[-3].clone(), statistics[-2].clone()

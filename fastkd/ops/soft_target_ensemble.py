@@ -145,7 +145,8 @@ def to_teachers(
         factor = factor / max(count, 1)
     else:
         ignored = (labels == p.ignore_index)[..., None]
-        factor = factor / (~ignored).sum().clamp(min=1)
+        if p.reduction == "batchmean":
+            factor = factor / (~ignored).sum().clamp(min=1)
         # Filled first, because an ignored row may hold NaN or infinity.
         student, *logits = (x.masked_fill(ignored, 0) for x in (student, *logits))
         factor = factor.masked_fill(ignored, 0)
@@ -253,6 +254,16 @@ def soft_target_ensemble_parts(
     p: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
+    if p.reduction == "none":
+        # The kernels keep no numbers of a row: each part is a loss of its own.
+        sides = student.detach(), [t.detach() for t in teachers]
+        hard, soft = (
+            forward(
+                *sides, labels, False, False, weights, p._replace(soft_weight=s, hard_weight=h)
+            )[0]
+            for s, h in ((0.0, 1.0), (p.temperature * p.temperature, 0.0))
+        )
+        return soft_target_ensemble(student, teachers, weights, labels, p), hard, soft
     if wants_gradient(student, *teachers):
         loss, parts = SoftTargetEnsemble.record(True, weights, p, labels, student, *teachers)
     else:

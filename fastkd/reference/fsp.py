@@ -13,10 +13,9 @@ from fastkd.reference.hint import hint_loss
 Pair = tuple[Tensor, Tensor]
 
 
-def fsp_loss(students: Sequence[Pair], teachers: Sequence[Pair], *, dtype: torch.dtype) -> Tensor:
+def fsp_loss(flows: Sequence[Tensor], targets: Sequence[Tensor], *, scale: float) -> Tensor:
     """`‖G_T − G_S‖_F²` of each sample, averaged over the batch and summed over the pairs."""
-    grams = ([flow(pair, dtype) for pair in side] for side in (students, teachers))
-    return hint_loss(*grams, reduction="batchmean", half=False)
+    return hint_loss(flows, targets, reduction="batchmean", scale=scale)
 
 
 def max_pool(features: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:

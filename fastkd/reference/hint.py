@@ -30,11 +30,10 @@ def hint_loss(
     teachers: Sequence[Tensor],
     *,
     reduction: str,
-    half: bool,
+    scale: float,
 ) -> Tensor:
-    """`½‖student − teacher‖²` of each sample, `(pairs, B)`, reduced."""
+    """`scale · ‖student − teacher‖²` of each sample, `(pairs, B)`, reduced."""
     dtype = compute_dtype(*students, *teachers)
-    scale = 0.5 if half else 1.0
     losses = torch.zeros((), dtype=dtype, device=students[0].device)
     rows = []
     for student, teacher in zip(students, teachers, strict=True):

@@ -161,9 +161,10 @@ def distillation_loss(
     hard_weight: float,
     ignore_index: int,
     label_smoothing: float,
+    reduction: str,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * KL`, over kept rows."""
+    """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * KL`, of kept rows."""
     dtype = compute_dtype(student, *teachers)
     classes = student.shape[dim]
     kept = (labels != ignore_index).reshape(-1)
@@ -172,7 +173,8 @@ def distillation_loss(
         x.to(dtype).movedim(dim, -1).reshape(-1, classes).masked_fill(~kept[:, None], 0)
         for x in (student, *teachers)
     )
-    count = kept.sum().clamp(min=1).to(dtype)
+    count = kept.sum().clamp(min=1) if reduction == "batchmean" else kept.new_ones(())
+    count = count.to(dtype)
     # A weight of 0 switches its term off, also where the term is infinite or NaN.
     with torch.set_grad_enabled(torch.is_grad_enabled() if hard_weight else False):
         classes_kept = labels.reshape(-1).masked_fill(~kept, 0)
@@ -182,14 +184,20 @@ def distillation_loss(
         factor = temperature / count
         lift = lift_for(soft_weight * factor)
         soft = kl_rows(student, teachers, weights, temperature, lift)
+
+    def reduced(rows: Tensor) -> Tensor:
+        return rows.reshape(labels.shape) if reduction == "none" else rows.sum()
+
     loss = sum(map(zero, teachers), zero(student))
+    if reduction == "none":
+        loss = loss.expand(labels.shape).contiguous()
     # A weighted term may be representable where the term itself is not.
     of_hard, of_soft = 1 / LOGIT_SCALE / count, factor / lift / LOGIT_SCALE
     if hard_weight:
-        loss = loss + (hard * (hard_weight * of_hard)).sum()
+        loss = loss + reduced(hard * (hard_weight * of_hard))
     if soft_weight:
-        loss = loss + (soft * (soft_weight * of_soft)).sum()
-    return loss, (hard * of_hard).sum(), (soft * of_soft).sum()
+        loss = loss + reduced(soft * (soft_weight * of_soft))
+    return loss, reduced(hard * of_hard), reduced(soft * of_soft)
 
 
 def zero(x: Tensor) -> Tensor:
