@@ -166,8 +166,9 @@ clean:  ## Remove all that make made
 	FASTKD_BUILD=none $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# For this machine's GPU, or for the CPU alone: kernels for the GPUs of others would take minutes.
 .venv/native: .venv/installed $(CSRC)
-	$(BIN)/python setup.py -q build_ext --inplace
+	$(if $(FASTKD_BUILD)$(FASTKD_CUDA_ARCHS),,FASTKD_CUDA_ARCHS=native )$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(CUDA)/bin/nvcc: | .venv/installed
