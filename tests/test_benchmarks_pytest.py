@@ -22,6 +22,7 @@ from benchmarks.workloads import WORKLOADS  # noqa: E402
 
 # One that each contender of a CPU computes within a millisecond.
 CHOSEN = "soft_target_loss-2-100-float32"
+BRIEF = ("--dtype", "float32", "--benchmark-max-time=0.01")
 
 
 def run(*arguments: str, status: int = 0, **variables: str) -> str:
@@ -60,7 +61,7 @@ def test_every_workload_has_every_contender_that_can_run_here():
 
 
 def test_groups_and_comparison_with_a_saved_run(tmp_path):
-    options = ("--benchmark-max-time=0.01", f"--benchmark-storage={tmp_path}")
+    options = (*BRIEF, f"--benchmark-storage={tmp_path}")
     run(*options, "-k", CHOSEN, "--benchmark-only", "--benchmark-autosave")
     (saved,) = tmp_path.rglob("*.json")
     results = json.loads(saved.read_text())["benchmarks"]
@@ -85,7 +86,7 @@ def test_a_wrong_contender_fails_and_is_not_timed(tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT), *sys.path[1:]])
     result = tmp_path / "result.json"
-    options = ("-p", "wrong", f"--benchmark-json={result}", "--benchmark-max-time=0.01")
+    options = (*BRIEF, "-p", "wrong", f"--benchmark-json={result}")
     output = run(*options, "-k", f"{CHOSEN}-eager or {CHOSEN}-reference", status=1, PYTHONPATH=path)
     assert "1 failed, 1 passed" in output
     assert "status='wrong'" in output
