@@ -9,6 +9,10 @@ SEED ?= 0
 CASES ?= 6
 OUT ?= build/gpu_check
 
+# Packages are unpacked while the kernels compile.
+ifeq ($(MAKECMDGOALS),demo)
+MAKEFLAGS += -j2
+endif
 # With -j, Ninja would ask make for its turn, through files that are not handed down to it.
 unexport MAKEFLAGS
 
@@ -165,10 +169,16 @@ clean:  ## Remove all that make made
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '_native*.so' -delete
 
-.venv/installed: setup.py pyproject.toml
+# What the kernels are compiled with, torch not being part of it.
+.venv/tools: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+	    | xargs $(PIP)
+	@touch $@
+
+.venv/installed: .venv/tools
 	$(PIP) '$(TORCH)'
-	FASTKD_BUILD=none $(PIP) --editable '.[build]'
+	FASTKD_BUILD=none $(PIP) --no-build-isolation --editable .
 	@touch $@
 
 # The packages of some extras; fastkd itself stays as it is. Not two of these at a time.
@@ -177,7 +187,7 @@ clean:  ## Remove all that make made
 	@touch $@
 
 # For this machine's GPU, or for the CPU alone: kernels for the GPUs of others would take minutes.
-.venv/native: .venv/installed $(CSRC)
+.venv/native: .venv/tools $(CSRC)
 	$(if $(FASTKD_BUILD)$(FASTKD_CUDA_ARCHS),,FASTKD_CUDA_ARCHS=native )$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
