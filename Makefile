@@ -12,10 +12,15 @@ CASES ?= 6
 WORKERS ?= 2
 OUT ?= build/gpu_check
 
+# Packages are unpacked while the kernels compile.
+ifeq ($(MAKECMDGOALS),demo)
+MAKEFLAGS += -j2
+endif
 # With -j, Ninja would ask make for its turn, through files that are not handed down to it.
 unexport MAKEFLAGS
 
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
@@ -67,10 +72,14 @@ help:  ## Say what there is to make
 	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, compare, test, cuda-check, bench;'
 	@echo 'PYTHON and TORCH choose what .venv is made of ($(PYTHON), $(TORCH)).'
 
-demo: .venv/native  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
+# The tests run the demo and the benchmarks, too.
+test test-cpu test-triton test-cuda fuzz crashes coverage cuda-check sanitize-cpu sanitize-fuzz \
+    sanitize-cuda: .venv/with-demo,bench,test
+
+demo: .venv/native .venv/with-demo  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
 	$(BIN)/python examples/distill.py $(ARGS)
 
-compare: .venv/native  ## Compare the methods of the literature (ARGS="--help" lists the choices)
+compare: .venv/native .venv/with-demo  ## Compare the methods of the literature (ARGS="--help" lists the choices)
 	$(BIN)/python examples/compare.py $(ARGS)
 
 # At most so many cases of each test, and calls of the fuzz test.
@@ -124,19 +133,19 @@ cuda-check: .venv/native $(CUDA)/bin/nvcc  ## Compile the GPU's kernels and look
 gpu-check:  ## On a GPU: build, test and measure with PYTHON, into OUT
 	$(PYTHON) -m tests.gpu_check --out $(OUT)
 
-lint: .venv/installed  ## Check style, types and the figures of the documents
+lint: .venv/with-bench,lint  ## Check style, types and the figures of the documents
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.readme --check
 
-format: .venv/installed  ## Put the sources into the style that lint checks
+format: .venv/with-lint  ## Put the sources into the style that lint checks
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(FORMATTED)
 
-bench: .venv/native  ## Measure against eager PyTorch and torch.compile
+bench: .venv/native .venv/with-bench  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.train_step --small)
 
@@ -171,18 +180,30 @@ clean:  ## Remove all that make made
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '_native*.so' -delete
 
-.venv/installed: setup.py pyproject.toml
+# What the kernels are compiled with, torch not being part of it.
+.venv/tools: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	FASTKD_BUILD=none $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+	    | xargs $(PIP)
 	@touch $@
 
-.venv/native: .venv/installed $(CSRC)
-	$(BIN)/python setup.py -q build_ext --inplace
+.venv/installed: .venv/tools
+	$(PIP) '$(TORCH)'
+	FASTKD_BUILD=none $(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# The packages of some extras; fastkd itself stays as it is. Not two of these at a time.
+.venv/with-%: .venv/installed
+	flock .venv $(PIP) 'fastkd[$*]'
+	@touch $@
+
+# For this machine's GPU, or for the CPU alone: kernels for the GPUs of others would take minutes.
+.venv/native: .venv/tools $(CSRC)
+	$(if $(FASTKD_BUILD)$(FASTKD_CUDA_ARCHS),,FASTKD_CUDA_ARCHS=native )$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(CUDA)/bin/nvcc: | .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target build/cuda \
+	$(PIP) --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
 .PHONY: help demo compare test test-all test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \

@@ -7,7 +7,15 @@ FASTKD_BUILD says what to compile:
     cpu    the CPU kernels alone, or the install fails
     cuda   the CUDA kernels as well, or the install fails
 
-FASTKD_CUDA_ARCHS narrows what the CUDA kernels are compiled for, such as "80;90".
+FASTKD_CUDA_ARCHS says which GPUs to compile the CUDA kernels for:
+
+    (unset)  those of this machine; on a machine without a GPU the same as all
+    native   those of this machine; without a GPU no CUDA kernels, as if there were no nvcc
+    all      every usual one: compute capability 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0
+    80;9.0   these compute capabilities
+
+PTX of the newest is added, which drivers compile for newer GPUs. Progress goes to stderr, which pip
+shows with -v.
 """
 
 import contextlib
@@ -26,6 +34,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import architectures
 import nvcc
 
 MODES = ("auto", "none", "cpu", "cuda")
@@ -74,6 +83,8 @@ class NativeBuild(build_ext):
         else:
             try:
                 settings, made = cuda()
+                say(f"compiling CPU kernels, and CUDA kernels {made}")
+                say("this takes minutes where nothing was compiled before")
                 self.compile(module, compiler, settings)
                 self.cuda = f"compiled {made}"
                 return
@@ -81,6 +92,7 @@ class NativeBuild(build_ext):
                 if MODE == "cuda":
                     raise
                 self.cuda = f"left out: {reason}"
+        say("compiling CPU kernels alone")
         self.compile(module, compiler)
 
     def compile(self, module, compiler, settings=()):
@@ -104,18 +116,29 @@ class NativeBuild(build_ext):
         self.cmake("--build", str(build))
 
     def cmake(self, *args):
-        done = subprocess.run(
+        """Shows Ninja's progress as it comes; the rest at the end, if CMake fails or on request."""
+        lines = []
+        with subprocess.Popen(
             [cmake(), *args],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            check=False,
-        )
-        self.announce(done.stdout, logging.ERROR if done.returncode else logging.INFO)
-        if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()]
+            env=os.environ | {"NINJA_STATUS": "[%f/%t] "},
+        ) as running:
+            for line in running.stdout:
+                if line.startswith("["):
+                    say(line.rstrip())
+                elif line.strip():
+                    lines.append(line.rstrip())
+        if lines:
+            self.announce("\n".join(lines), logging.ERROR if running.returncode else logging.INFO)
+        if running.returncode:
             errors = dropwhile(lambda line: "error" not in line.lower(), lines)
             raise LeftOutError("\n".join(["compiling failed", *islice(errors, 4)]))
+
+
+def say(text):
+    print(f"fastkd: {text}", file=sys.stderr, flush=True)
 
 
 def cxx_compiler():
@@ -154,11 +177,12 @@ def on_path(program):
 
 def cuda():
     """What CMake must know for the CUDA kernels, and what it will make, in words."""
+    wanted = os.environ.get("FASTKD_CUDA_ARCHS", "")
     try:
         toolkit = nvcc.find()
-        chosen = nvcc.architectures(os.environ.get("FASTKD_CUDA_ARCHS", ""), toolkit.architectures)
-    except nvcc.UnusableError as reason:
-        raise LeftOutError(reason) from None
+        chosen, reason = architectures.choose(wanted, toolkit.architectures)
+    except (nvcc.UnusableError, architectures.UnsuitableError) as problem:
+        raise LeftOutError(problem) from None
     except ValueError as error:
         raise SystemExit(f"fastkd: {error}") from None
     settings = (
@@ -169,7 +193,10 @@ def cuda():
     )
     names = ", ".join(f"sm_{architecture}" for architecture in chosen)
     release = "{}.{}".format(*toolkit.release)
-    made = f"for {names}, and PTX of compute_{chosen[-1]}, by {toolkit.path} of CUDA {release}"
+    made = (
+        f"for {names}, and PTX of compute_{chosen[-1]}, by {toolkit.path} of CUDA {release}; "
+        f"{reason}"
+    )
     return settings, made
 
 

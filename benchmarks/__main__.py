@@ -1,4 +1,8 @@
-"""The command line: `python -m benchmarks --help`."""
+"""The command line: `python -m benchmarks --help`.
+
+Contenders run in turns in one process, in a new order each round: whatever slows the machine for a
+while slows all of them. Figures in the documents come from here, not from `pytest benchmarks`.
+"""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Finds nvcc, and what it can compile for. Asked by setup.py and by `make cuda-check`."""
+"""Finds an nvcc to compile with. Asked by setup.py and by `make cuda-check`."""
 
 import os
 import re
@@ -6,13 +6,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-# The kernels are compiled for these, as far as nvcc knows them; FASTKD_CUDA_ARCHS names others.
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-OLDEST_ARCHITECTURE = 80  # bfloat16 arithmetic
 OLDEST_RELEASE = (12, 4)  # takes the g++ 13 that distributions have
 
 # The host's constexpr functions serve the device too.
@@ -89,18 +85,3 @@ def _say(*command: str) -> str:
         raise UnusableError(f"fails: {error.output.partition(os.linesep)[0]}") from None
     except OSError as error:
         raise UnusableError(f"does not run: {error.strerror}") from None
-
-
-def architectures(wanted: str, known: Collection[int]) -> list[int]:
-    """What to compile for: `wanted` (FASTKD_CUDA_ARCHS), or the usual ones where that is empty."""
-    if not wanted.strip():
-        return [number for number in ARCHITECTURES if number in known]
-    possible = sorted(number for number in known if number >= OLDEST_ARCHITECTURE)
-    chosen = set()
-    for word in re.split(r"[;,\s]+", wanted.strip()):
-        parts = re.fullmatch(r"(\d+)\.?(\d)", word)
-        if parts is None or int(parts[1] + parts[2]) not in possible:
-            names = ", ".join(map(str, possible))
-            raise ValueError(f"FASTKD_CUDA_ARCHS must be a list of {names}; got {wanted!r}")
-        chosen.add(int(parts[1] + parts[2]))
-    return sorted(chosen)

@@ -239,8 +239,14 @@ def module_for(archs, problem=""):
     [
         (module_for([]), r"built without CUDA kernels.*FASTKD_BUILD=cuda"),
         (
-            module_for(["80", "90"], "no kernel image is available"),
-            r"for compute capability 80, 90, do not run on cuda:0 \(no kernel image.*Reinstall",
+            module_for(["90"], "no kernel image is available"),
+            r"for sm_90, do not run on cuda:0, which is sm_86 \(no kernel image is available\)\. "
+            r'Reinstall fastkd with FASTKD_CUDA_ARCHS="90;86"\.',
+        ),
+        (
+            module_for(["80", "86"], "driver version is insufficient"),
+            r"for sm_80, sm_86, do not run on cuda:0, which is sm_86 \(driver version is insuff.*"
+            r"Update the driver",
         ),
         ("it does not load", r"it does not load\. Install"),
     ],
@@ -248,6 +254,7 @@ def module_for(archs, problem=""):
 def test_a_gpu_that_the_compiled_module_does_not_serve(monkeypatch, module, reason):
     """Loaded is not usable: the next backend serves, and the reason is told once."""
     monkeypatch.setattr(native, "load", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     monkeypatch.setitem(dispatch._REFUSE, "triton", lambda facts: None)
     with pytest.warns(fastkd.FallbackWarning, match=reason) as caught:
         for dtypes in ((torch.float32,) * 2, (torch.float16,) * 2):
@@ -255,6 +262,18 @@ def test_a_gpu_that_the_compiled_module_does_not_serve(monkeypatch, module, reas
     assert len(caught) == 1
     with pytest.raises(fastkd.BackendUnavailableError, match=reason):
         dispatch._resolve(*on_a_gpu(), "native")
+
+
+def test_a_gpu_too_old_for_the_cuda_kernels(monkeypatch):
+    """No reinstallation helps, so that Triton serves without a warning."""
+    monkeypatch.setattr(native, "load", lambda: module_for(["80"], "no kernel image is available"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda facts: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch._resolve(*on_a_gpu(), None) == "triton"
+    refusal = dispatch._REFUSE["native"](on_a_gpu())
+    assert "which is sm_75" in str(refusal) and "they need sm_80 or newer" in str(refusal)
 
 
 def test_a_gpu_that_the_compiled_module_serves(monkeypatch):

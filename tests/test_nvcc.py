@@ -1,6 +1,11 @@
-"""Which nvcc the build takes, and what it compiles for; shown on toolkits of shell script."""
+"""Which nvcc the build takes, and which GPUs it compiles for.
 
+Shown on toolkits of shell script, and on drivers of a few lines of C.
+"""
+
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
 
+import architectures
 import nvcc
+
+from fastkd.kernels import cuda
 
 
 def script(file: Path, *lines: str) -> Path:
@@ -77,13 +85,22 @@ def test_nvcc_that_is_too_old_is_passed_over(
 
 
 KNOWN = frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
+USUAL = [80, 86, 89, 90, 100, 120]
+
+
+def no_gpu() -> list[int]:
+    raise architectures.NoGpuError("no driver")
+
+
+def unasked() -> list[int]:
+    raise AssertionError("the driver was asked")
 
 
 @pytest.mark.parametrize(
     ("wanted", "known", "chosen"),
     [
-        ("", KNOWN, [80, 86, 89, 90, 100, 120]),
-        (" ", {75, 80, 86, 89, 90}, [80, 86, 89, 90]),
+        ("all", KNOWN, USUAL),
+        (" all ", {75, 80, 86, 89, 90}, [80, 86, 89, 90]),
         ("90", KNOWN, [90]),
         ("9.0", KNOWN, [90]),
         ("12.0;80", KNOWN, [80, 120]),
@@ -91,11 +108,96 @@ KNOWN = frozenset({75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
         ("103", KNOWN, [103]),
     ],
 )
-def test_architectures(wanted: str, known: frozenset[int], chosen: list[int]) -> None:
-    assert nvcc.architectures(wanted, known) == chosen
+def test_named_architectures(wanted: str, known: frozenset[int], chosen: list[int]) -> None:
+    choice = architectures.choose(wanted, known, unasked)
+    assert choice.architectures == chosen
+    assert "FASTKD_CUDA_ARCHS" in choice.reason
 
 
-@pytest.mark.parametrize("wanted", ["75", "9", "sm_90", "90a", "9.0.0", "90;hopper", "99", ";"])
+@pytest.mark.parametrize(
+    "wanted", ["75", "9", "sm_90", "90a", "9.0.0", "90;hopper", "99", ";", "native;90"]
+)
 def test_architectures_that_there_are_not(wanted: str) -> None:
-    with pytest.raises(ValueError, match="a list of 80, 90, 120; got '" + re.escape(wanted)):
-        nvcc.architectures(wanted, {75, 80, 90, 120})
+    message = "'all', 'native' or a list of 80, 90, 120; got '" + re.escape(wanted)
+    with pytest.raises(ValueError, match=message):
+        architectures.choose(wanted, {75, 80, 90, 120}, unasked)
+
+
+@pytest.mark.parametrize("wanted", ["", "native", " native\n"])
+@pytest.mark.parametrize(
+    ("gpus", "known", "chosen"),
+    [
+        ([90], KNOWN, [90]),
+        ([80, 121], KNOWN, [80, 121]),
+        # Newer than this nvcc: machine code for the newest before it, and PTX.
+        ([103], {80, 90, 100}, [100]),
+        ([90, 120], {75, 80, 90}, [90]),
+        ([75, 86], KNOWN, [86]),
+    ],
+)
+def test_gpus_of_this_machine(
+    wanted: str, gpus: list[int], known: frozenset[int], chosen: list[int]
+) -> None:
+    choice = architectures.choose(wanted, known, lambda: gpus)
+    assert choice == (chosen, "for the GPU of this machine")
+
+
+def test_a_machine_without_a_gpu() -> None:
+    choice = architectures.choose("", KNOWN, no_gpu)
+    assert choice == (USUAL, "all, because no driver")
+    with pytest.raises(architectures.UnsuitableError, match="=native, and no driver"):
+        architectures.choose("native", KNOWN, no_gpu)
+
+
+@pytest.mark.parametrize("wanted", ["", "native"])
+def test_a_gpu_too_old_for_the_kernels(wanted: str) -> None:
+    with pytest.raises(architectures.UnsuitableError, match=r"compute capability 7\.0, 7\.5, and"):
+        architectures.choose(wanted, KNOWN, lambda: [70, 75])
+    assert cuda.OLDEST_ARCHITECTURE == architectures.OLDEST
+
+
+DRIVER = """\
+static const int capabilities[][2] = {%s};
+int cuInit(unsigned flags) { return %d; }
+int cuDeviceGetCount(int *count) { *count = sizeof capabilities / sizeof *capabilities; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = 7 + ordinal; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  if (attribute != 75 && attribute != 76) return 1;
+  *value = capabilities[device - 7][attribute - 75];
+  return 0;
+}
+"""
+
+
+def driver(folder: Path, *capabilities: str, status: int = 0) -> Path:
+    """As much of NVIDIA's as is asked for its GPUs, such as 9.0."""
+    gpus = ", ".join(f"{{{capability.replace('.', ', ')}}}" for capability in capabilities)
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(DRIVER % (gpus, status))
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+def test_the_driver_is_asked_for_its_gpus(tmp_path: Path) -> None:
+    library = driver(tmp_path, "12.0", "8.6", "12.0")
+    assert architectures.capabilities(str(library)) == [86, 120]
+    # By itself it finds the one that programs would load.
+    ask = "import architectures; print(architectures.capabilities())"
+    found = subprocess.check_output(
+        [sys.executable, "-c", ask],
+        cwd=Path(architectures.__file__).parent,
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        text=True,
+    )
+    assert found == "[86, 120]\n"
+
+
+def test_a_driver_that_shows_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(architectures.NoGpuError, match="no NVIDIA driver is installed"):
+        architectures.capabilities("libno-such-driver.so.1")
+    with pytest.raises(architectures.NoGpuError, match=r"shows no GPU$"):
+        architectures.capabilities(str(driver(tmp_path)))
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    with pytest.raises(architectures.NoGpuError, match=r"shows no GPU \(cuInit returned 100\)"):
+        architectures.capabilities(str(driver(hidden, "9.0", status=100)))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_nvcc import toolkit
+from test_nvcc import driver, script, toolkit
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]
@@ -228,7 +228,88 @@ def test_architectures_are_checked_before_anything_is_compiled(sdist: Path, tmp_
     compiler = toolkit(tmp_path, "13.0")
     done = build(sdist, CUDACXX=str(compiler), FASTKD_CUDA_ARCHS="hopper")
     assert done.returncode != 0
-    assert "fastkd: FASTKD_CUDA_ARCHS must be a list of 80, 90; got 'hopper'" in done.stdout
+    assert "FASTKD_CUDA_ARCHS must be 'all', 'native' or a list of 80, 90; got 'ho" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "wanted", "announced"),
+    [
+        (["9.0"], "", "for sm_90, and PTX of compute_90, by {nvcc} of CUDA 13.0; for the GPU of"),
+        (["9.0"], "80", "for sm_80, and PTX of compute_80, by {nvcc} of CUDA 13.0; named by FASTK"),
+        (["9.0"], "all", "for sm_80, sm_90, and PTX of compute_90, by {nvcc} of CUDA 13.0; all, b"),
+        ([], "", "for sm_80, sm_90, and PTX of compute_90, by {nvcc} of CUDA 13.0; all, because"),
+    ],
+)
+def test_the_build_says_for_which_gpus_and_why_before_it_compiles(
+    sdist: Path, tmp_path: Path, capabilities: list[str], wanted: str, announced: str
+) -> None:
+    compiler = toolkit(tmp_path, "13.0")
+    driver(tmp_path, *capabilities)
+    done = build(
+        sdist,
+        CUDACXX=str(compiler),
+        CXX="/no/such/compiler",
+        FASTKD_BUILD="cuda",
+        FASTKD_CUDA_ARCHS=wanted,
+        LD_LIBRARY_PATH=str(tmp_path),
+    )
+    assert done.returncode != 0
+    first = done.stdout.partition("\n")[0]
+    kernels = announced.format(nvcc=compiler)
+    assert first.startswith(f"fastkd: compiling CPU kernels, and CUDA kernels {kernels}"), first
+
+
+def test_native_without_a_gpu_is_the_cpu_alone(sdist: Path, tmp_path: Path) -> None:
+    variables = {
+        "CUDACXX": str(toolkit(tmp_path, "13.0")),
+        "CXX": "/no/such/compiler",
+        "FASTKD_CUDA_ARCHS": "native",
+        "LD_LIBRARY_PATH": str(driver(tmp_path).parent),
+    }
+    left_out = "FASTKD_CUDA_ARCHS=native, and the NVIDIA driver shows no GPU"
+    done = build(sdist, **variables)
+    assert done.stdout.startswith("fastkd: compiling CPU kernels alone\n")
+    done = build(sdist, FASTKD_BUILD="cuda", **variables)
+    assert done.returncode != 0
+    assert left_out in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "native"),
+    [({}, True), ({"FASTKD_BUILD": "cpu"}, False), ({"FASTKD_CUDA_ARCHS": "90"}, False)],
+)
+def test_make_builds_for_this_machine_unless_told(variables: dict[str, str], native: bool) -> None:
+    done = run("make", "-n", "--always-make", ".venv/native", cwd=ROOT, **variables)
+    (line,) = (line for line in done.stdout.splitlines() if "setup.py" in line)
+    assert line.startswith("FASTKD_CUDA_ARCHS=native ") == native
+
+
+def test_progress_shows_while_the_build_runs(sdist: Path, tmp_path: Path) -> None:
+    """With a CMake that waits, until its first line has been seen, before it goes on."""
+    seen = tmp_path / "seen"
+    script(
+        tmp_path / "bin/cmake",
+        '[ "$1" = --build ] || exit 0',
+        'echo "${NINJA_STATUS}one object" | sed s/%f/1/\\;s/%t/2/',
+        f"for i in $(seq 100); do [ -e {seen} ] && break; sleep 0.1; done",
+        f"[ -e {seen} ] && echo '[2/2] another' && echo detail",
+    )
+    (tmp_path / "cmake").mkdir()
+    (tmp_path / "cmake/__init__.py").write_text(f"CMAKE_BIN_DIR = {str(tmp_path / 'bin')!r}\n")
+    with subprocess.Popen(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")],
+        cwd=sdist,
+        env=os.environ | {"FASTKD_BUILD": "cpu", "PYTHONPATH": str(tmp_path)},
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline() == "fastkd: compiling CPU kernels alone\n"
+        assert running.stderr.readline() == "fastkd: [1/2] one object\n"
+        seen.touch()
+        assert running.stderr.readline() == "fastkd: [2/2] another\n"
+        assert "detail" not in running.stderr.read()
 
 
 def test_none_compiles_nothing(sdist: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ _raw_stream: Any = getattr(
     lambda index: torch.cuda.current_stream(index).cuda_stream,
 )
 
+OLDEST_ARCHITECTURE = 80  # what csrc/architectures.py allows
+
 
 def refuse(module: Any, facts: Facts) -> Refusal | None:
     """Why the compiled module does not serve a call on a CUDA device, or None if it does."""
@@ -49,14 +51,26 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
             "`python -m fastkd.info` tells why; with a CUDA compiler, reinstall fastkd with "
             "FASTKD_BUILD=cuda.",
         )
-    problem = module.cuda_problem(torch.device(facts.device).index)
-    if problem:
-        return Refusal(
-            f"the compiled module's CUDA kernels, for compute capability {', '.join(archs)}, do "
-            f"not run on {facts.device} ({problem})",
-            "Reinstall fastkd with FASTKD_BUILD=cuda where this GPU and driver are.",
-        )
-    return None
+    index = torch.device(facts.device).index
+    problem = module.cuda_problem(index)
+    return _cannot_run(archs, facts.device, index, problem) if problem else None
+
+
+def _cannot_run(archs: list[str], device: str, index: int, problem: str) -> Refusal:
+    """The module holds no kernels for this GPU, or its driver does not take them."""
+    capability = "{}{}".format(*torch.cuda.get_device_capability(index))
+    reason = (
+        f"the compiled module's CUDA kernels, for sm_{', sm_'.join(archs)}, do not run on "
+        f"{device}, which is sm_{capability} ({problem})"
+    )
+    if int(capability) < OLDEST_ARCHITECTURE:
+        return Refusal(f"{reason}; they need sm_{OLDEST_ARCHITECTURE} or newer", expected=True)
+    if capability in archs:
+        remedy = "Update the driver, or reinstall fastkd with a CUDA compiler as old as the driver."
+    else:
+        wanted = ";".join([*archs, capability])
+        remedy = f'Reinstall fastkd with FASTKD_CUDA_ARCHS="{wanted}".'
+    return Refusal(reason, remedy)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

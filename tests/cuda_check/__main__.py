@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from csrc import nvcc
+from csrc.architectures import USUAL
 
 from . import compile_triton
 from .compile import FOLDER, SOURCES, compiled
@@ -31,8 +32,8 @@ def main() -> None:
         "--architectures",
         type=int,
         nargs="+",
-        choices=nvcc.ARCHITECTURES,
-        default=nvcc.ARCHITECTURES,
+        choices=USUAL,
+        default=USUAL,
         help="to compile for; of these Triton takes 80, 90 and 100",
     )
     architectures = parser.parse_args().architectures
