@@ -24,7 +24,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
-    benchmarks_cuda benchmarks_liger train_step examples cuda_check gpu_check)
+    benchmarks_cuda benchmarks_liger benchmarks_pytest train_step examples cuda_check gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
@@ -44,7 +44,7 @@ kernels_in = FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered \
     FASTKD_NATIVE_PATH="$$(ls $(1)/fastkd/_native*.so)"
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = $(call cmake,tests/cuda_on_host,$(1),$(2))
-# What `make test-all` builds more for.
+# What `make test-all` compiles more for.
 NOT_BRIEF := $(patsubst %,--ignore tests/test_%.py,cuda_on_host cpu_helpers)
 # What is about the CPU kernels, which that module has not.
 NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients)

@@ -8,28 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_records import (
+    ALL_CASES,
+    CASES,
+    FLOAT,
+    ROOT,
+    SMALL,
+    full_record,
+    measured,
+    record_of,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-
-import fastkd  # noqa: E402
-from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import contenders, measure, readme, report  # noqa: E402
-from benchmarks.cpu import Cpu  # noqa: E402
-from benchmarks.environment import versions  # noqa: E402
-from benchmarks.plot import plot  # noqa: E402
-from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
-from benchmarks.workloads import WORKLOADS  # noqa: E402
-from fastkd.dispatch import Explanation  # noqa: E402
+import fastkd
+from benchmarks import __main__ as cli
+from benchmarks import contenders, measure, readme, report
+from benchmarks.cpu import Cpu
+from benchmarks.plot import plot
+from benchmarks.record import SCHEMA, Record
+from benchmarks.workloads import WORKLOADS
+from fastkd.dispatch import Explanation
 
 DEVICES = ("cpu", "cuda")
-ALL_CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.dtypes]
-CASES = [(workload, dtype) for workload, dtype in ALL_CASES if "cpu" in workload.devices]
-SMALL = WORKLOADS[0].shrunk(16)
-FLOAT = torch.float32
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -111,10 +110,6 @@ def test_ideal_bytes_count_what_must_move():
     assert maps.ideal_bytes(FLOAT, sample - 1) == 4 * 128 * sample
 
 
-def measured(names: list[str]) -> Case:
-    return measure.measure(SMALL, FLOAT, names, Cpu(), 0.01, 2)
-
-
 def scaled(workload):
     return lambda *batch: 1.001 * contenders.CONTENDERS["eager"](workload)(*batch)
 
@@ -182,50 +177,6 @@ def test_peak_memory_sees_what_is_freed_again():
     if peak is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert size * 0.95 < peak < size * 1.3
-
-
-def record_of(*cases: Case, **changes) -> Record:
-    fields = dict(
-        schema=SCHEMA,
-        device="cpu",
-        date="2026-01-01T00:00+00:00",
-        commit="0123456789ab",
-        machine=Cpu().machine(),
-        versions=versions(Cpu()),
-        options={},
-        complete=True,
-        subject="native",
-        copy_bandwidth={"warm": 2e10, "fresh": 1e10},
-        cases=list(cases),
-    )
-    return Record(**(fields | changes))
-
-
-def case_of(workload, dtype="float32", **seconds: float) -> Case:
-    return Case(
-        family=workload.family,
-        loss=workload.loss,
-        workload=workload.name,
-        dtype=dtype,
-        student=[list(shape) for shape in workload.student],
-        teacher=[list(shape) for shape in workload.teacher],
-        headline=workload.headline,
-        ideal_bytes=10**7,
-        gradient_bytes=10**6,
-        rounding_error=2e-8,
-        outcomes={
-            name: Outcome("right", "", 1e-7, 1e-7, s, s * 0.9, s * 1.1, s * 0.8, 9, 10**6)
-            for name, s in seconds.items()
-        },
-    )
-
-
-def full_record(**changes) -> Record:
-    cases = [
-        case_of(workload, str(dtype).removeprefix("torch."), eager=4e-3, compile=2e-3, native=1e-3)
-        for workload, dtype in CASES
-    ]
-    return record_of(*cases, **changes)
 
 
 def test_derived_figures():

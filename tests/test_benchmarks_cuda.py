@@ -7,22 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_records import ROOT, full_record, measured, record_of
 from rich.console import Console
-from test_benchmarks import (
-    ROOT,
-    Record,
-    cli,
-    full_record,
-    measured,
-    plot,
-    readme,
-    record_of,
-    report,
-)
 
-from benchmarks import cuda
+from benchmarks import __main__ as cli
+from benchmarks import cuda, readme, report
 from benchmarks.cpu import Cpu
 from benchmarks.cuda import Cuda
+from benchmarks.plot import plot
+from benchmarks.record import Record
 from benchmarks.workloads import WORKLOADS
 
 

@@ -6,9 +6,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_benchmarks import ALL_CASES, cli, contenders, measure
+from benchmark_records import ALL_CASES
 
-from benchmarks import liger
+from benchmarks import __main__ as cli
+from benchmarks import contenders, liger, measure
 from fastkd.dispatch import Explanation
 
 

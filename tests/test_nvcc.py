@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_toolkits import driver, script, toolkit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
 
@@ -17,13 +18,6 @@ import architectures
 import nvcc
 
 from fastkd.kernels import cuda
-
-
-def script(file: Path, *lines: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(("#!/bin/sh", *lines)))
-    file.chmod(0o755)
-    return file
 
 
 @pytest.fixture
@@ -53,19 +47,6 @@ def test_where_nvcc_is_looked_for(no_toolkit: Path, monkeypatch: pytest.MonkeyPa
     assert nvcc.candidates() == list(map(str, places))
     monkeypatch.setenv("CUDACXX", "mine")
     assert nvcc.candidates() == ["mine"]
-
-
-def toolkit(folder: Path, release: str) -> Path:
-    """As much of one as is asked before anything is compiled."""
-    script(folder / "lib/libcudart_static.a")
-    return script(
-        folder / "bin/nvcc",
-        'case "$1" in',
-        f"--version) echo 'Cuda compilation tools, release {release}, V{release}.1';;",
-        "--list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\n';;",
-        f"--dryrun) echo '#$ TOP={folder}';;",
-        "esac",
-    )
 
 
 def test_nvcc_that_is_too_old_is_passed_over(
@@ -154,28 +135,6 @@ def test_a_gpu_too_old_for_the_kernels(wanted: str) -> None:
     with pytest.raises(architectures.UnsuitableError, match=r"compute capability 7\.0, 7\.5, and"):
         architectures.choose(wanted, KNOWN, lambda: [70, 75])
     assert cuda.OLDEST_ARCHITECTURE == architectures.OLDEST
-
-
-DRIVER = """\
-static const int capabilities[][2] = {%s};
-int cuInit(unsigned flags) { return %d; }
-int cuDeviceGetCount(int *count) { *count = sizeof capabilities / sizeof *capabilities; return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = 7 + ordinal; return 0; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  if (attribute != 75 && attribute != 76) return 1;
-  *value = capabilities[device - 7][attribute - 75];
-  return 0;
-}
-"""
-
-
-def driver(folder: Path, *capabilities: str, status: int = 0) -> Path:
-    """As much of NVIDIA's as is asked for its GPUs, such as 9.0."""
-    gpus = ", ".join(f"{{{capability.replace('.', ', ')}}}" for capability in capabilities)
-    source, library = folder / "driver.c", folder / "libcuda.so.1"
-    source.write_text(DRIVER % (gpus, status))
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return library
 
 
 def test_the_driver_is_asked_for_its_gpus(tmp_path: Path) -> None:

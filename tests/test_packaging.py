@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_nvcc import driver, script, toolkit
+from fake_toolkits import driver, script, toolkit
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]
