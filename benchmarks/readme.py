@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/performance.md from the committed result files.
+"""Write the figures of the documents from the committed result files.
 
 python -m benchmarks.readme            write them, and draw the plots anew
 python -m benchmarks.readme --check    only say whether they are up to date
@@ -31,6 +31,21 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEMO = "docs/demo-results.json"
 # What `make compare` on Fashion-MNIST wrote to compare-output/results.json.
 COMPARISON = "docs/compare-results.json"
+# Of the README's table: the result file, the loss, the workload and the dtype. One is a defeat.
+FIRST_ROWS = [
+    ("cpu.json", "soft_target_loss", "(1024,32000)", "float32"),
+    ("cpu.json", "attention_transfer_loss", "WRN-16-2 ← WRN-40-2, batch 128", "float32"),
+    ("cpu.json", "hint_loss", "(64,256,56,56)", "float32"),
+    ("h200/large-logits-bfloat16.json", "soft_target_loss", "(8192,128256)", "bfloat16"),
+    (
+        *("h200/attention-cifar-bfloat16.json", "attention_transfer_loss"),
+        *("WRN-16-2 ← WRN-40-2, batch 128", "bfloat16"),
+    ),
+    (
+        *("h200/maps-bfloat16-beside-tests.json", "attention_transfer_loss"),
+        *("ResNet-18 ← ResNet-34, channels_last, batch 256", "bfloat16"),
+    ),
+]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -38,8 +53,27 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
+def first_rows(results: Path) -> str:
+    """For the README: a few workloads on a CPU and a GPU, and the means over all of the CPU."""
+    head = ["forward and backward, ms", "on", "eager", "torch.compile", "fastkd", "ratio"]
+    rows = []
+    for file, loss, workload, dtype in FIRST_ROWS:
+        record = Record.load(results / file)
+        case = next(
+            case
+            for case in record.cases
+            if (case.loss, case.workload, case.dtype) == (loss, workload, dtype)
+        )
+        processor = heading(record).partition(",")[0].removeprefix("- ")
+        rows.append([f"`{loss}` {workload}, {dtype}", processor, *_row(record, case)[:-1]])
+    means = "\n".join(
+        f"- CPU, {sentence}" for sentence in _ratios(Record.load(results / "cpu.json"))
+    )
+    return f"{table(head, rows)}\n\n{means}"
+
+
 def summary(record: Record, plot: str) -> str:
-    """For the README: the workloads that most readers have, and the means over all."""
+    """The workloads that most readers have, and the means over all."""
     head = ["float32, ms", "eager", "torch.compile", "fastkd", "ratio", "of copy bandwidth"]
     rows = [
         [f"{case.loss} {case.workload}", *_row(record, case)]
@@ -84,6 +118,10 @@ def _row(record: Record, case: Case) -> list[str]:
 
 
 def _means(record: Record) -> str:
+    return "\n".join(f"- {line}" for line in [*heading(record).splitlines(), *_ratios(record)])
+
+
+def _ratios(record: Record) -> list[str]:
     sentences = []
     for dtype in record.dtypes():
         cases = [case for case in record.cases if case.dtype == dtype]
@@ -93,12 +131,11 @@ def _means(record: Record) -> str:
             f"torch.compile in the geometric mean, {times(min(ratios, default=None))} at the "
             f"least; {times(geometric_mean(record.speedups(cases, 'eager')))} against eager."
         )
-    lines = [*heading(record).splitlines(), *sentences]
-    return "\n".join(f"- {line}" for line in lines)
+    return sentences
 
 
 def demo(results: dict[str, Any]) -> str:
-    """For the README: what the demo compares, and how it came out."""
+    """What the demo compares, and how it came out."""
     teacher, students = results["teacher"], results["students"]
     seeds = len(students[0]["accuracies"])
     sentence = (
@@ -122,7 +159,7 @@ def demo(results: dict[str, Any]) -> str:
 
 
 def comparison(results: dict[str, Any]) -> str:
-    """For the README: the methods of the literature, for each pair of a teacher and a student."""
+    """The methods of the literature, for each pair of a teacher and a student."""
     pairs = results["pairs"]
     by_name = [{row["name"]: row for row in pair["rows"]} for pair in pairs]
     seeds = len(by_name[0]["student"]["accuracies"])
@@ -153,7 +190,7 @@ def _spread(value: dict[str, float | None] | None, sign: str) -> str:
 
 
 DOCUMENTS: dict[str, Callable[[Record, str], str]] = {
-    "README.md": summary,
+    "docs/results.md": summary,
     "docs/performance.md": details,
 }
 
@@ -177,16 +214,19 @@ def complete_records(folder: Path) -> list[tuple[Path, Record]]:
     return [(path, record) for path, record in found if record.complete]
 
 
-def sections(root: Path, records: list[tuple[Path, Record]]) -> Iterator[tuple[str, str, str]]:
+def sections(
+    root: Path, results: Path, records: list[tuple[Path, Record]]
+) -> Iterator[tuple[str, str, str]]:
     """The document, the section and the content of everything that is written."""
+    yield "README.md", "benchmarks", first_rows(results)
     for name, write in DOCUMENTS.items():
         parts = [
             write(record, Path(os.path.relpath(path, (root / name).parent)).as_posix())
             for path, record in ((source.with_suffix(".png"), record) for source, record in records)
         ]
         yield name, "benchmarks", "\n\n".join(parts)
-    yield "README.md", "demo", demo(json.loads((root / DEMO).read_text()))
-    yield "README.md", "comparison", comparison(json.loads((root / COMPARISON).read_text()))
+    yield "docs/results.md", "demo", demo(json.loads((root / DEMO).read_text()))
+    yield "docs/results.md", "comparison", comparison(json.loads((root / COMPARISON).read_text()))
 
 
 def update(root: Path, results: Path, check: bool) -> list[str]:
@@ -195,7 +235,7 @@ def update(root: Path, results: Path, check: bool) -> list[str]:
     if not records:
         return [f"{results} holds no complete record; run python -m benchmarks"]
     problems = []
-    for name, section, content in sections(root, records):
+    for name, section, content in sections(root, results, records):
         path = root / name
         try:
             old = path.read_text()

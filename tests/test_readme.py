@@ -1,18 +1,41 @@
-"""The README's examples run as they stand."""
+"""The examples of the documents run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "docs/usage.md"]
+EXAMPLES = [
+    pytest.param(name, code, id=f"{name}-{number}")
+    for name in DOCUMENTS
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL), 1
+    )
+]
 
 
-@pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_example(index):
-    exec(compile(EXAMPLES[index], f"README.md, example {index}", "exec"), {})
+@pytest.mark.parametrize(("name", "code"), EXAMPLES)
+def test_example(name, code):
+    exec(compile(code, name, "exec"), {})
 
 
-def test_there_is_one_per_function_and_for_backends():
-    assert len(EXAMPLES) >= 6
+def test_there_is_one_for_each_job():
+    assert len(EXAMPLES) >= 10
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]*))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in [
+                re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings
+            ]
