@@ -22,6 +22,11 @@ from benchmarks.workloads import WORKLOADS  # noqa: E402
 
 # One that each contender of a CPU computes within a millisecond.
 CHOSEN = "soft_target_loss-2-100-float32"
+# What a worker of pytest-xdist has in its own would turn measuring off.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if "XDIST" not in name} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONIOENCODING": "utf-8",
+}
 BRIEF = ("--dtype", "float32", "--benchmark-max-time=0.01")
 
 
@@ -30,7 +35,7 @@ def run(*arguments: str, status: int = 0, **variables: str) -> str:
     done = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | variables,
+        env=ENVIRONMENT | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -60,6 +65,7 @@ def test_every_workload_has_every_contender_that_can_run_here():
     ]
 
 
+@pytest.mark.thorough
 def test_groups_and_comparison_with_a_saved_run(tmp_path):
     options = (*BRIEF, f"--benchmark-storage={tmp_path}")
     run(*options, "-k", CHOSEN, "--benchmark-only", "--benchmark-autosave")
@@ -76,6 +82,7 @@ def test_groups_and_comparison_with_a_saved_run(tmp_path):
     assert "-eager] (0001_" in again
 
 
+@pytest.mark.thorough
 def test_a_wrong_contender_fails_and_is_not_timed(tmp_path):
     (tmp_path / "wrong.py").write_text(
         "from benchmarks import contenders\n"
