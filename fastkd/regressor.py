@@ -19,7 +19,7 @@ def plain_parameters(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | 
     None of any other module, which must be called: its weight may be computed by a hook or a
     parametrization, replaced by an adapter's, or be sharded.
     """
-    if type(module) is not Conv2d or not _is_pointwise(module) or "forward" in vars(module):
+    if type(module) is not Conv2d or not _is_pointwise(module) or "forward" in module.__dict__:
         return None
     if module.dilation != (1, 1) or module.groups != 1 or module.padding_mode != "zeros":
         return None

@@ -1,8 +1,8 @@
 """One small valid call of every public loss, for the tests that treat all of them alike."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +76,9 @@ MODULES = {
 }
 
 
-class Call(NamedTuple):
+# Not a NamedTuple: within compiled code torch 2.8 calls none that holds tensors.
+@dataclasses.dataclass(frozen=True)
+class Call:
     """`function(*tensors, **keywords)`; any of the tensors may require grad."""
 
     function: Callable
@@ -86,6 +88,9 @@ class Call(NamedTuple):
 
     def __call__(self, *tensors, **keywords):
         return self.function(*(tensors or self.tensors), **{**self.keywords, **keywords})
+
+    def _replace(self, **changes):
+        return dataclasses.replace(self, **changes)
 
     def leaves(self):
         return [x.clone().requires_grad_() for x in self.tensors]

@@ -128,7 +128,8 @@ def _as_float(name: str, value: Any) -> float:
     if not is_int and not _is_real(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
-        return float(value)
+        # The method by name: torch.compile of torch 2.8 has no float() of a Fraction.
+        return float(value if is_int else value.__float__())
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except TypeError:
@@ -150,7 +151,7 @@ def _is_bool(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     """Whether it is one real number, also of NumPy, `fractions` or `decimal`."""
-    if isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, Tensor, str)) or not hasattr(value, "__float__"):
         return False
     return _numpy_kind(value) not in ("b", "c") and getattr(value, "ndim", 0) == 0
 
@@ -177,7 +178,7 @@ _NO_SEQUENCES = (Tensor, str, bytes, bytearray, Mapping, Set)
 
 def items(value: Any) -> list[Any] | None:
     """What a sequence or any other iterable holds, once; None where the value is neither."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, _NO_SEQUENCES):
         return None

@@ -263,7 +263,8 @@ class AttentionTransfer(Fused):
                     p.backend,
                     lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
                 )
-        found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
+        wanted = zip(to, needed[: len(to)], strict=True)
+        found = tuple(g if want else None for g, want in wanted)
         found += (None,) * (len(needed) - len(found))
         return (None, None, *differentiate_once("attention_transfer_loss", found, features))
 

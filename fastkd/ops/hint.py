@@ -167,7 +167,8 @@ class Hint(Fused):
                     p.backend,
                     lambda to, in_place: rescale(to, grad_output, students, teachers, in_place, p),
                 )
-        found = tuple(g if want else None for g, want in zip(to, needed, strict=False))
+        wanted = zip(to, needed[: len(to)], strict=True)
+        found = tuple(g if want else None for g, want in wanted)
         found += (None,) * (2 * count - len(found))
         return (None, None, *differentiate_once("hint_loss", found, (*students, *teachers)))
 

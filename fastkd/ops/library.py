@@ -58,7 +58,7 @@ class Operator:
 
 def _out_of_line(field: Any, numbers: list[Tensor]) -> Any:
     """A field without its symbolic floats, which are NaN and go to `numbers` as tensors."""
-    if isinstance(field, list | tuple):
+    if isinstance(field, (list, tuple)):
         return [_out_of_line(value, numbers) for value in field]
     if not isinstance(field, float) or not is_symbolic(field):
         return field
@@ -68,7 +68,7 @@ def _out_of_line(field: Any, numbers: list[Tensor]) -> Any:
 
 def _in_line(field: Any, numbers: Iterator[Tensor]) -> Any:
     """The inverse of `_out_of_line`."""
-    if isinstance(field, list | tuple):
+    if isinstance(field, (list, tuple)):
         return [_in_line(value, numbers) for value in field]
     return next(numbers).item() if isinstance(field, float) and math.isnan(field) else field
 
