@@ -79,7 +79,7 @@ test test-cpu test-triton test-cuda fuzz crashes coverage cuda-check sanitize-cp
 demo: .venv/native .venv/with-demo  ## Distil on the handwritten digits (ARGS="--help" lists the choices)
 	$(BIN)/python examples/distill.py $(ARGS)
 
-compare: .venv/native .venv/with-demo  ## Compare the methods of the literature (ARGS="--help" lists the choices)
+compare: .venv/native .venv/with-demo  ## Compare six methods of distillation (ARGS="--help" lists the choices)
 	$(BIN)/python examples/compare.py $(ARGS)
 
 # At most so many cases of each test, and calls of the fuzz test.

@@ -1,4 +1,4 @@
-"""Compares the methods of the literature: one teacher, two students, seven ways to train each.
+"""Compare six methods of distillation: one teacher, two students, seven ways to train each.
 
 A WRN-40-2 teaches a WRN-16-2 of its own family and a depthwise network of another one, narrowed to
 what the images need. Each student is trained alone, with soft targets (KD), hints (FitNet),
