@@ -21,14 +21,31 @@ FORWARD_MODE = "forward mode"
 TRACE = "trace"  # of torch.jit
 DTENSOR = "DTensor"
 
-# Private to torch, all of these. Where the first two are missing, operators always go through the
-# dispatcher; where the others are, torch raises what it has to say itself.
+# Private to torch, all of these; tests/test_private_names.py takes each away. Where one of the
+# first two is missing, operators always go through the dispatcher; where one of the last two is,
+# torch raises what it has to say itself. The others have a second way.
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_zero: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda _: True)
-_functorch = getattr(torch._C, "_functorch", None)
-_tracing_state: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_tracing_state: Callable[[], object] = getattr(
+    torch._C,
+    "_get_tracing_state",
+    lambda: torch.jit.is_tracing() or None,  # type: ignore[attr-defined]
+)
+_innermost_transform: Callable[[], Any] = getattr(
+    _functorch, "peek_interpreter_stack", lambda: None
+)
+
+
+def _has_innermost_transform() -> bool:
+    return _innermost_transform() is not None
+
+
+# A fact of the trace, by what torch.compiler.assume_constant_result does.
+_has_innermost_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 are_transforms_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
+    torch._C, "_are_functorch_transforms_active", _has_innermost_transform
 )
 _is_wrapped: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda _: False
@@ -37,8 +54,23 @@ _is_batched: Callable[[Tensor], bool] = getattr(
     _functorch, "is_legacy_batchedtensor", lambda _: False
 )
 
+# What an older torch is not asked to do: see docs/versions.md.
+_IS_NEW = torch.__version__ >= "2.13"  # compared as versions are
+
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _NO_TENSORS = frozenset({float, int, bool, str, type(None)})
+
+
+def may_have_tangents() -> bool:
+    """Whether a level of forward mode is open; without one torch makes no dual number."""
+    level = getattr(forward_ad, "_current_level", None)
+    if level is not None:
+        return level >= 0
+    try:
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -83,15 +115,17 @@ def obstacle_to_kernels(tensors: Sequence[Tensor | None]) -> str | None:
 
     Raises:
         TypeError: some tensors are DTensors and some are not.
+        NotImplementedError: they are DTensors, and torch is older than 2.13.
     """
     if are_transforms_active():
         return TRANSFORM
     if _tracing_state() is not None:
         return TRACE
-    if forward_ad._current_level >= 0 and any([has_tangent(t) for t in tensors]):
+    if may_have_tangents() and any([has_tangent(t) for t in tensors]):
         return FORWARD_MODE
     if not _TENSORS.issuperset(map(type, tensors)) and any([_is_dtensor(t) for t in tensors]):
         _check_all_are_dtensors(tensors)
+        _check_torch_splits_losses()
         return DTENSOR
     return None
 
@@ -103,29 +137,43 @@ def obstacle_while_compiling(kinds: Sequence[type[Tensor]]) -> str | None:
     """
     if are_transforms_active():
         return TRANSFORM
-    if forward_ad._current_level >= 0:
+    if may_have_tangents():
         return FORWARD_MODE
-    return DTENSOR if any([issubclass(kind, _dtensor()) for kind in kinds]) else None
+    if not any([issubclass(kind, _dtensor()) for kind in kinds]):
+        return None
+    _check_torch_splits_losses()
+    return DTENSOR
 
 
 def is_one_gradient() -> bool:
-    """Whether the transforms that are active are one, of `torch.func.grad` or `vjp`."""
+    """Whether the transforms that are active are one, of `torch.func.grad` or `vjp`.
+
+    Never before torch 2.13, whose `torch.compile` traces no autograd function in one either.
+    """
+    transform = _innermost_transform()
     try:
-        transform = torch._C._functorch.peek_interpreter_stack()
-        return transform.level() == 1 and transform.key() == torch._C._functorch.TransformType.Grad
-    except AttributeError:  # private to torch
+        is_gradient = transform.level() == 1 and transform.key() == _functorch.TransformType.Grad
+        return _IS_NEW and is_gradient
+    except AttributeError:  # there is none, or torch has not these names
         return False
 
 
-# A fact of the trace, by what torch.compiler.assume_constant_result does.
 is_one_gradient._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which torch 2.8 answers with True in all compiled code."""
+    return torch.compiler.is_exporting()
+
+
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_tangent(tensor: Tensor | None) -> bool:
     """Whether a tensor is a dual number of the current level of forward mode."""
     return (
         tensor is not None
-        and forward_ad._current_level >= 0
+        and may_have_tangents()
         and forward_ad.unpack_dual(tensor).tangent is not None
     )
 
@@ -148,6 +196,14 @@ def _check_all_are_dtensors(tensors: Sequence[Tensor | None]) -> None:
     if not all([t is None or _is_dtensor(t) for t in tensors]):
         kinds = [type(t).__name__ for t in tensors if t is not None]
         raise TypeError(f"the tensors of a call must all be DTensors or none, got {kinds}")
+
+
+def _check_torch_splits_losses() -> None:
+    if not _IS_NEW:
+        raise NotImplementedError(
+            f"DTensors need torch 2.13 or newer, got {torch.__version__}; where each rank has "
+            "whole samples, pass `x.to_local()`"
+        )
 
 
 def unshard(tensor: Tensor, dim: int) -> Tensor:

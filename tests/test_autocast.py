@@ -117,7 +117,10 @@ def test_inductor(backend, name, region):
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_functional_gradients(name):
-    """They are computed where the transform is called, whatever autocast there is."""
+    """They are computed where the transform is called, whatever autocast there is.
+
+    Before torch 2.13 compiled ones are as precise as autocast says.
+    """
     call = calls_of(name, torch.float32)[0]
     call.keywords["backend"] = "reference"
     argnums = tuple(range(len(call.tensors)))
@@ -126,7 +129,8 @@ def test_functional_gradients(name):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert_equal(gradient(*call.tensors), expected)
         compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
-        assert_equal(compiled(*call.tensors), expected, 3e-6)
+        limit = 3e-6 if torch.__version__ >= "2.13" else torch.finfo(torch.bfloat16).eps
+        assert_equal(compiled(*call.tensors), expected, limit)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -1,6 +1,8 @@
 """Numbers that change from step to step, as schedules do, under torch.compile.
 
-The first value is compiled as a constant and the second as a symbol that serves all others.
+The first value is compiled as a constant and the second as a symbol that serves all others. Torch
+2.8 has no such symbol for a number that is multiplied by another before it meets a tensor: there
+the weight of the soft targets and the teachers' are compiled anew for each value.
 """
 
 import functools
@@ -94,11 +96,39 @@ def assert_same(actual, expected):
         assert (a - e).double().norm() <= limit * e.double().norm()
 
 
+@functools.cache
+def torch_multiplies_symbols():
+    counter = Counter("aot_eager")
+    compiled = torch.compile(lambda x, number: x * (3 * number), backend=counter)
+    for number in (0.1, 0.2, 0.3, 0.4):
+        compiled(torch.ones(2), number)
+    return counter.graphs == 2
+
+
+def multiplies(name, backend):
+    return name == "distillation_loss" and backend != "reference"
+
+
+def follow_or_raise(call, schedules, is_multiplied):
+    """With so many values torch gives up where each is compiled anew, and says so."""
+    if is_multiplied and not torch_multiplies_symbols():
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            follow(call, schedules)
+    else:
+        assert follow(call, schedules) <= MOST_GRAPHS
+
+
+def graphs(name, backend):
+    """Of a schedule of three values."""
+    return 3 if multiplies(name, backend) and not torch_multiplies_symbols() else 2
+
+
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
 def test_one_argument(backend, name, argument):
     call = sample(name)
     call.keywords["backend"] = backend
-    assert follow(call, {argument: values(SCHEDULES[name][argument])}) <= MOST_GRAPHS
+    schedule = {argument: values(SCHEDULES[name][argument])}
+    follow_or_raise(call, schedule, argument == "soft_weight" and multiplies(name, backend))
 
 
 def together(call, name):
@@ -118,7 +148,7 @@ def together(call, name):
 def test_all_arguments(backend, name):
     for call in variants(name):
         call.keywords["backend"] = backend
-        assert follow(call, together(call, name)) == 2
+        assert follow(call, together(call, name)) == graphs(name, backend)
         torch._dynamo.reset()
 
 
@@ -128,14 +158,14 @@ def test_student_alone(kernel_backend, name, dtype):
     """The path on which forward already computes the gradient."""
     call = sample(name, dtype)
     call.keywords["backend"] = kernel_backend
-    assert follow(call, together(call, name), students_only=True) == 2
+    assert follow(call, together(call, name), students_only=True) == graphs(name, kernel_backend)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_inductor(backend, name):
     call = sample(name)
     call.keywords["backend"] = backend
-    assert follow(call, together(call, name), "inductor") == 2
+    assert follow(call, together(call, name), "inductor") == graphs(name, backend)
 
 
 def test_parts(backend):
@@ -162,7 +192,7 @@ def test_teacher_weights(backend):
     weights = [[w, 1.5 - w] for w in values((0.1, 0.9))]
     assert len(call.keywords["teacher_weights"]) == 2
     # Their largest is looked for, which is a branch.
-    assert follow(call, {"teacher_weights": weights}) <= MOST_GRAPHS
+    follow_or_raise(call, {"teacher_weights": weights}, is_multiplied=True)
 
 
 class Scheduled(torch.nn.Module):

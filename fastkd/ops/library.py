@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from fastkd.reference.symbols import as_tensor, is_symbolic
@@ -21,6 +20,7 @@ from fastkd.tensors import (
     has_tangent,
     is_plain,
     is_transformed,
+    may_have_tangents,
     nobody_listens,
 )
 
@@ -93,7 +93,7 @@ def define(
         _LIBRARY.define(arguments, tags=(torch.Tag.pt2_compliant_tag,))
         overload = getattr(torch.ops.fastkd, name).default
         OPERATORS[name] = overload
-        count = len(overload._schema.arguments) - has_floats
+        count = schema.partition(") ->")[0].count(", ") + 1
 
         def run(*args: Any) -> Any:
             if len(args) > count and args[count]:
@@ -198,7 +198,7 @@ def is_final(grad_output: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not dispatch_modes()
         and is_plain(grad_output)
-        and forward_ad._current_level < 0
+        and not may_have_tangents()
         and grad_output.item() == 1
     )
 
@@ -209,7 +209,7 @@ def check_grad_output(loss: str, grad_output: Tensor) -> None:
     Raises:
         RuntimeError: it is a batch of several, a transform's own, or a dual number.
     """
-    if torch.compiler.is_compiling() or (is_plain(grad_output) and forward_ad._current_level < 0):
+    if torch.compiler.is_compiling() or (is_plain(grad_output) and not may_have_tangents()):
         return
     if is_transformed(grad_output):
         problem = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.library import Fused, define, savable, wants_gradient
-from fastkd.tensors import are_transforms_active, is_one_gradient
+from fastkd.tensors import are_transforms_active, is_exporting, is_one_gradient
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -60,7 +60,7 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not are_transforms_active()
         and (a.is_cpu or a.is_cuda)
     ):

@@ -32,8 +32,8 @@ def attention_map(
 
 def unit(raw: Tensor, eps: float) -> Tensor:
     """Each row over its L2 norm, or over `eps` where that is larger; zeros stay zeros."""
-    least = max(eps, torch.finfo(raw.dtype).tiny)
-    return raw / norm(raw, 2.0).clamp_min(operand(least, raw))
+    length = norm(raw, 2.0).clamp_min(operand(eps, raw))
+    return raw / length.clamp_min(torch.finfo(raw.dtype).tiny)
 
 
 def norm(rows: Tensor, order: float) -> Tensor:
@@ -83,7 +83,7 @@ def attention_transfer_loss(
     for student, teacher in zip(students, teachers, strict=True):
         difference = maps(student) - maps(teacher)
         if distance == "norm":
-            rows.append(beta / 2 * norm(difference, order).squeeze(1))
+            rows.append(beta * (norm(difference, order).squeeze(1) / 2))
         else:
             rows.append(beta * difference.square().mean(dim=1))
     losses = torch.stack(rows)

@@ -1,9 +1,17 @@
 """In which dtype the losses compute."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+# Private to torch. Where it is missing, a device that is first met under a mode is taken for one
+# that computes in float64, and raises if it does not.
+_without_modes: Callable[[], contextlib.AbstractContextManager[None]] = getattr(
+    torch._C, "_DisableTorchDispatch", contextlib.nullcontext
+)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -30,7 +38,7 @@ def _computes_float64(device: str) -> bool:
     """By trying it once: devices refuse float64 by various errors, and some only to compute."""
     try:
         # Under the modes that may be active the tensor might be one in name only.
-        with torch._C._DisableTorchDispatch():
+        with _without_modes():
             torch.ones(1, dtype=torch.float64, device=device).add_(1)
     except Exception:
         return False

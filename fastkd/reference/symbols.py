@@ -16,9 +16,12 @@ def is_symbolic(value: float) -> bool:
     if not torch.compiler.is_compiling():
         return False
     # Imported where torch has long imported it: by itself it takes as long as all of torch.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
+    from torch.fx.experimental import symbolic_shapes
 
-    return not has_static_value(value)
+    # Experimental in torch; without it a symbol becomes a constant.
+    if not hasattr(symbolic_shapes, "has_static_value"):
+        return False
+    return not symbolic_shapes.has_static_value(value)
 
 
 def as_tensor(value: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
