@@ -16,7 +16,10 @@ from fastkd import dispatch
 from fastkd.kernels import cuda
 from fastkd.reference import precision
 
-pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the best backend is under test")
+pytestmark = [
+    pytest.mark.skipif("native" not in BACKENDS, reason="the best backend is under test"),
+    pytest.mark.thorough,
+]
 
 NAMES = [
     "torch._C._len_torch_dispatch_stack",
