@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmark_records import (
     ALL_CASES,
     CASES,
@@ -66,6 +67,16 @@ def test_workloads_of_a_gpu_leave_room_for_every_contender():
     assert most < 70 * 2**30
 
 
+def torch_differentiates_pooling(first, second, dtype):
+    """Torch 2.8 gives the gradients of large maps in bfloat16 to other positions."""
+    x = torch.randn(first).to(dtype)
+    gradients = []
+    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        F.adaptive_max_pool2d(leaf, second[2:]).sum().backward()
+        gradients.append(leaf.grad.double())
+    return torch.equal(*gradients)
+
+
 @pytest.mark.parametrize(
     ("workload", "dtype"),
     [pytest.param(w, d, id=f"{w.loss}-{w.name}-{d}-{'-'.join(w.devices)}") for w, d in ALL_CASES],
@@ -79,7 +90,8 @@ def test_eager_statement_is_the_loss_that_fastkd_computes(workload, dtype):
     assert all(leaf.dtype == dtype for leaf in inputs.leaves())
     truth = measure.Truth(small, inputs)
     outcome = truth.judge(measure.Trial(contenders.CONTENDERS["eager"](small), inputs))
-    assert outcome.status == "right", outcome
+    is_wrong = small.loss == "fsp_loss" and not torch_differentiates_pooling(*small.student, dtype)
+    assert outcome.status == ("wrong" if is_wrong else "right"), outcome
 
 
 def test_inputs_are_the_same_each_time_and_only_the_student_learns():
