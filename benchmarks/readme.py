@@ -56,19 +56,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def first_rows(results: Path) -> str:
     """For the README: a few workloads on a CPU and a GPU, and the means over all of the CPU."""
     head = ["forward and backward, ms", "on", "eager", "torch.compile", "fastkd", "ratio"]
+    records = {file: Record.load(results / file) for file, *_ in FIRST_ROWS}
     rows = []
     for file, loss, workload, dtype in FIRST_ROWS:
-        record = Record.load(results / file)
+        record = records[file]
         case = next(
             case
             for case in record.cases
             if (case.loss, case.workload, case.dtype) == (loss, workload, dtype)
         )
-        processor = heading(record).partition(",")[0].removeprefix("- ")
-        rows.append([f"`{loss}` {workload}, {dtype}", processor, *_row(record, case)[:-1]])
-    means = "\n".join(
-        f"- CPU, {sentence}" for sentence in _ratios(Record.load(results / "cpu.json"))
-    )
+        label = f"`{loss}` {workload}, {dtype}"
+        rows.append([label, record.machine["device"], *_row(record, case)[:-1]])
+    means = "\n".join(f"- CPU, {sentence}" for sentence in _ratios(records["cpu.json"]))
     return f"{table(head, rows)}\n\n{means}"
 
 
