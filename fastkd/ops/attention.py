@@ -23,6 +23,7 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
+    of_wanted,
     savable,
     scales,
     wants_gradient,
@@ -263,9 +264,7 @@ class AttentionTransfer(Fused):
                     p.backend,
                     lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
                 )
-        wanted = zip(to, needed[: len(to)], strict=True)
-        found = tuple(g if want else None for g, want in wanted)
-        found += (None,) * (len(needed) - len(found))
+        found = of_wanted(to, needed)
         return (None, None, *differentiate_once("attention_transfer_loss", found, features))
 
 

@@ -16,6 +16,7 @@ from fastkd.ops.library import (
     is_final,
     kernels,
     no_grad,
+    of_wanted,
     savable,
     scales,
     wants_gradient,
@@ -167,9 +168,7 @@ class Hint(Fused):
                     p.backend,
                     lambda to, in_place: rescale(to, grad_output, students, teachers, in_place, p),
                 )
-        wanted = zip(to, needed[: len(to)], strict=True)
-        found = tuple(g if want else None for g, want in wanted)
-        found += (None,) * (2 * count - len(found))
+        found = of_wanted(to, needed)
         return (None, None, *differentiate_once("hint_loss", found, (*students, *teachers)))
 
 

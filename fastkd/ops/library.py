@@ -272,6 +272,16 @@ def for_grad_output(
     return list(gradients)
 
 
+def of_wanted(
+    gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each input, None where it is not wanted; the first inputs have them."""
+    # zip of unequal lengths is more than torch.compile of torch 2.8 can trace.
+    pairs = zip(gradients, wanted[: len(gradients)], strict=True)
+    found = tuple(g if want else None for g, want in pairs)
+    return found + (None,) * (len(wanted) - len(found))
+
+
 class _DifferentiateOnce(torch.autograd.Function):
     """The identity on gradients, whose own backward raises."""
 
