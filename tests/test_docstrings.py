@@ -32,8 +32,9 @@ def test_the_example_runs(value):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_each_default_is_said(function):
     """In prose, with the argument that it belongs to."""
-    arguments = function.__doc__.partition("Args:\n")[2].partition("\n\n")[0]
-    described = re.split(r"^        (\w+):", arguments, flags=re.MULTILINE)
+    # Python 3.13 and newer strip a docstring's indentation, which `getdoc` does everywhere.
+    arguments = inspect.getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
+    described = re.split(r"^    (\w+):", arguments, flags=re.MULTILINE)
     described = dict(zip(described[1::2], described[2::2], strict=True))
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty:
