@@ -178,6 +178,8 @@ def attention_transfer_loss(
     chosen = select("attention_transfer_loss", (*students, *teachers), backend)
 
     def of_pairs(students: list[Tensor], teachers: list[Tensor], factor: float) -> Tensor:
+        # A beta that nothing multiplies is one symbol in the compiled code of torch 2.8, too.
+        scale = beta if weights is None else beta * factor
         if chosen == "reference":
             return reference.attention_transfer_loss(
                 students,
@@ -186,7 +188,7 @@ def attention_transfer_loss(
                 p=exponent,
                 distance=distance,
                 order=norm_order,
-                beta=beta * factor,
+                beta=scale,
                 reduction=reduction,
                 eps=eps,
                 channel_dim=channel_dim,
@@ -194,7 +196,7 @@ def attention_transfer_loss(
         return attention_transfer(
             students,
             teachers,
-            TransferParameters(distance, norm_order, beta * factor, reduction),
+            TransferParameters(distance, norm_order, scale, reduction),
             MapParameters(kind, exponent, eps, channel_dim, chosen),
         )
 
