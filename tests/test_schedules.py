@@ -106,12 +106,12 @@ def torch_multiplies_symbols():
     return counter.graphs == 2
 
 
-def multiplies(name, backend):
-    return name == "distillation_loss" and backend != "reference"
-
-
-def multiplies_weights(name):
-    return name in ("attention_transfer_loss", "hint_loss")
+def multiplies(call, name):
+    """Whether a weight of this call is multiplied by another number before it meets a tensor."""
+    if name == "distillation_loss":
+        return call.keywords["backend"] != "reference"
+    weighs_pairs = name in ("attention_transfer_loss", "hint_loss")
+    return weighs_pairs and "pair_weights" in call.keywords
 
 
 def follow_or_raise(call, schedules, is_multiplied):
@@ -123,11 +123,9 @@ def follow_or_raise(call, schedules, is_multiplied):
         assert follow(call, schedules) <= MOST_GRAPHS
 
 
-def graphs(call, name, backend):
+def graphs(call, name):
     """Of a schedule of three values."""
-    weighs = name == "attention_transfer_loss" and "pair_weights" in call.keywords
-    is_multiplied = weighs or multiplies(name, backend)
-    return 3 if is_multiplied and not torch_multiplies_symbols() else 2
+    return 3 if multiplies(call, name) and not torch_multiplies_symbols() else 2
 
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
@@ -135,7 +133,7 @@ def test_one_argument(backend, name, argument):
     call = sample(name)
     call.keywords["backend"] = backend
     schedule = {argument: values(SCHEDULES[name][argument])}
-    follow_or_raise(call, schedule, argument == "soft_weight" and multiplies(name, backend))
+    follow_or_raise(call, schedule, argument == "soft_weight" and multiplies(call, name))
 
 
 def together(call, name):
@@ -155,7 +153,7 @@ def together(call, name):
 def test_all_arguments(backend, name):
     for call in variants(name):
         call.keywords["backend"] = backend
-        assert follow(call, together(call, name)) == graphs(call, name, backend)
+        assert follow(call, together(call, name)) == graphs(call, name)
         torch._dynamo.reset()
 
 
@@ -166,14 +164,14 @@ def test_student_alone(kernel_backend, name, dtype):
     call = sample(name, dtype)
     call.keywords["backend"] = kernel_backend
     schedules = together(call, name)
-    assert follow(call, schedules, students_only=True) == graphs(call, name, kernel_backend)
+    assert follow(call, schedules, students_only=True) == graphs(call, name)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_inductor(backend, name):
     call = sample(name)
     call.keywords["backend"] = backend
-    assert follow(call, together(call, name), "inductor") == graphs(call, name, backend)
+    assert follow(call, together(call, name), "inductor") == graphs(call, name)
 
 
 def test_parts(backend):
@@ -250,4 +248,4 @@ def test_pair_weights_compile_twice(backend, name):
     schedule = list(zip(values((1, 0.1)), values((0.5, 3)), strict=True))
     call.keywords["backend"] = backend
     schedules = {"pair_weights": [list(weights) for weights in schedule]}
-    follow_or_raise(call, schedules, multiplies_weights(name))
+    follow_or_raise(call, schedules, multiplies(call, name))

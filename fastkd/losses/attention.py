@@ -178,7 +178,7 @@ def attention_transfer_loss(
     chosen = select("attention_transfer_loss", (*students, *teachers), backend)
 
     def of_pairs(students: list[Tensor], teachers: list[Tensor], factor: float) -> Tensor:
-        # A beta that nothing multiplies is one symbol in the compiled code of torch 2.8, too.
+        # torch.compile of torch 2.8 compiles anew for each value of a number that is multiplied.
         scale = beta if weights is None else beta * factor
         if chosen == "reference":
             return reference.attention_transfer_loss(
