@@ -1,19 +1,36 @@
 // What attention maps and attention transfer are computed with, the same on every device.
 #pragma once
 
+#include <tuple>
+
+#include "fields.h"
 #include "reduction.h"
 
 namespace fastkd {
 
-enum class MapKind : int { sum_pow = 0, max_pow = 1 };
-enum class Distance : int { norm = 0, mse = 1 };
+// A sum is one of powers, whose exponent is 1.
+enum class MapKind { sum, sum_pow, max_pow };
+constexpr std::array<const char*, 3> names_of(MapKind) { return {"sum", "sum_pow", "max_pow"}; }
+
+enum class Distance { norm, mse };
+constexpr std::array<const char*, 2> names_of(Distance) { return {"norm", "mse"}; }
+
+// Those of a map of max_pow; other kinds have none.
+inline int32_t* winners_of(const Tensors& winners, size_t i) {
+  return i < winners.size() ? winners[i].as<int32_t>() : nullptr;
+}
 
 struct MapParameters {
   MapKind kind;
   double p;
   double eps;
   int channel_dim;  // counted from the end where negative
-  int threads;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("kind", &MapParameters::kind), field("p", &MapParameters::p),
+                           field("eps", &MapParameters::eps),
+                           field("channel_dim", &MapParameters::channel_dim));
+  }
 };
 
 struct TransferParameters {
@@ -21,6 +38,13 @@ struct TransferParameters {
   double order;
   double beta;
   Reduction reduction;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("distance", &TransferParameters::distance),
+                           field("order", &TransferParameters::order),
+                           field("beta", &TransferParameters::beta),
+                           field("reduction", &TransferParameters::reduction));
+  }
 
   // Of a sample in the loss.
   double sample_scale(int64_t batch) const {

@@ -1,11 +1,18 @@
 // How the losses of samples become one.
 #pragma once
 
+#include <array>
+
 #include "tensor.h"
 
 namespace fastkd {
 
-enum class Reduction : int { none = 0, sum = 1, mean = 2, batchmean = 3 };
+enum class Reduction { none, sum, mean, batchmean };
+
+// What Python calls them, in turn.
+constexpr std::array<const char*, 4> names_of(Reduction) {
+  return {"none", "sum", "mean", "batchmean"};
+}
 
 // What the sum over all elements of a pair of features is divided by.
 inline double divisor_of(const Tensor& features, Reduction reduction) {

@@ -1,6 +1,10 @@
 // Soft targets and hard labels: what the CPU's kernels and the GPU's have in common.
 #pragma once
 
+#include <tuple>
+
+#include "divergence.h"
+#include "fields.h"
 #include "reduction.h"
 
 namespace fastkd {
@@ -11,21 +15,25 @@ struct SoftTargetParameters {
   double hard_weight;
   double label_smoothing;
   int64_t ignore_index;
+  Divergence divergence;
   Reduction reduction;
-  int dim;  // of the classes, counted from the front
-  int threads;
+  int dim;                      // of the classes, counted from the front
+  std::vector<double> weights;  // of the teachers; they sum to 1
+
+  static constexpr auto fields() {
+    using P = SoftTargetParameters;
+    return std::make_tuple(
+        field("temperature", &P::temperature), field("soft_weight", &P::soft_weight),
+        field("hard_weight", &P::hard_weight), field("label_smoothing", &P::label_smoothing),
+        field("ignore_index", &P::ignore_index), field("divergence", &P::divergence),
+        field("reduction", &P::reduction), field("dim", &P::dim), field("weights", &P::weights));
+  }
 };
 
-// Where a maximum is subtracted from logits they are multiplied by 2^-24. Any two finite logits
-// then have a finite difference, and 2^22 classes a finite sum of differences: excluded classes
-// alone are infinite. A power of 2 rounds nothing, so results have the same bits.
-constexpr double kLogitScale = 0x1p-24;
-
-// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py). After
-// those of the last row come the parts of the loss, (hard, T² KL), and the number of rows that
-// count. The divergence and the cross-entropy of a row are scaled as its logits are.
+// Statistics of one row, as many of the accumulation type (see fastkd/ops/soft_target.py). Where
+// the losses of rows are reduced, the number of rows that count comes after the last row. The
+// divergence and the cross-entropy of a row are scaled as its logits are.
 enum Statistic { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kHardSum, kKl, kCe, kCount };
-constexpr int kParts = 3;
 
 // A weight of 0 switches its term off, also where the term is infinite or NaN.
 constexpr double weighted(double weight, double term) { return weight == 0 ? 0 : weight * term; }

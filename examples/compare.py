@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the other data are")
     add("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="students (default: both)")
     add("--methods", nargs="+", choices=methods, default=methods, help="default: all")
-    add("--backend", type=backend, help="of fastkd (default: the fastest available)")
+    add("--backend", type=backend, help="of fastkd (default: as fastkd chooses)")
     add("--device", type=device, default="cpu", help="of torch (default: cpu)")
     add("--seeds", type=positive, metavar="N", help=f"students per method (default: {SEEDS})")
     add("--epochs", type=positive, metavar="N", help="default: depends on data and device")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastkd
 from compare_methods import ALONE, METHODS, PAIRS, TEACHER
 from data import Dataset, Normalize, load, random_crop_and_flip
-from fastkd.dispatch import Backend
+from fastkd.facts import Backend
 from features import Output, StagedNetwork
 from methods import Loss
 from models import depthwise_network, parameter_count, wide_residual_network

@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=NAMES, default="digits", help="default: digits")
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the other data are")
-    add("--backend", type=backend, help="of fastkd (default: the fastest available)")
+    add("--backend", type=backend, help="of fastkd (default: as fastkd chooses)")
     add("--device", type=device, default="cpu", help="of torch (default: cpu)")
     add("--channels-last", action="store_true", help="store images and features channels_last")
     add("--amp", action="store_true", help="compute networks and losses under bfloat16 autocast")

@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from fastkd.dispatch import Backend, known_backend
+from fastkd.dispatch import known_backend
+from fastkd.facts import Backend
 
 
 def backend(name: str) -> Backend:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
         use_backend,
     )
     from fastkd.losses.attention import attention_map, attention_transfer_loss
+    from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
     from fastkd.losses.hint import hint_loss
     from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
     from fastkd.losses.similarity import similarity_preserving_loss
-    from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft_target_loss
+    from fastkd.losses.soft_target import soft_target_loss
 
 __version__ = "0.1.0"
 
@@ -54,8 +55,8 @@ _HOME = {
     "rkd_angle_loss": "losses.rkd",
     "rkd_distance_loss": "losses.rkd",
     "similarity_preserving_loss": "losses.similarity",
-    "DistillationParts": "losses.soft_target",
-    "distillation_loss": "losses.soft_target",
+    "DistillationParts": "losses.distillation",
+    "distillation_loss": "losses.distillation",
     "soft_target_loss": "losses.soft_target",
 }
 

@@ -12,16 +12,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.facts import ORDER, Backend, Facts, Refusal
 from fastkd.tensors import obstacle_to_kernels, obstacle_while_compiling
-
-Backend = Literal["native", "triton", "reference"]
-
-ORDER: tuple[Backend, ...] = ("native", "triton", "reference")
 
 
 class FallbackWarning(UserWarning):
@@ -48,31 +45,6 @@ class BackendUnavailableError(RuntimeError):
         ...     print("no kernels for meta tensors")
         no kernels for meta tensors
     """
-
-
-class Facts(NamedTuple):
-    """All that a choice may depend on."""
-
-    loss: str
-    device: str  # with its index: cuda:0
-    dtypes: tuple[torch.dtype, ...]
-    obstacle: str | None  # of fastkd.tensors
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a backend does not serve a call, and what would change that.
-
-    `expected` marks a backend that was never meant for such tensors (Triton on a CPU): passing it
-    over is no step down and warns nobody.
-    """
-
-    reason: str
-    remedy: str = ""
-    expected: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
 
 @dataclass(frozen=True)
@@ -298,8 +270,8 @@ def _explain(facts: Facts, requested: Backend | None) -> Explanation:
         elif requested is not None and name != requested:
             reasons[name] = f"available; {requested!r} was asked for"
         elif chosen is not None:
-            reasons[name] = f"available; {chosen!r} is faster"
+            reasons[name] = f"available; {chosen!r} is preferred"
         else:
             chosen = name
-            reasons[name] = "asked for" if requested else "the fastest that can serve this call"
+            reasons[name] = "asked for" if requested else "the first that can serve this call"
     return Explanation(facts.loss, chosen, reasons)

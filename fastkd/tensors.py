@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# What stands between tensors and their memory where a kernel cannot serve, and the reference can.
-TRANSFORM = "transform"  # of torch.func
-FORWARD_MODE = "forward mode"
-TRACE = "trace"  # of torch.jit
-DTENSOR = "DTensor"
+from fastkd.facts import DTENSOR, FORWARD_MODE, TRACE, TRANSFORM
 
 # Private to torch, all of these; tests/test_private_names.py takes each away. Where one of the
 # first two is missing, operators always go through the dispatcher; where one of the last two is,

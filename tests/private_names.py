@@ -149,9 +149,8 @@ def main(out, uses, *names):
         from calls import LOSSES, sample
 
         import fastkd.nn  # noqa: F401
-        from fastkd import tensors
-        from fastkd.ops import library
-        from fastkd.reference import attention, symbols
+        from fastkd import operators, symbols, tensors
+        from fastkd.reference import attention
 
     if "torch.autograd.forward_ad._current_level" in names:
         tensors.forward_ad = types.SimpleNamespace(
@@ -159,7 +158,7 @@ def main(out, uses, *names):
         )
     if "torch.fx.experimental.symbolic_shapes.has_static_value" in names:
         # torch.compile cannot do without it; so fastkd alone has not what it would tell.
-        for module in (attention, library, symbols):
+        for module in (attention, operators, symbols):
             module.is_symbolic = lambda _: False
     warnings.simplefilter("ignore")
     results = {}

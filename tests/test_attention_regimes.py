@@ -13,13 +13,14 @@ import torch
 from agreement import array, assert_gradient, check_map, check_transfer, features
 
 import fastkd
-from fastkd.kernels import cuda
+from fastkd.kernels import native
+from fastkd.operators import kernels
 from fastkd.ops import attention
-from fastkd.ops.library import kernels
+from fastkd.parameters import Map
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 KINDS = ["sum", "sum_pow", "max_pow"]
-SUM = attention.MapParameters("sum_pow", 2.0, 1e-12, 1, "native")
+SUM = Map("sum_pow", 2.0, 1e-12, 1, "native")
 MAX = SUM._replace(kind="max_pow")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -326,5 +327,5 @@ def test_more_streams_than_there_are_counters_for(monkeypatch):
     shim.module().set_capturing(False)
     student, teacher = features(2, 3, 5), features(2, 2, 5)
     for stream in [*range(20)] * 2:
-        monkeypatch.setattr(cuda, "_place", lambda tensor, at=stream: (0, 16 * at))
+        monkeypatch.setattr(native, "place_of", lambda tensor, at=stream: (0, 16 * at))
         check_transfer(student, teacher, "native")

@@ -10,8 +10,8 @@ from agreement import DTYPES, array, assert_gradient, check_map, check_transfer,
 from conftest import BACKENDS
 
 import fastkd
-from fastkd.ops.attention import MapParameters, TransferParameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.parameters import Map, Transfer
+from fastkd.precision import compute_dtype
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
@@ -19,9 +19,9 @@ if "triton" not in BACKENDS:
 from fastkd.kernels.triton import attention
 from fastkd.kernels.triton.attention import _BLOCK, _CHANNELS, _CHANNELS_APART, _LOSSES, _walk
 
-SUM = MapParameters("sum_pow", 2.0, 1e-12, 1, "triton")
+SUM = Map("sum_pow", 2.0, 1e-12, 1, "triton")
 MAX = SUM._replace(kind="max_pow")
-NORM = TransferParameters("norm", 2.0, 1.0, "sum")
+NORM = Transfer("norm", 2.0, 1.0, "sum")
 
 
 def around(*sizes):

@@ -6,7 +6,7 @@ from calls import LOSSES, operators_of, sample, variants
 from torch._dynamo.backends.common import aot_autograd
 
 import fastkd
-from fastkd.ops import library
+from fastkd import operators
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -166,7 +166,7 @@ def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
     # Only compiled code calls the product; tests/test_product.py checks it.
     seen.add(torch.ops.fastkd.product.default)
-    assert seen == set(library.OPERATORS.values())
+    assert seen == set(operators.OPERATORS.values())
 
 
 @pytest.mark.parametrize("name", LOSSES)

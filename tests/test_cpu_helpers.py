@@ -25,6 +25,8 @@ BUILT = Path(
     os.environ.get("FASTKD_CPU_HELPERS_PATH")
     or next(BUILD.glob("_cpu_helpers*.so"), BUILD / "_cpu_helpers*.so")
 ).resolve()
+# As csrc/tensor.h numbers them.
+IN_CSRC = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 GUARD = 128  # bytes, more than the widest vector has
 # Per dtype: the digits of its significand, the exponent of its least normal number, its largest.
 FORMATS = {
@@ -110,7 +112,7 @@ class Case:
 
     @property
     def dtype(self):
-        return compiled.DTYPES[self.storage]
+        return IN_CSRC.index(self.storage)
 
     def call(self, name, memory, at, values, n, stride=1, streams=False, fill=0.0):
         helper = getattr(self.helpers.Helper, name)

@@ -11,7 +11,7 @@ from conftest import BACKENDS
 
 import fastkd
 import fastkd.losses.attention as module
-from fastkd import dispatch
+from fastkd import dispatch, facts
 from fastkd.kernels import native
 
 # Of the CPU: native first, then the reference.
@@ -34,7 +34,7 @@ def served(monkeypatch):
 
 @pytest.fixture
 def without_native(monkeypatch):
-    refusal = dispatch.Refusal("the kernels are on holiday", "Wait.")
+    refusal = facts.Refusal("the kernels are on holiday", "Wait.")
     monkeypatch.setattr(native, "refuse", lambda facts: refusal)
 
 
@@ -133,7 +133,7 @@ def test_falling_back_warns_once_per_reason(without_native, monkeypatch):
     assert len(caught) == 1
     # The warning points at the user's line, not into fastkd.
     assert caught[0].filename.endswith("calls.py")
-    monkeypatch.setattr(native, "refuse", lambda facts: dispatch.Refusal("they are ill"))
+    monkeypatch.setattr(native, "refuse", lambda _: facts.Refusal("they are ill"))
     dispatch._resolve.cache_clear()
     with pytest.warns(fastkd.FallbackWarning, match="they are ill"):
         call()
@@ -163,9 +163,9 @@ def explained(name, **keywords):
 def test_explain(name):
     explanation = explained(name)
     assert (explanation.loss, explanation.chosen) == (name, "native")
-    assert list(explanation.reasons) == list(dispatch.ORDER)
+    assert list(explanation.reasons) == list(facts.ORDER)
     assert all(explanation.reasons.values())
-    assert all(backend in str(explanation) for backend in dispatch.ORDER)
+    assert all(backend in str(explanation) for backend in facts.ORDER)
     assert explained(name, backend="reference").chosen == "reference"
     with fastkd.use_backend("reference"):
         assert explained(name).chosen == "reference"
@@ -227,7 +227,7 @@ def test_explain_of_a_stranger(stranger):
 
 
 def on_a_gpu(loss="hint_loss"):
-    return dispatch.Facts(loss, "cuda:0", (torch.float32, torch.float32), None)
+    return facts.Facts(loss, "cuda:0", (torch.float32, torch.float32), None)
 
 
 def module_for(archs, problem=""):
@@ -294,7 +294,7 @@ def test_a_gpu_of_another_maker(monkeypatch):
 
 def test_a_gpu_that_no_kernel_serves(monkeypatch):
     monkeypatch.setattr(native, "load", lambda: module_for([]))
-    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda facts: dispatch.Refusal("no Triton"))
+    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda _: facts.Refusal("no Triton"))
     with pytest.warns(fastkd.FallbackWarning) as caught:
         assert dispatch._resolve(*on_a_gpu(), None) == "reference"
     assert len(caught) == 2

@@ -9,15 +9,15 @@ import torch
 from agreement import DTYPES, array, assert_gradient, check_hint, features
 from conftest import BACKENDS
 
-from fastkd.ops.hint import Parameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.parameters import Hint
+from fastkd.precision import compute_dtype
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
 
 from fastkd.kernels.triton import hint, multiply, tiles
 
-SUM = Parameters(0.5, "sum", "triton")
+SUM = Hint(0.5, "sum", "triton")
 T = tiles.TILE
 
 
@@ -117,7 +117,7 @@ def test_gradients_that_are_not_wanted():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_output_of_any_dtype_and_strides(dtype):
     students, teachers = ([features(5, 4), features(5, 3)] for _ in range(2))
-    p = Parameters(0.5, "none", "triton")
+    p = Hint(0.5, "none", "triton")
     for upstream in (
         features(5, 2, dtype=dtype).t(),
         layouts.stepped(features(2, 5, dtype=dtype)),

@@ -12,9 +12,8 @@ import torch
 from conftest import BACKENDS
 
 import fastkd
-from fastkd import dispatch
-from fastkd.kernels import cuda
-from fastkd.reference import precision
+from fastkd import dispatch, precision
+from fastkd.kernels import compiled
 
 pytestmark = [
     pytest.mark.skipif("native" not in BACKENDS, reason="the best backend is under test"),
@@ -106,7 +105,7 @@ def test_the_stream_by_its_public_name(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=index + 40)
     )
-    spec = importlib.util.find_spec(cuda.__name__)
+    spec = importlib.util.find_spec(compiled.__name__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     assert fresh._raw_stream(2) == 42

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
-from fastkd.ops.product import product
+from fastkd.product import product
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -10,7 +10,7 @@ from calls import LOSSES, MODULES, operators_of, public_losses
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
-from fastkd.ops import library
+from fastkd import operators
 
 
 def home(name):
@@ -41,7 +41,7 @@ def test_operators_have_fakes(kernel_backend, name):
     assert calls, "no operator ran"
     with FakeTensorMode() as mode:
         for function, args in calls:
-            assert function in library.OPERATORS.values()
+            assert function in operators.OPERATORS.values()
             fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
             results = torch.utils._pytree.tree_leaves(function(*fakes))
             real = torch.utils._pytree.tree_leaves(run(function, args))

@@ -10,7 +10,7 @@ import torch
 from agreement import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from conftest import DEVICE
 
-from fastkd.ops.library import kernels
+from fastkd.operators import kernels
 
 F32, F64 = torch.float32, torch.float64
 DTYPES = [F32, F64]

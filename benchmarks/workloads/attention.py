@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks.workloads.workload import Argument, Shape, Workload, tensors, total
-from fastkd.dispatch import Backend
+from fastkd.facts import Backend
 
 
 def attention_map(features: Tensor, channel_dim: int = 1) -> Tensor:

@@ -114,9 +114,10 @@ Ahead next_sample(const Tensor& student, const Positions& s, const Tensor& teach
 }
 
 template <class A>
-void map(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p) {
+void map(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+         int threads) {
   const Positions where(features, p.channel_dim);
-  const Shares shares(where.batch, features.numel(), p.threads);
+  const Shares shares(where.batch, features.numel(), threads);
   parallel_for(where.batch, shares.outer, [&](int64_t b) {
     map_sample(features, where, b, at<A>(raw, b * where.count),
                winners ? winners + b * where.count : nullptr, p, shares.inner);
@@ -127,12 +128,12 @@ template <class A>
 void transfer(const Tensor& student, const Tensor& teacher, double* losses,
               const Tensor& student_slopes, int32_t* student_winners, const Tensor& teacher_slopes,
               int32_t* teacher_winners, const Tensor& gradient, const TransferParameters& transfer,
-              const MapParameters& p) {
+              const MapParameters& p, int threads) {
   const Positions s(student, p.channel_dim), t(teacher, p.channel_dim);
   const Positions g(gradient ? gradient : student, p.channel_dim);
   const int64_t count = s.count;
   const double scale = transfer.sample_scale(s.batch);
-  const Shares shares(s.batch, student.numel() + teacher.numel(), p.threads);
+  const Shares shares(s.batch, student.numel() + teacher.numel(), threads);
   parallel_for(s.batch, shares.outer, [&](int64_t b) {
     A* slopes = at<A>(student_slopes, b * count);
     // The same scratch as `gradient_sample` takes, when this map is done with.
@@ -156,9 +157,9 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
 
 template <class A>
 void backward(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-              const int32_t* winners, const Tensor& gradient, const MapParameters& p) {
+              const int32_t* winners, const Tensor& gradient, const MapParameters& p, int threads) {
   const Positions from(features, p.channel_dim), to(gradient, p.channel_dim);
-  const Shares shares(from.batch, features.numel(), p.threads);
+  const Shares shares(from.batch, features.numel(), threads);
   const A* factors = at<A>(grad_output, 0);
   parallel_for(from.batch, shares.outer, [&](int64_t b) {
     gradient_sample(features, from, gradient, to, b, at<A>(slopes, b * from.count),
@@ -168,31 +169,33 @@ void backward(const Tensor& grad_output, const Tensor& features, const Tensor& s
 }
 
 // The maps' dtype is the arithmetic's.
-void map_any(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p) {
+void map_any(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+             int threads) {
   if (raw.dtype == DType::f64)
-    map<double>(features, raw, winners, p);
+    map<double>(features, raw, winners, p, threads);
   else
-    map<float>(features, raw, winners, p);
+    map<float>(features, raw, winners, p, threads);
 }
 
 void transfer_any(const Tensor& student, const Tensor& teacher, double* losses,
                   const Tensor& student_slopes, int32_t* student_winners,
                   const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
-                  const TransferParameters& parameters, const MapParameters& p) {
+                  const TransferParameters& parameters, const MapParameters& p, int threads) {
   if (student_slopes.dtype == DType::f64)
     transfer<double>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
-                     teacher_winners, gradient, parameters, p);
+                     teacher_winners, gradient, parameters, p, threads);
   else
     transfer<float>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
-                    teacher_winners, gradient, parameters, p);
+                    teacher_winners, gradient, parameters, p, threads);
 }
 
 void backward_any(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-                  const int32_t* winners, const Tensor& gradient, const MapParameters& p) {
+                  const int32_t* winners, const Tensor& gradient, const MapParameters& p,
+                  int threads) {
   if (slopes.dtype == DType::f64)
-    backward<double>(grad_output, features, slopes, winners, gradient, p);
+    backward<double>(grad_output, features, slopes, winners, gradient, p, threads);
   else
-    backward<float>(grad_output, features, slopes, winners, gradient, p);
+    backward<float>(grad_output, features, slopes, winners, gradient, p, threads);
 }
 
 }  // namespace

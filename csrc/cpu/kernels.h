@@ -8,36 +8,39 @@
 
 namespace fastkd {
 
-struct SoftTargetKernels {
-  // loss is a scalar, or one per row; statistics and gradient may be absent.
-  void (*forward)(const Tensor& student, const Tensor& teacher, const int64_t* labels, void* loss,
-                  void* statistics, const Tensor& gradient, const SoftTargetParameters& p);
-  // Either gradient may be absent. grad_output is a scalar, or one per row.
-  void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                   const int64_t* labels, const void* statistics, const Tensor& to_student,
-                   const Tensor& to_teacher, const SoftTargetParameters& p);
+// The labels of rows, which may be absent, and how many rows are not ignored.
+struct Labels {
+  const int64_t* labels;
+  int64_t kept;
 };
 
-struct EnsembleKernels {
-  // loss is a scalar, or one per row. It, its parts (hard, KL, rows that count) and the gradient
-  // may be absent. grad_output, absent for 1, is a scalar, or one per row.
-  void (*both)(const Tensor& student, const Tensors& teachers, const double* weights,
-               const int64_t* labels, void* loss, void* parts, const Tensor& gradient,
-               const Tensor& grad_output, const SoftTargetParameters& p);
+struct SoftTargetKernels {
+  // loss is a scalar, or one per row; its parts, the statistics of the rows of one teacher, and the
+  // gradient may be absent.
+  void (*forward)(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
+                  void* parts, void* statistics, const Tensor& gradient,
+                  const SoftTargetParameters& p, int threads);
+  // Either gradient may be absent, and of several teachers that and the statistics are.
+  // grad_output is a scalar, or one per row.
+  void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
+                   const Labels& labels, const void* statistics, const Tensor& to_student,
+                   const Tensor& to_teacher, const SoftTargetParameters& p, int threads);
 };
 
 struct AttentionKernels {
   // The unnormalised map (B, positions), and the winning channels of max_pow.
-  void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p);
+  void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+              int threads);
   // losses: one per sample. Slopes of the teacher and the gradient may be absent. Those of max_pow
   // are by the winning features.
   void (*transfer)(const Tensor& student, const Tensor& teacher, double* losses,
                    const Tensor& student_slopes, int32_t* student_winners,
                    const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
-                   const TransferParameters& transfer, const MapParameters& p);
+                   const TransferParameters& transfer, const MapParameters& p, int threads);
   // grad_output is a scalar, or one per sample. With winners the features are not read.
   void (*backward)(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-                   const int32_t* winners, const Tensor& gradient, const MapParameters& p);
+                   const int32_t* winners, const Tensor& gradient, const MapParameters& p,
+                   int threads);
 };
 
 struct HintKernels {
@@ -79,7 +82,6 @@ struct FspKernels {
 struct Kernels {
   const char* isa;
   SoftTargetKernels soft_target;
-  EnsembleKernels ensemble;
   AttentionKernels attention;
   HintKernels hint;
   RkdKernels rkd;
@@ -91,7 +93,6 @@ struct Kernels {
 #define FASTKD_DECLARE(isa)                           \
   namespace isa {                                     \
   extern const SoftTargetKernels soft_target_kernels; \
-  extern const EnsembleKernels ensemble_kernels;      \
   extern const AttentionKernels attention_kernels;    \
   extern const HintKernels hint_kernels;              \
   extern const RkdKernels rkd_kernels;                \

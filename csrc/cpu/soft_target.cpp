@@ -2,157 +2,183 @@
 #include "soft_target_columns.h"
 #include "soft_target_row.h"
 #include "soft_target_rows.h"
+#include "soft_target_teachers.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Gradients of a row from its statistics, for a grad_output of `factor`.
-template <class A>
-void backward_row(const Tensors& t, const Plan<A>& plan, const int64_t (&offset)[4],
-                  const int64_t (&stride)[4], int64_t label, const A* statistics, A factor) {
+// The losses of all rows, and the student's gradient if it is wanted.
+template <class D, class A>
+void forward_rows_of(const Arguments<A>& a, int threads) {
+  const Rows& rows = a.rows;
+  if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row())
+    return forward_columns<D>(a, threads);
+  if (a.teachers > 1)
+    return parallel_for(rows.count, threads,
+                        [&](int64_t row) { a.ignores(row) ? a.skip(row) : mean_row<D>(a, row); });
+  const DType dtype = rows.sides[kStudent].tensor->dtype;
+  bool gathers = dtype != rows.sides[kTeacher].tensor->dtype;
+  for (const Side& side : rows.sides) gathers |= side.class_stride != 1;
+  if (gathers)
+    return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+      forward_stretch<D, A, true>(a, begin, end);
+    });
+  with_storage(dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8)) {
+      if (rows.classes > thresholds.few_classes)
+        return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+          forward_stretch<D, S, false>(a, begin, end);
+        });
+      constexpr int64_t W = Simd<A>::width;
+      parallel_for((rows.count + W - 1) / W, threads, [&](int64_t group) {
+        const int64_t first = group * W, left = rows.count - first;
+        forward_rows<D, S>(a, first, int(left < W ? left : W));
+      });
+    }
+  });
+}
+
+// The gradients of a row from its statistics.
+template <class D, class A>
+void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
-  const A s_max = statistics[kStudentMax], t_max = statistics[kTeacherMax];
-  const double soft = plan.soft_gradient * double(factor);
-  const double hard = plan.hard_gradient * double(factor);
-  const vec infinity = splat<A>(INFINITY), zero = splat<A>(0);
-  const A scale = A(kLogitScale), s_shift = s_max * scale, t_shift = t_max * scale;
-  const A inverse_t = A(plan.inverse_temperature);
-  const A log_ratio =
-      A(std::log(double(statistics[kStudentSum]) / statistics[kTeacherSum]) * kLogitScale -
-        double(statistics[kKl]));
-  Combination<A, A> k{soft != 0,
-                      plan.third_exponential,
-                      A(soft / statistics[kStudentSum]),
-                      A(soft / statistics[kTeacherSum]),
-                      A(plan.hard ? hard / statistics[kHardSum] : 0),
-                      A(hard * plan.smoothing / double(plan.classes))};
-  if (plan.hard && !plan.third_exponential) k.student += k.hard;
-  constexpr int room = kMostBlock;
-  alignas(64) A student[room], teacher[room], es[room], et[room], eh[room];
+  const auto& sides = a.rows.sides;
+  const auto gather_side = [&](int which, int64_t first, int n, A* to) {
+    const Side& side = sides[size_t(which)];
+    const int64_t stride = side.class_stride;
+    gather(*side.tensor, a.rows.offset(side, row) + first * stride, stride, n, to);
+  };
+  const auto scatter_side = [&](const A* from, int which, int64_t first, int n) {
+    const Side& side = sides[size_t(which)];
+    const int64_t stride = side.class_stride;
+    scatter(from, n, *side.tensor, a.rows.offset(side, row) + first * stride, stride);
+  };
+  const Weights by = a.weights_of(row);
+  const double zs = statistics[kStudentSum], zt = statistics[kTeacherSum];
+  const double log_ratio = std::log(zs / zt) * kLogitScale;
+  const auto soft =
+      D::factors(by.soft, zs, zt, D::mean_of(statistics[kKl], log_ratio), a.rates.inverse);
+  const Factors<A> k = a.factors(SoftFactors<A>{A(soft.student), A(soft.teacher)},
+                                 A(a.labels ? by.hard / statistics[kHardSum] : 0), by);
+  const A of_student = A(by.soft / zs), of_teacher = A(by.soft / zt);
+  const A surplus = A(log_ratio - double(statistics[kKl])), inverse = A(a.rates.inverse);
+  const A scale = A(kLogitScale);
+  const A s_shift = statistics[kStudentMax] * scale, t_shift = statistics[kTeacherMax] * scale;
+  const vec zero = {};
+  alignas(64) A student[kMostBlock], teacher[kMostBlock];
+  alignas(64) A es[kMostBlock], kept[kMostBlock], eh[kMostBlock];
   const int64_t size = thresholds.block;
-  for (int64_t first = 0; first < plan.classes; first += size) {
-    const int n = int(plan.classes - first < size ? plan.classes - first : size);
-    gather(*t.student, offset[0] + first * stride[0], stride[0], n, student);
-    gather(*t.teacher, offset[1] + first * stride[1], stride[1], n, teacher);
-    for (int i = n; i < room && i % W; ++i) student[i] = teacher[i] = 0;
+  for (int64_t first = 0; first < a.classes; first += size) {
+    const int n = int(a.classes - first < size ? a.classes - first : size);
+    gather_side(kStudent, first, n, student);
+    gather_side(kTeacher, first, n, teacher);
+    for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
     for (int i = 0; i < n; i += W) {
-      const vec s = load(student + i) * scale - s_shift, y = load(teacher + i) * scale - t_shift;
-      const vec p = plan.softened(y);
-      store(plan.softened(s), es + i);
-      store(p, et + i);
-      if (plan.third_exponential) store(plan.sharp(s), eh + i);
-      if (t.to_teacher) {
-        const vec surplus = (y - s) * inverse_t + log_ratio;  // log p − log q − KL, scaled
-        const vec g = p * k.teacher * surplus * A(1 / kLogitScale);
-        const vec wanted = load(teacher + i) == -infinity ? zero : g;
-        store(soft == 0 ? zero : wanted, teacher + i);
+      const vec s = load(student + i) * scale - s_shift, t = load(teacher + i) * scale - t_shift;
+      const vec e = a.softened(s), p = a.softened(t), apart = t - s;
+      store(e, es + i);
+      store(D::kept(e, p, apart), kept + i);
+      if (k.third) store(a.sharp(s), eh + i);
+      if (a.to_teacher) {
+        const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
+        const vec wanted = load(teacher + i) == -INFINITY ? zero : g;
+        store(k.soft ? wanted : zero, teacher + i);
       }
     }
-    if (t.to_teacher) scatter(teacher, n, *t.to_teacher, offset[3] + first * stride[3], stride[3]);
-    if (!t.gradient) continue;
-    combine(Exponentials<A>{es, et, eh}, k, n, student, false);
-    if (plan.hard && label >= first && label < first + n)
-      student[label - first] -= A(hard * (1 - plan.smoothing));
-    scatter(student, n, *t.gradient, offset[2] + first * stride[2], stride[2]);
+    if (a.to_teacher) scatter_side(teacher, kToTeacher, first, n);
+    if (!a.to_student) continue;
+    combine<D>(Exponentials<A>{es, kept, eh}, k, n, student, false);
+    if (a.labels && a.labels[row] >= first && a.labels[row] < first + n)
+      student[a.labels[row] - first] -= k.label;
+    scatter_side(student, kToStudent, first, n);
   }
 }
 
-template <class A, class S>
-void forward_side_by_side(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
-                          const int64_t* labels, A* table, int threads) {
-  if (rows.classes > thresholds.few_classes)
-    return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
-      forward_stretch<A, S, false>(t, rows, plan, labels, begin, end, table);
-    });
-  constexpr int64_t W = Simd<A>::width;
-  parallel_for((rows.count + W - 1) / W, threads, [&](int64_t group) {
-    const int64_t first = group * W, left = rows.count - first;
-    forward_rows<A, S>(t, rows, plan, labels ? labels + first : nullptr, first,
-                       int(left < W ? left : W), table + first * kCount);
+// Where both terms are switched off nothing is left of a gradient, NaN neither.
+template <class A>
+void zero_if_off(const Arguments<A>& a, int threads) {
+  if (a.weights.soft != 0 || a.weights.hard != 0) return;
+  parallel_for(a.rows.count, threads, [&](int64_t row) { a.write_zeros(row); });
+}
+
+int threads_of(const Rows& rows, int64_t teachers, int available) {
+  return threads_for(rows.count * rows.classes * (teachers + 1) / 2, available);
+}
+
+bool in_double(const Tensor& student, const Tensors& teachers) {
+  bool found = student.dtype == DType::f64;
+  for (const Tensor& teacher : teachers) found |= teacher.dtype == DType::f64;
+  return found;
+}
+
+const Tensor absent{};
+
+Rows rows_of(const Tensor& student, const Tensors& teachers, const Tensor& to_student,
+             const Tensor& to_teacher, int dim) {
+  std::vector<const Tensor*> sides(kTeacher + teachers.size());
+  sides[kStudent] = &student;
+  sides[kToStudent] = to_student ? &to_student : &student;
+  sides[kToTeacher] = to_teacher ? &to_teacher : &teachers[0];
+  for (size_t m = 0; m < teachers.size(); ++m) sides[kTeacher + m] = &teachers[m];
+  return Rows(sides, dim);
+}
+
+// f(D{}, A{}) of the divergence and the arithmetic that a call has.
+template <class F>
+void with_arithmetic(const Tensor& student, const Tensors& teachers, const SoftTargetParameters& p,
+                     const F& f) {
+  with_divergence(p.divergence, [&](auto divergence) {
+    in_double(student, teachers) ? f(divergence, double()) : f(divergence, float());
   });
 }
 
-// Without a table the statistics are forgotten.
-template <class A>
-void forward(const Tensors& t, const int64_t* labels, A* loss, A* table,
-             const SoftTargetParameters& p) {
-  const Tensor& gradient = t.gradient ? *t.gradient : *t.student;
-  const Rows<3> rows({t.student, t.teacher, &gradient}, p.dim);
-  const Plan<A> plan(rows.count, rows.classes, labels, p);
-  const int threads = threads_for(rows.count * rows.classes, p.threads);
-  Array<A> own(table == nullptr ? rows.count * kCount + kParts : 0);
-  if (table == nullptr) table = own.data();
-  bool gathers = t.student->dtype != t.teacher->dtype;
-  for (int64_t stride : rows.class_stride) gathers |= stride != 1;
-  if (rows.columns() && rows.classes <= thresholds.column_classes) {
-    forward_columns(t, rows, plan, labels, table, threads);
-  } else if (gathers) {
-    parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
-      forward_stretch<A, A, true>(t, rows, plan, labels, begin, end, table);
-    });
-  } else {
-    with_storage(t.student->dtype, [&](auto* storage) {
-      using S = std::remove_pointer_t<decltype(storage)>;
-      if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8))
-        forward_side_by_side<A, S>(t, rows, plan, labels, table, threads);
-    });
-  }
-  zero_if_off(plan, rows, t.gradient, 2);
-  reduce(table, rows.count, plan, p, loss);
-}
-
-template <class A>
-void backward(const Tensor& grad_output, const Tensors& t, const int64_t* labels, const A* table,
-              const SoftTargetParameters& p) {
-  const Tensor& to_student = t.gradient ? *t.gradient : *t.student;
-  const Tensor& to_teacher = t.to_teacher ? *t.to_teacher : *t.teacher;
-  const Rows<4> rows({t.student, t.teacher, &to_student, &to_teacher}, p.dim);
-  const Plan<A> plan(rows.count, rows.classes, labels, p);
-  const A* factors = at<A>(grad_output, 0);
-  const bool by_row = p.reduction == Reduction::none;
-  const int threads = threads_for(rows.count * rows.classes, p.threads);
-  parallel_for(rows.count, threads, [&](int64_t row) {
-    int64_t offsets[4];
-    rows.offsets(row, offsets);
-    if (plan.ignores(labels, row)) {
-      if (t.gradient) zero_row<A>(*t.gradient, offsets[2], rows.class_stride[2], rows.classes);
-      if (t.to_teacher) zero_row<A>(*t.to_teacher, offsets[3], rows.class_stride[3], rows.classes);
-      return;
+void forward(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
+             void* parts, void* statistics, const Tensor& gradient, const SoftTargetParameters& p,
+             int available) {
+  const Rows rows = rows_of(student, teachers, gradient, absent, p.dim);
+  const int threads = threads_of(rows, int64_t(teachers.size()), available);
+  with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
+    using D = decltype(divergence);
+    using A = decltype(number);
+    Arguments<A> a(p, rows, labels, gradient, absent, absent);
+    Array<A> losses(statistics ? 0 : 2 * rows.count);
+    a.losses = losses.data();
+    if (statistics) {
+      a.statistics = static_cast<A*>(statistics);
+      a.losses = a.statistics + kKl;
+      a.step = kCount;
+      if (p.reduction != Reduction::none) a.statistics[rows.count * kCount] = A(labels.kept);
     }
-    backward_row(t, plan, offsets, rows.class_stride, labels ? labels[row] : 0,
-                 table + row * kCount, by_row ? factors[row] : factors[0]);
+    forward_rows_of<D>(a, threads);
+    zero_if_off(a, threads);
+    reduce(a, static_cast<A*>(loss), static_cast<A*>(parts), threads);
   });
-  zero_if_off(plan, rows, t.gradient, 2);
-  zero_if_off(plan, rows, t.to_teacher, 3);
 }
 
-bool in_double(const Tensor& a, const Tensor& b) {
-  return a.dtype == DType::f64 || b.dtype == DType::f64;
-}
-
-void forward_any(const Tensor& student, const Tensor& teacher, const int64_t* labels, void* loss,
-                 void* statistics, const Tensor& gradient, const SoftTargetParameters& p) {
-  const Tensors t{&student, &teacher, gradient ? &gradient : nullptr, nullptr};
-  if (in_double(student, teacher))
-    forward<double>(t, labels, static_cast<double*>(loss), static_cast<double*>(statistics), p);
-  else
-    forward<float>(t, labels, static_cast<float*>(loss), static_cast<float*>(statistics), p);
-}
-
-void backward_any(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                  const int64_t* labels, const void* statistics, const Tensor& to_student,
-                  const Tensor& to_teacher, const SoftTargetParameters& p) {
-  const Tensors t{&student, &teacher, to_student ? &to_student : nullptr,
-                  to_teacher ? &to_teacher : nullptr};
-  if (in_double(student, teacher))
-    backward<double>(grad_output, t, labels, static_cast<const double*>(statistics), p);
-  else
-    backward<float>(grad_output, t, labels, static_cast<const float*>(statistics), p);
+void backward(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
+              const Labels& labels, const void* statistics, const Tensor& to_student,
+              const Tensor& to_teacher, const SoftTargetParameters& p, int available) {
+  const Rows rows = rows_of(student, teachers, to_student, to_teacher, p.dim);
+  const int threads = threads_of(rows, int64_t(teachers.size()), available);
+  with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
+    using D = decltype(divergence);
+    using A = decltype(number);
+    const Arguments<A> a(p, rows, labels, to_student, to_teacher, grad_output);
+    if (teachers.size() > 1)
+      forward_rows_of<D>(a, threads);
+    else
+      parallel_for(rows.count, threads, [&](int64_t row) {
+        a.ignores(row) ? a.skip(row)
+                       : backward_row<D>(a, row, static_cast<const A*>(statistics) + row * kCount);
+      });
+    zero_if_off(a, threads);
+  });
 }
 
 }  // namespace
 
-extern const SoftTargetKernels soft_target_kernels{forward_any, backward_any};
+extern const SoftTargetKernels soft_target_kernels{forward, backward};
 
 }  // namespace fastkd::FASTKD_ISA

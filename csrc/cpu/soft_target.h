@@ -1,6 +1,8 @@
-// What the row and column forms of soft targets share.
+// What the forms of soft targets share: the arguments of a call, the results of its rows, and the
+// loss that these make.
 #pragma once
 
+#include "../row.h"
 #include "exponential.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -8,132 +10,182 @@
 
 namespace fastkd::FASTKD_ISA {
 
-struct Tensors {
-  const Tensor *student, *teacher, *gradient, *to_teacher;
+// The sides of a call's rows: the student, the gradients of the student and of the teacher (or what
+// they are gradients of, where they are not wanted), and one teacher or several.
+enum { kStudent, kToStudent, kToTeacher, kTeacher };
+
+// What brings an exponential from one maximum to another.
+struct Rates {
+  double inverse;  // 1 / T, as the exponentials have it
+  bool third;      // the cross-entropy has exponentials of its own, at temperature 1
+
+  static double moving(double from, double to, double rate) {
+    return from == to ? 1 : from == -INFINITY ? 0 : std::exp((from - to) * rate);
+  }
+  double soft(double from, double to) const { return moving(from, to, inverse); }
+  double hard(double from, double to) const { return moving(from, to, 1); }
+};
+
+// The weights of q − p and of q₁ − target in a row's gradient.
+struct Weights {
+  double soft, hard;
 };
 
 // The arguments in the form that the inner loops want them.
 template <class A>
-struct Plan {
-  int64_t classes;
-  bool hard;               // labels are given
-  bool third_exponential;  // the cross-entropy's, at temperature 1
-  int64_t ignore_index;
+struct Arguments {
+  const SoftTargetParameters& p;
+  const Rows& rows;
+  int64_t classes, teachers;
+  bool to_student, to_teacher;     // whether these gradients are wanted
+  const int64_t* labels;           // one a row, or absent
+  const A* grad_output;            // a scalar, or one per row; absent for 1
   Exp<A> softened, sharp;          // exp(x / T), exp(x), of scaled logits
   Exp<A> raw_softened, raw_sharp;  // and of logits as they are
-  double inverse_temperature;      // as `softened` has it
-  double smoothing;
-  int64_t kept;                         // rows that are not ignored
-  double divisor;                       // of the reduction
-  double soft_gradient, hard_gradient;  // of q − p, and of q₁ − target
+  Rates rates;
+  double divisor;  // of the reduction
+  Weights weights;
+  A* statistics = nullptr;  // of the rows, where they are wanted
+  A* losses = nullptr;      // (divergence, cross-entropy) of each row, where they are wanted,
+  int64_t step = 2;         // so far apart
 
-  Plan(int64_t rows, int64_t classes, const int64_t* labels, const SoftTargetParameters& p)
-      : classes(classes),
-        hard(labels != nullptr),
-        third_exponential(hard && p.temperature != 1),
-        ignore_index(p.ignore_index),
+  Arguments(const SoftTargetParameters& p, const Rows& rows, const Labels& of, const Tensor& to,
+            const Tensor& to_teacher, const Tensor& grad_output)
+      : p(p),
+        rows(rows),
+        classes(rows.classes),
+        teachers(int64_t(rows.sides.size()) - kTeacher),
+        to_student(to),
+        to_teacher(to_teacher),
+        labels(of.labels),
+        grad_output(grad_output.as<A>()),
         softened(1 / p.temperature / kLogitScale),
         sharp(1 / kLogitScale),
         raw_softened(1 / p.temperature),
         raw_sharp(1),
-        inverse_temperature(softened.rate * kLogitScale),
-        smoothing(p.label_smoothing),
-        kept(rows) {
-    for (int64_t row = 0; hard && row < rows; ++row) kept -= labels[row] == ignore_index;
-    divisor = p.reduction == Reduction::batchmean ? double(kept)
-              : p.reduction == Reduction::mean    ? double(kept) * double(classes)
+        rates{softened.rate * kLogitScale, labels != nullptr && p.temperature != 1} {
+    divisor = p.reduction == Reduction::batchmean ? double(of.kept)
+              : p.reduction == Reduction::mean    ? double(of.kept) * double(classes)
                                                   : 1;
     if (divisor == 0) divisor = 1;
-    soft_gradient = p.soft_weight / p.temperature / divisor;
-    hard_gradient = hard ? p.hard_weight / divisor : 0;
+    weights = {p.soft_weight / p.temperature / divisor, labels ? p.hard_weight / divisor : 0};
   }
 
-  // The same for a grad_output of `factor`.
-  Plan times(double factor) const {
-    Plan plan = *this;
-    plan.soft_gradient *= factor;
-    plan.hard_gradient *= factor;
-    return plan;
+  bool ignores(int64_t row) const { return labels && labels[row] == p.ignore_index; }
+
+  bool differs_by_row() const { return grad_output && p.reduction == Reduction::none; }
+  Weights weights_of(int64_t row) const {
+    if (grad_output == nullptr) return weights;
+    const double by = grad_output[differs_by_row() ? row : 0];
+    return {weights.soft * by, weights.hard * by};
   }
 
-  bool ignores(const int64_t* labels, int64_t row) const {
-    return hard && labels[row] == ignore_index;
+  // The sum of exponentials at temperature 1.
+  double hard_sum(double student, double hard) const {
+    return labels == nullptr ? 0 : rates.third ? hard : student;
   }
 
-  // What every class, and what the label's takes off the gradient.
-  A to_every_class() const { return A(hard_gradient * smoothing / double(classes)); }
-  A to_label() const { return A(hard_gradient * (1 - smoothing)); }
+  template <class F>
+  Factors<A, F> factors(SoftFactors<F> soft, F hard, const Weights& by) const {
+    return {rates.third ? soft.student : soft.student + hard,
+            soft.teacher,
+            hard,
+            A(by.hard * p.label_smoothing / double(classes)),
+            A(by.hard * (1 - p.label_smoothing)),
+            by.soft != 0,
+            rates.third};
+  }
 
-  // From −log q of the label and its mean over classes; a part of weight 0 may be infinite.
-  double cross_entropy(double label, double mean) const {
-    return (smoothing < 1 ? (1 - smoothing) * label : 0) + (smoothing > 0 ? smoothing * mean : 0);
+  // The results of a row. Where a label is ignored all are 0.
+  void write(int64_t row, const RowState<double>& of, const Losses& found) const {
+    if (losses == nullptr) return;
+    losses[row * step] = A(found.divergence);
+    losses[row * step + 1] = A(found.cross_entropy);
+    if (statistics == nullptr) return;
+    A* to = statistics + row * kCount;
+    to[kStudentMax] = A(of.student_max);
+    to[kStudentSum] = A(of.student);
+    to[kTeacherMax] = A(of.teacher_max);
+    to[kTeacherSum] = A(of.teacher);
+    to[kHardSum] = A(of.hard);
+  }
+
+  // Zeros in the gradients that are wanted.
+  void write_zeros(int64_t row) const {
+    alignas(64) A zeros[kMostBlock] = {};
+    for (int which : {kToStudent, kToTeacher}) {
+      if (!(which == kToStudent ? to_student : to_teacher)) continue;
+      const Side& side = rows.sides[size_t(which)];
+      const int64_t to = rows.offset(side, row), stride = side.class_stride;
+      for (int64_t first = 0; first < classes; first += kMostBlock)
+        scatter(zeros, classes - first < kMostBlock ? classes - first : kMostBlock, *side.tensor,
+                to + first * stride, stride);
+    }
+  }
+
+  void skip(int64_t row) const {
+    write(row, {0, 0, 0, 0, 0, 0, 0}, {0, 0});
+    write_zeros(row);
   }
 };
 
+// What a class has in cache between the two passes: its exponential, what the divergence keeps, and
+// its exponential at temperature 1. The second pass may write the gradient in the first one's
+// place.
 template <class A>
 struct Exponentials {
-  A *student, *teacher, *hard;
-};
+  A *student, *kept, *hard;
 
-// What a gradient is made of: a·es − b·et + c·eh − d. A factor is a number for one row, and a
-// vector for as many rows as it has lanes.
-template <class A, class Factor>
-struct Combination {
-  bool soft, third;  // whether the second and third term count: at a weight of 0 nothing that the
-                     // teacher holds may show, NaN neither
-  Factor student, teacher, hard;
-  A smoothing;
-
-  template <class Load>
-  auto operator()(const Load& load, const Exponentials<A>& from) const {
-    auto g = load(from.student) * student;
-    if (soft) g -= load(from.teacher) * teacher;
-    if (third) g += load(from.hard) * hard;
-    return g - smoothing;
+  template <class D, class F, class Load>
+  auto gradient(const Factors<A, F>& k, const Load& load) const {
+    const auto es = load(student);
+    return k.template gradient<D>(es, load(kept), k.third ? load(hard) : decltype(es){});
   }
 };
 
-template <class A>
-void zero_row(const Tensor& gradient, int64_t at, int64_t stride, int64_t classes) {
-  alignas(64) A zeros[kMostBlock] = {};
-  for (int64_t first = 0; first < classes; first += kMostBlock)
-    scatter(zeros, classes - first < kMostBlock ? classes - first : kMostBlock, gradient,
-            at + first * stride, stride);
-}
-
-// Where both terms are switched off nothing is left of a gradient, NaN neither.
-template <class A, int N>
-void zero_if_off(const Plan<A>& plan, const Rows<N>& rows, const Tensor* gradient, int side) {
-  if (gradient == nullptr || plan.soft_gradient != 0 || plan.hard_gradient != 0) return;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    int64_t offsets[N];
-    rows.offsets(row, offsets);
-    zero_row<A>(*gradient, offsets[side], rows.class_stride[side], rows.classes);
+// What f(begin, end) of chunks of the rows add up to, in order. The chunks depend on the number of
+// rows alone.
+template <class F>
+Losses sum_over_rows(int64_t rows, int threads, const F& f) {
+  constexpr int64_t most = 64, least = 4096;
+  const int64_t even = (rows + most - 1) / most, chunk = even < least ? least : even;
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  Losses partial[most], total{};
+  parallel_for(chunks, threads, [&](int64_t i) {
+    partial[i] = f(i * chunk, i + 1 < chunks ? (i + 1) * chunk : rows);
+  });
+  for (int64_t i = 0; i < chunks; ++i) {
+    total.divergence += partial[i].divergence;
+    total.cross_entropy += partial[i].cross_entropy;
   }
+  return total;
 }
 
-// Rows to losses, in an order that no thread changes.
+// Losses of rows to the loss and its parts, which may be absent, in an order that no thread
+// changes.
 template <class A>
-void reduce(A* table, int64_t rows, const Plan<A>& plan, const SoftTargetParameters& p, A* loss) {
+void reduce(const Arguments<A>& a, A* loss, A* parts, int threads) {
+  const SoftTargetParameters& p = a.p;
   // Terms stay scaled until they are weighted: a weighted sum or mean may be representable where
   // the term of a row is not.
-  const auto loss_of = [&](double soft, double hard) {
-    return A((weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard)) / kLogitScale);
+  const auto put = [&](double soft, double hard, int64_t at, int64_t count) {
+    loss[at] = A((weighted(p.soft_weight, soft) + weighted(p.hard_weight, hard)) / kLogitScale);
+    if (parts == nullptr) return;
+    parts[at] = A(hard / kLogitScale);
+    parts[at + count] = A(weighted(p.temperature * p.temperature, soft) / kLogitScale);
   };
-  double soft = 0, hard = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const double kl = table[row * kCount + kKl], ce = table[row * kCount + kCe];
-    if (p.reduction == Reduction::none) loss[row] = loss_of(kl, ce);
-    soft += kl;
-    hard += ce;
-  }
-  soft /= plan.divisor;
-  hard /= plan.divisor;
-  if (p.reduction != Reduction::none) loss[0] = loss_of(soft, hard);
-  A* parts = table + rows * kCount;
-  parts[0] = A(hard / kLogitScale);
-  parts[1] = A(weighted(p.temperature * p.temperature, soft) / kLogitScale);
-  parts[2] = A(plan.kept);
+  const bool by_row = p.reduction == Reduction::none;
+  const Losses total = sum_over_rows(a.rows.count, threads, [&](int64_t row, int64_t end) {
+    Losses sum{};
+    for (; row < end; ++row) {
+      const double soft = a.losses[row * a.step], hard = a.losses[row * a.step + 1];
+      if (by_row) put(soft, hard, row, a.rows.count);
+      sum.divergence += soft;
+      sum.cross_entropy += hard;
+    }
+    return sum;
+  });
+  if (!by_row) put(total.divergence / a.divisor, total.cross_entropy / a.divisor, 0, 1);
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -10,9 +10,9 @@ namespace fastkd::FASTKD_ISA {
 constexpr int64_t kAhead = 12288;
 
 // Whether there are registers for two loops in one: 32 with AVX-512, elsewhere half of that.
-constexpr bool kRoom = kVectorBytes == 64;
+constexpr bool kInterleaves = kVectorBytes == 64;
 
-// Both sides, each side by side in memory; `size` is 0 where there is nothing.
+// Both sides, contiguous; `size` is 0 where there is nothing.
 template <class S>
 struct Block {
   const S *student = nullptr, *teacher = nullptr;
@@ -42,17 +42,11 @@ A origin(A maximum) {
   return maximum == A(-INFINITY) ? 0 : maximum;
 }
 
-// The same, scaled.
-template <class A>
-A shift(A maximum) {
-  return origin(maximum) * A(kLogitScale);
-}
-
 // Of every lane.
 template <class A>
 struct Accumulators {
   vec_t<A> student, teacher, hard;
-  vec_t<A> difference;  // Σ et · (t − s), both shifted and scaled
+  vec_t<A> difference;  // of the divergence's terms, scaled
   vec_t<A> shifted;     // Σ s, shifted and scaled, for label smoothing
 };
 
@@ -61,15 +55,15 @@ struct Accumulators {
 // sum is not finite, and `difference_with_exclusions` or `shifted_sum` has it. The maxima of the
 // block after it, if wanted, are found in the same loop where it has room: beside so much
 // arithmetic its loads cost little.
-template <class A, class S, class... Next>
-Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, const Plan<A>& plan,
+template <class D, class A, class S, class... Next>
+Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, const Arguments<A>& a,
                              const Exponentials<A>& to, Next&... of_next) {
   using vec = vec_t<A>;
   constexpr int W = All<A>::value;
   const A lowest = -INFINITY, scale = A(kLogitScale);
   // Copies, which the stores below cannot change: they stay in registers.
-  const Exp<A> softened = plan.raw_softened, sharp = plan.raw_sharp;
-  const bool third = plan.third_exponential, smooths = plan.smoothing > 0;
+  const Exp<A> softened = a.raw_softened, sharp = a.raw_sharp;
+  const bool third = a.rates.third, smooths = a.p.label_smoothing > 0;
   const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
   const auto step = [&](int i, auto lanes) {
@@ -80,9 +74,9 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
     const vec es = softened(s), et = softened(t);
     s_sum += es;
     t_sum += et;
-    difference += keep<A>(et * (t - s), lanes);
+    difference += keep<A>(D::term(es, D::kept(es, et, t - s), t - s), lanes);
     store(es, to.student + i);
-    store(et, to.teacher + i);
+    store(D::kept(es, et, t * scale - s * scale), to.kept + i);
     if (third) {
       const vec eh = sharp(s);
       hard_sum += eh;
@@ -93,7 +87,7 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
   int done = 0;
   [[maybe_unused]] const auto both = [&](auto& wanted) {
     auto maxima = wanted;
-    for (; kRoom && done + W <= block.size && done + W <= maxima.of.size; done += W) {
+    for (; kInterleaves && done + W <= block.size && done + W <= maxima.of.size; done += W) {
       maxima.take(done, All<A>{});
       step(done, All<A>{});
     }
@@ -102,7 +96,7 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
   };
   (both(of_next), ...);
   over_vectors<A>(block.size - done, [&](int i, auto lanes) { step(done + i, lanes); });
-  return {s_sum, t_sum, third ? hard_sum : s_sum, difference * scale, shifted * scale};
+  return {s_sum, t_sum, hard_sum, difference * scale, shifted * scale};
 }
 
 // Σ s, shifted and scaled: -inf where the student excludes a class.
@@ -113,33 +107,35 @@ double shifted_sum(const Block<S>& block, A s_shift) {
   return total;
 }
 
-// The difference where a class may be excluded: by the teacher it contributes 0 (and 0 · inf would
-// be NaN), by the student alone it is infinite.
-template <class A, class S>
-double difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift, const A* et) {
+// The sum of terms where a class may be excluded: 0 · inf would be NaN, and the term of a class may
+// be infinite.
+template <class D, class A, class S>
+double difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift,
+                                  const Exponentials<A>& of) {
   double total = 0;
   for (int i = 0; i < block.size; ++i) {
     const A s = widen(block.student[i]), t = widen(block.teacher[i]);
-    if (t == A(-INFINITY)) continue;
-    total += s == A(-INFINITY)
-                 ? A(INFINITY)
-                 : et[i] * ((t * A(kLogitScale) - t_shift) - (s * A(kLogitScale) - s_shift));
+    const A apart = (t * A(kLogitScale) - t_shift) - (s * A(kLogitScale) - s_shift);
+    total += term_of<D>(of.student[i], of.kept[i], apart, s == A(-INFINITY), t == A(-INFINITY));
   }
   return total;
 }
 
-template <class A, class S>
-void combine(const Exponentials<A>& from, const Combination<A, A>& k, int n, S* to, bool streams) {
-  write_vectors<A>(to, n, streams, [&](int i, auto lanes) {
-    return k([&](const A* e) { return load_lanes<A>(e + i, lanes, A(0)); }, from);
+// The gradient of a block. Flattened, so that what it is made of stays in registers.
+template <class D, class A, class S>
+[[gnu::flatten]] void combine(const Exponentials<A>& from, const Factors<A> k, int n, S* to,
+                              bool streams) {
+  const Exponentials<A> of = from;
+  write_vectors<A>(to, n, streams, [=](int i, auto lanes) {
+    return of.template gradient<D>(k,
+                                   [=](const A* e) { return load_lanes<A>(e + i, lanes, A(0)); });
   });
 }
 
-// The gradient of the label's class, of which `to_label` is taken off.
-template <class A>
-A label_gradient(const Exponentials<A>& from, const Combination<A, A>& k, int64_t label,
-                 A to_label) {
-  return k([&](const A* e) { return e[label]; }, from) - to_label;
+// The gradient of the label's class.
+template <class D, class A>
+A label_gradient(const Exponentials<A>& from, const Factors<A>& k, int64_t label) {
+  return from.template gradient<D>(k, [&](const A* e) { return e[label]; }) - k.label;
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -1,78 +1,109 @@
-// Soft targets where rows lie side by side and classes apart (dim=1 of N, C, H, W): a vector holds
+// Soft targets where rows are contiguous and classes apart (dim=1 of N, C, H, W): a vector holds
 // one class of as many rows as it has lanes, so nothing is transposed or summed across lanes.
 #pragma once
 
 #include "soft_target_lanes.h"
+#include "soft_target_teachers.h"
 
 namespace fastkd::FASTKD_ISA {
 
 constexpr int kClassesAhead = 4;
 
-// The statistics of one vector of rows, whose exponentials are s, t and h, and the gradient in the
-// place of s.
+// f(first, last) for stretches of 32 classes: sums of sums, so that many classes do not add up many
+// roundings.
+template <class F>
+void over_classes(int64_t classes, const F& f) {
+  for (int64_t first = 0; first < classes; first += 32)
+    f(first, first + 32 < classes ? first + 32 : classes);
+}
+
 template <class A>
-void finish_lanes(const Lanes<A>& rows, A* s, A* t, A* h, const Plan<A>& plan,
-                  const int64_t* labels, int lanes, A* table, bool write) {
+vec_t<A> maximum_lanes(const A* logits, int64_t classes) {
+  vec_t<A> maximum = splat<A>(-INFINITY);
+  for (int64_t c = 0; c < classes; ++c) maximum = max<A>(load(logits + c * All<A>::value), maximum);
+  return maximum;
+}
+
+// One vector of rows, class after class: the share of one of several teachers in their mean.
+template <class A>
+void teacher_lanes(A* t, const Arguments<A>& a, double weight, bool is_first, A* mean) {
   constexpr int W = Simd<A>::width;
-  const auto k = finish(rows, plan, labels, lanes, table);
-  if (!write) return;
-  for (int64_t c = 0; c < plan.classes; ++c) {
-    const auto of_class = [&](const A* e) { return load(e + c * W); };
-    store(k(of_class, Exponentials<A>{s, t, h}), s + c * W);
-  }
-  for (int lane = 0; labels && lane < lanes; ++lane) {
-    if (plan.ignores(labels, lane))
-      for (int64_t c = 0; c < plan.classes; ++c) s[c * W + lane] = 0;
-    else
-      s[labels[lane] * W + lane] -= plan.to_label();
+  const vec_t<A> shift = maximum_lanes(t, a.classes) * A(kLogitScale);
+  vec_t<A> total = {};
+  over_classes(a.classes, [&](int64_t c, int64_t last) {
+    vec_t<A> part = {};
+    for (; c < last; ++c) {
+      const vec_t<A> e = exponentials_of<A>(load(t + c * W), shift, a.softened);
+      part += e;
+      store(e, t + c * W);
+    }
+    total += part;
+  });
+  const vec_t<A> share = A(weight) / total;
+  for (int64_t c = 0; c < a.classes; ++c) {
+    const vec_t<A> u = load(t + c * W) * share;
+    store(is_first ? u : load(mean + c * W) + u, mean + c * W);
   }
 }
 
-// One vector of rows, class after class; s, t and h become the exponentials, s then the gradient.
+// One class of the target of a vector of rows: its exponentials, its logits as the student's are,
+// and where it is excluded.
 template <class A>
-void forward_lanes(A* s, A* t, A* h, const Plan<A>& plan, const int64_t* labels, int lanes,
-                   A* table, bool write) {
+struct Target {
+  vec_t<A> e, logits;
+  mask_t<A> is_excluded;
+};
+
+// One vector of rows from `first` on, class after class. What lies at `of` becomes the exponentials
+// and what is kept, then the student's become the gradient. `target` makes a class's from what lies
+// in the place of what is kept.
+template <class D, class A, class F>
+void forward_lanes(const Exponentials<A>& of, vec_t<A> teacher_max, const F& target,
+                   const Arguments<A>& a, int64_t first_row, int lanes) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
-  const vec infinity = splat<A>(INFINITY), zero = splat<A>(0);
-  vec s_max = -infinity, t_max = -infinity;
-  for (int64_t c = 0; c < plan.classes; ++c) {
-    s_max = max<A>(load(s + c * W), s_max);
-    t_max = max<A>(load(t + c * W), t_max);
-  }
+  A *s = of.student, *t = of.kept, *h = of.hard;
   const A scale = A(kLogitScale);
-  const vec s_shift = s_max * scale, t_shift = t_max * scale;
-  Lanes<A> rows{s_max, t_max, zero, zero, zero, zero, zero, {}};
-  for (int lane = 0; labels && lane < lanes; ++lane)
-    if (!plan.ignores(labels, lane)) rows.label[lane] = s[labels[lane] * W + lane];
-  // Sums of sums, so that many classes do not add up many roundings.
-  for (int64_t first = 0; first < plan.classes; first += 32) {
-    const int64_t last = first + 32 < plan.classes ? first + 32 : plan.classes;
-    vec s_part = zero, t_part = zero, h_part = zero, difference_part = zero, shifted_part = zero;
-    for (int64_t c = first; c < last; ++c) {
-      const vec raw_s = load(s + c * W), raw_t = load(t + c * W);
-      const vec x = raw_s * scale - s_shift, y = raw_t * scale - t_shift;
-      const vec es = plan.softened(x), et = plan.softened(y);
-      const vec product = raw_s == -infinity ? infinity : et * (y - x);
-      s_part += es;
-      t_part += et;
-      difference_part += raw_t == -infinity ? zero : product;
-      shifted_part += x;
+  Lanes<A> rows{};
+  rows.student_max = maximum_lanes(s, a.classes);
+  rows.teacher_max = teacher_max;
+  const vec shift = rows.student_max * scale;
+  for (int lane = 0; a.labels && lane < lanes; ++lane)
+    if (!a.ignores(first_row + lane)) rows.label[lane] = s[a.labels[first_row + lane] * W + lane];
+  over_classes(a.classes, [&](int64_t c, int64_t last) {
+    vec student = {}, teacher = {}, hard = {}, difference = {}, shifted = {};
+    for (; c < last; ++c) {
+      const vec logits = load(s + c * W), x = logits * scale - shift;
+      const Target<A> y = target(load(t + c * W));
+      const vec es = a.softened(x), apart = y.logits - x, kept = D::kept(es, y.e, apart);
+      student += es;
+      teacher += y.e;
+      difference += term_of<D>(es, kept, apart, logits == -INFINITY, y.is_excluded);
+      shifted += x;
       store(es, s + c * W);
-      store(et, t + c * W);
-      if (plan.third_exponential) {
-        const vec eh = plan.sharp(x);
-        h_part += eh;
+      store(kept, t + c * W);
+      if (a.rates.third) {
+        const vec eh = a.sharp(x);
+        hard += eh;
         store(eh, h + c * W);
       }
     }
-    rows.student_sum += s_part;
-    rows.teacher_sum += t_part;
-    rows.hard_sum += plan.third_exponential ? h_part : s_part;
-    rows.difference += difference_part;
-    rows.shifted += shifted_part;
+    rows.student += student;
+    rows.teacher += teacher;
+    rows.hard += hard;
+    rows.difference += difference;
+    rows.shifted += shifted;
+  });
+  const auto k = finish<D>(rows, a, first_row, lanes);
+  if (!a.to_student) return;
+  for (int64_t c = 0; c < a.classes; ++c)
+    store(of.template gradient<D>(k, [&](const A* e) { return load(e + c * W); }), s + c * W);
+  for (int lane = 0; a.labels && lane < lanes; ++lane) {
+    if (a.ignores(first_row + lane))
+      for (int64_t c = 0; c < a.classes; ++c) s[c * W + lane] = 0;
+    else
+      s[a.labels[first_row + lane] * W + lane] -= k.label;
   }
-  finish_lanes(rows, s, t, h, plan, labels, lanes, table, write);
 }
 
 // One class of a tile to and from its vectors of rows, `step` elements apart. Classes lie too far
@@ -100,33 +131,55 @@ void scatter_class(const A* from, int64_t step, int n, const Tensor& to, int64_t
   });
 }
 
-template <class A>
-void forward_columns(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
-                     const int64_t* labels, A* table, int threads) {
+template <class D, class A>
+void forward_columns(const Arguments<A>& a, int threads) {
   constexpr int W = Simd<A>::width;
-  const int64_t side = rows.columns(), width = thresholds.columns;
-  const int64_t tiles = (side + width - 1) / width;
-  const int64_t outer = rows.count / side, room = plan.classes * width;
-  const auto& strides = rows.class_stride;
-  const int64_t step = plan.classes * W;  // from one vector of rows to the next
+  const int64_t side = a.rows.columns(), width = thresholds.columns, classes = a.classes;
+  const int64_t tiles = (side + width - 1) / width, outer = a.rows.count / side;
+  const int64_t capacity = classes * width,
+                step = classes * W;  // from one vector of rows to the next
   parallel_for(outer * tiles, threads, [&](int64_t tile) {
     const int64_t column = tile % tiles * width, row = tile / tiles * side + column;
     const int n = int(side - column < width ? side - column : width);
-    int64_t offset[3];
-    rows.offsets(row, offset);
-    A *s = scratch<A>(3 * room), *y = s + room, *h = y + room;
-    for (int64_t c = 0; c < plan.classes; ++c) {
-      gather_class(*t.student, offset[0] + c * strides[0], strides[0], n, s + c * W, step);
-      gather_class(*t.teacher, offset[1] + c * strides[1], strides[1], n, y + c * W, step);
+    A *s = scratch<A>(3 * capacity), *t = s + capacity, *h = t + capacity;
+    const auto gather_tile = [&](size_t which, A* to) {
+      const Side& from = a.rows.sides[which];
+      const int64_t offset = a.rows.offset(from, row), stride = from.class_stride;
+      for (int64_t c = 0; c < classes; ++c)
+        gather_class(*from.tensor, offset + c * stride, stride, n, to + c * W, step);
+    };
+    if (a.teachers == 1) gather_tile(kTeacher, t);
+    for (int64_t m = 0; a.teachers > 1 && m < a.teachers; ++m) {
+      gather_tile(size_t(kTeacher + m), s);
+      for (int64_t at = 0; at * W < n; ++at)
+        teacher_lanes(s + at * step, a, a.p.weights[size_t(m)], m == 0, t + at * step);
     }
+    gather_tile(kStudent, s);
     for (int i = 0; i < n; i += W) {
-      const int64_t of = i / W * step;
-      forward_lanes(s + of, y + of, h + of, plan, labels ? labels + row + i : nullptr,
-                    n - i < W ? n - i : W, table + (row + i) * kCount, bool(t.gradient));
+      const int64_t at = i / W * step;
+      const Exponentials<A> of{s + at, t + at, h + at};
+      const int lanes = n - i < W ? n - i : W;
+      if (a.teachers == 1) {
+        const vec_t<A> maximum = maximum_lanes(of.kept, classes);
+        const vec_t<A> shift = maximum * A(kLogitScale);
+        const auto target = [&](vec_t<A> logits) {
+          const vec_t<A> y = logits * A(kLogitScale) - shift;
+          return Target<A>{a.softened(y), y, logits == -INFINITY};
+        };
+        forward_lanes<D>(of, maximum, target, a, row + i, lanes);
+      } else {
+        const A temperature = A(1 / a.rates.inverse * kLogitScale);
+        const auto target = [&](vec_t<A> u) {
+          return Target<A>{u, logits_of<A>(u, temperature), excludes<A>(u)};
+        };
+        forward_lanes<D>(of, vec_t<A>{}, target, a, row + i, lanes);
+      }
     }
-    if (t.gradient)
-      for (int64_t c = 0; c < plan.classes; ++c)
-        scatter_class(s + c * W, step, n, *t.gradient, offset[2] + c * strides[2]);
+    if (!a.to_student) return;
+    const Side& to = a.rows.sides[kToStudent];
+    const int64_t offset = a.rows.offset(to, row);
+    for (int64_t c = 0; c < classes; ++c)
+      scatter_class(s + c * W, step, n, *to.tensor, offset + c * to.class_stride);
   });
 }
 

@@ -7,61 +7,57 @@
 
 namespace fastkd::FASTKD_ISA {
 
+// The states of so many rows.
 template <class A>
 struct Lanes {
   vec_t<A> student_max, teacher_max;
-  vec_t<A> student_sum, teacher_sum, hard_sum;
-  vec_t<A> difference;      // Σ et · ((t − t_max) − (s − s_max)), scaled
-  vec_t<A> shifted;         // Σ (s − s_max), scaled, for label smoothing
-  A label[Simd<A>::width];  // the student's logit of the label
+  vec_t<A> student, teacher, hard;  // sums of exponentials; the last one at temperature 1
+  vec_t<A> difference;              // of the divergence's terms, scaled
+  vec_t<A> shifted;                 // Σ (s − s_max), scaled, for label smoothing
+  A label[Simd<A>::width];          // the student's logit of the label
 };
 
-// The statistics of `count` rows, and what their gradients are made of.
-template <class A>
-Combination<A, vec_t<A>> finish(const Lanes<A>& rows, const Plan<A>& plan, const int64_t* labels,
-                                int count, A* table) {
+// The results of `count` rows from `first` on, and what their gradients are made of.
+template <class D, class A>
+Factors<A, vec_t<A>> finish(const Lanes<A>& rows, const Arguments<A>& a, int64_t first, int count) {
   constexpr int W = Simd<A>::width;
-  alignas(64) A student[W], teacher[W], hard[W], kl[W], to_student[W], to_teacher[W], to_hard[W];
-  double log_hard[W] = {};
-  store(rows.student_sum, student);
-  store(rows.teacher_sum, teacher);
-  store(rows.hard_sum, hard);
-  store(rows.difference, kl);
+  const Weights by = a.weights_of(first);
+  alignas(64) A student[W], teacher[W], hard[W], difference[W];
+  alignas(64) A to_student[W], to_teacher[W], to_hard[W] = {};
+  double divergence[W], log_hard[W] = {};
+  store(rows.student, student);
+  store(rows.teacher, teacher);
+  store(a.rates.third ? rows.hard : rows.student, hard);
+  store(rows.difference, difference);
   for (int i = 0; i < W; ++i) {
     const double zs = student[i], zt = teacher[i];
-    kl[i] = A(double(kl[i]) / zt * plan.inverse_temperature + log_of(zs / zt) * kLogitScale);
-    to_student[i] = A(plan.soft_gradient / zs);
-    to_teacher[i] = A(plan.soft_gradient / zt);
-    to_hard[i] = 0;
+    const double mean =
+        mean_of<D>(RowState<A>{0, 0, student[i], teacher[i], 0, difference[i], 0}, a.rates.inverse);
+    const auto soft = D::factors(by.soft, zs, zt, mean, a.rates.inverse);
+    divergence[i] = divergence_of<D>(mean, log_of(zs / zt));
+    to_student[i] = A(soft.student);
+    to_teacher[i] = A(soft.teacher);
   }
-  for (int i = 0; plan.hard && i < W; ++i) {
+  for (int i = 0; a.labels && i < W; ++i) {
     log_hard[i] = log_of(hard[i]) * kLogitScale;
-    to_hard[i] = A(plan.hard_gradient / double(hard[i]));
+    to_hard[i] = A(by.hard / double(hard[i]));
   }
   for (int i = 0; i < count; ++i) {
-    A* row = table + i * kCount;
-    if (plan.ignores(labels, i)) {
-      for (int j = 0; j < kCount; ++j) row[j] = 0;
+    if (a.ignores(first + i)) {
+      a.write(first + i, {0, 0, 0, 0, 0, 0, 0}, {0, 0});
       continue;
     }
-    row[kStudentMax] = rows.student_max[i];
-    row[kStudentSum] = student[i];
-    row[kTeacherMax] = rows.teacher_max[i];
-    row[kTeacherSum] = teacher[i];
-    row[kHardSum] = plan.hard ? hard[i] : 0;
-    row[kKl] = kl[i] < 0 ? 0 : kl[i];  // rounding may leave a tiny negative number
-    row[kCe] = 0;
-    if (plan.hard)
-      row[kCe] =
-          A(plan.cross_entropy(log_hard[i] - (double(rows.label[i]) * kLogitScale -
-                                              double(rows.student_max[i]) * kLogitScale),
-                               log_hard[i] - double(rows.shifted[i]) / double(plan.classes)));
+    // The label's logit and the mean are relative to the maximum here.
+    const double label =
+        double(rows.label[i]) * kLogitScale - double(rows.student_max[i]) * kLogitScale;
+    const double mean = double(rows.shifted[i]) / double(a.classes);
+    a.write(first + i,
+            {rows.student_max[i], rows.teacher_max[i], student[i], teacher[i],
+             a.hard_sum(student[i], hard[i]), difference[i], 0},
+            {divergence[i],
+             a.labels ? cross_entropy(log_hard[i], 0, label, mean, a.p.label_smoothing) : 0});
   }
-  Combination<A, vec_t<A>> k{plan.soft_gradient != 0, plan.third_exponential,
-                             load(to_student),        load(to_teacher),
-                             load(to_hard),           plan.to_every_class()};
-  if (plan.hard && !plan.third_exponential) k.student += k.hard;
-  return k;
+  return a.factors(SoftFactors<vec_t<A>>{load(to_student), load(to_teacher)}, load(to_hard), by);
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -9,32 +9,25 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// What a pass over a block or a row finds, in double: a row has few blocks.
-struct Sums {
-  double student_max = -INFINITY, teacher_max = -INFINITY;
-  double student_sum = 0, teacher_sum = 0, hard_sum = 0;
-  double difference = 0;  // Σ et · ((t − t_max) − (s − s_max)), scaled
-  double logits = 0;      // Σ s, scaled, for label smoothing
-};
-
-// The exponentials of a block relative to its maxima, and its sums; and the maxima of the next one.
-template <class A, class S>
-Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials<A>& to,
-             Maxima<A, S>& of_next) {
+// The exponentials of a block relative to its maxima, and its sums in double, since a row has few
+// blocks; and the maxima of the next one.
+template <class D, class A, class S>
+RowState<double> sums_of(const Maxima<A, S>& maxima, const Arguments<A>& a,
+                         const Exponentials<A>& to, Maxima<A, S>& of_next) {
   const Block<S>& block = maxima.of;
   const A s_max = max_of<A>(maxima.student), t_max = max_of<A>(maxima.teacher);
   const A s_shift = shift(s_max), t_shift = shift(t_max);
-  const auto found = exponentiate(block, origin(s_max), origin(t_max), plan, to, of_next);
-  Sums sums{s_max,
-            t_max,
-            sum<A>(found.student),
-            sum<A>(found.teacher),
-            sum<A>(found.hard),
-            sum<A>(found.difference),
-            0};
+  const auto found = exponentiate<D>(block, origin(s_max), origin(t_max), a, to, of_next);
+  RowState<double> sums{s_max,
+                        t_max,
+                        sum<A>(found.student),
+                        sum<A>(found.teacher),
+                        sum<A>(found.hard),
+                        sum<A>(found.difference),
+                        0};
   if (!std::isfinite(sums.difference))
-    sums.difference = difference_with_exclusions(block, s_shift, t_shift, to.teacher);
-  if (plan.smoothing > 0) {
+    sums.difference = difference_with_exclusions<D>(block, s_shift, t_shift, to);
+  if (a.p.label_smoothing > 0) {
     double shifted = sum<A>(found.shifted);
     if (!std::isfinite(shifted)) shifted = shifted_sum(block, s_shift);
     sums.logits = shifted + block.size * double(s_shift);
@@ -42,181 +35,161 @@ Sums sums_of(const Maxima<A, S>& maxima, const Plan<A>& plan, const Exponentials
   return sums;
 }
 
-// exp((from − to) · rate): what moves exponentials from one maximum to another.
-inline double moving(double from, double to, double rate) {
-  return from == to ? 1 : from == -INFINITY ? 0 : std::exp((from - to) * rate);
+// Adds a row's block to its sums, relative to the maxima of both.
+template <class D>
+void merge(RowState<double>& row, RowState<double> block, const Rates& rates) {
+  const double student = block.student_max > row.student_max ? block.student_max : row.student_max;
+  const double teacher = block.teacher_max > row.teacher_max ? block.teacher_max : row.teacher_max;
+  row.move<D>(student, teacher, rates);
+  block.move<D>(student, teacher, rates);
+  row.take(block);
 }
 
-// The sums of a row and of its next block, relative to the maxima of both.
+// What the first pass leaves of a row's blocks, in a thread's scratch memory.
 template <class A>
-Sums merged(const Sums& row, const Sums& block, const Plan<A>& plan) {
-  Sums out;
-  out.student_max = block.student_max > row.student_max ? block.student_max : row.student_max;
-  out.teacher_max = block.teacher_max > row.teacher_max ? block.teacher_max : row.teacher_max;
-  for (const Sums* part : {&row, &block}) {
-    const double s_factor = moving(part->student_max, out.student_max, plan.inverse_temperature);
-    const double t_factor = moving(part->teacher_max, out.teacher_max, plan.inverse_temperature);
-    out.student_sum += part->student_sum * s_factor;
-    out.teacher_sum += part->teacher_sum * t_factor;
-    if (plan.hard) out.hard_sum += part->hard_sum * moving(part->student_max, out.student_max, 1);
-    out.logits += part->logits;
-    // The differences are relative to each side's maxima, and move with them. An infinite one
-    // stays so, whatever the mass of its class.
-    if (part->difference == INFINITY)
-      out.difference += INFINITY;
-    else if (t_factor == 0 || part->teacher_sum == 0)
-      out.difference += t_factor * part->teacher_sum;
-    else
-      out.difference +=
-          t_factor * (part->difference +
-                      part->teacher_sum * ((shift(part->teacher_max) - shift(out.teacher_max)) -
-                                           (shift(part->student_max) - shift(out.student_max))));
+struct RowMemory {
+  int64_t width = thresholds.block, blocks;
+  // Where a block's exponentials are not asked for again, the next one's take their place.
+  int64_t step, capacity;
+  A *exponentials, *student_max, *teacher_max;
+
+  RowMemory(const Arguments<A>& a, bool keeps)
+      : blocks((a.classes + width - 1) / width),
+        step(keeps ? width : 0),
+        capacity(keeps ? blocks * width : width) {
+    const int kept = a.rates.third ? 3 : 2;
+    exponentials = scratch<A>(kept * capacity + 2 * blocks);
+    student_max = exponentials + kept * capacity;
+    teacher_max = student_max + blocks;
   }
-  return out;
+
+  Exponentials<A> block(int64_t b) const {
+    A* base = exponentials + b * step;
+    return {base, base + capacity, base + 2 * capacity};
+  }
+};
+
+// The results of a row and its gradient, from the sums and what its blocks left.
+template <class D, class A>
+void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
+                const RowMemory<A>& memory) {
+  const int64_t label = a.labels ? a.labels[row] : 0;
+  sums.hard = a.hard_sum(sums.student, sums.hard);
+  if (a.losses) {
+    const Side& student = a.rows.sides[kStudent];
+    A logit = 0;
+    if (a.labels)
+      gather(*student.tensor, a.rows.offset(student, row) + label * student.class_stride, 1, 1,
+             &logit);
+    a.write(row, sums,
+            {divergence_of<D>(sums, a.rates.inverse),
+             a.labels ? cross_entropy(std::log(sums.hard) * kLogitScale,
+                                      sums.student_max * kLogitScale, double(logit) * kLogitScale,
+                                      sums.logits / double(a.classes), a.p.label_smoothing)
+                      : 0});
+  }
+  if (!a.to_student) return;
+
+  const Side& side = a.rows.sides[kToStudent];
+  const Tensor& to = *side.tensor;
+  const int64_t offset = a.rows.offset(side, row), stride = side.class_stride;
+  const Weights by = a.weights_of(row);
+  const auto soft = D::factors(by.soft, sums.student, sums.teacher,
+                               mean_of<D>(sums, a.rates.inverse), a.rates.inverse);
+  const double hard = a.labels ? by.hard / sums.hard : 0;
+  alignas(64) A computed[kMostBlock];
+  for (int64_t b = 0; b < memory.blocks; ++b) {
+    const int64_t first = b * memory.width;
+    const int n = int(a.classes - first < memory.width ? a.classes - first : memory.width);
+    const double s_max = memory.student_max[b], t_max = memory.teacher_max[b];
+    const double by_s = a.rates.soft(s_max, sums.student_max);
+    const double by_hard = a.rates.third ? a.rates.hard(s_max, sums.student_max) : by_s;
+    const auto moved = D::moved(soft, by_s, a.rates.soft(t_max, sums.teacher_max),
+                                moved_apart(s_max, sums.student_max, t_max, sums.teacher_max));
+    const Factors<A> k =
+        a.factors(SoftFactors<A>{A(moved.student), A(moved.teacher)}, A(hard * by_hard), by);
+    const Exponentials<A> from = memory.block(b);
+    if (stride == 1) {
+      with_storage(to.dtype, [&](auto* storage) {
+        using S = std::remove_pointer_t<decltype(storage)>;
+        combine<D>(from, k, n, at<S>(to, offset + first), to.streams);
+      });
+    } else {
+      combine<D>(from, k, n, computed, false);
+      scatter(computed, n, to, offset + first * stride, stride);
+    }
+    if (a.labels && label >= first && label < first + n) {
+      const A g = label_gradient<D>(from, k, label - first);
+      scatter(&g, 1, to, offset + label * stride, 1);
+    }
+  }
 }
 
-// Where the blocks of rows are. Logits that do not lie side by side, or whose dtypes differ, are
-// brought into arithmetic precision first, into one of two places in turn; S is A then.
+// The blocks of both sides of rows. Logits that are not contiguous, or whose dtypes differ, are
+// brought into arithmetic precision first, into one of two buffers in turn; S is A then.
 template <class A, class S, bool gathered>
 class Source {
  public:
-  Source(const Tensors& tensors, const Rows<3>& rows, int64_t block)
-      : tensors_(tensors), rows_(rows), block_(block) {}
+  explicit Source(const Arguments<A>& a) : a_(a) {}
 
-  int size(int64_t first) const {
-    return int(rows_.classes - first < block_ ? rows_.classes - first : block_);
-  }
-
-  // Blocks are asked for in order, and each stays until the next but one is.
-  Block<S> block(const int64_t (&offset)[3], int64_t first) {
-    const int n = size(first);
+  // Blocks are asked for in order, and each is valid until the second next call.
+  Block<S> block(int64_t row, int64_t first) {
+    const int64_t size = thresholds.block;
+    const int n = int(a_.classes - first < size ? a_.classes - first : size);
+    const Side &student = a_.rows.sides[kStudent], &teacher = a_.rows.sides[kTeacher];
+    const int64_t s = a_.rows.offset(student, row) + first * student.class_stride;
+    const int64_t t = a_.rows.offset(teacher, row) + first * teacher.class_stride;
     if constexpr (gathered) {
-      S* to = own_ + (turn_ ^= 1) * 2 * kMostBlock;
-      const auto& stride = rows_.class_stride;
-      gather(*tensors_.student, offset[0] + first * stride[0], stride[0], n, to);
-      gather(*tensors_.teacher, offset[1] + first * stride[1], stride[1], n, to + kMostBlock);
+      S* to = buffers_ + (which_ ^= 1) * 2 * kMostBlock;
+      gather(*student.tensor, s, student.class_stride, n, to);
+      gather(*teacher.tensor, t, teacher.class_stride, n, to + kMostBlock);
       return {to, to + kMostBlock, n};
     } else {
-      return {at<S>(*tensors_.student, offset[0] + first),
-              at<S>(*tensors_.teacher, offset[1] + first), n};
+      return {at<S>(*student.tensor, s), at<S>(*teacher.tensor, t), n};
     }
   }
 
  private:
-  const Tensors& tensors_;
-  const Rows<3>& rows_;
-  const int64_t block_;
-  alignas(64) S own_[gathered ? 4 * kMostBlock : 1];
-  int turn_ = 0;
+  const Arguments<A>& a_;
+  alignas(64) S buffers_[gathered ? 4 * kMostBlock : 1];
+  int which_ = 0;
 };
-
-template <class A>
-void write_statistics(const Sums& row, const Plan<A>& plan, A label_logit, A* to) {
-  to[kStudentMax] = A(row.student_max);
-  to[kStudentSum] = A(row.student_sum);
-  to[kTeacherMax] = A(row.teacher_max);
-  to[kTeacherSum] = A(row.teacher_sum);
-  to[kHardSum] = A(row.hard_sum);
-  const double kl = row.difference / row.teacher_sum * plan.inverse_temperature +
-                    std::log(row.student_sum / row.teacher_sum) * kLogitScale;
-  to[kKl] = A(kl < 0 ? 0 : kl);  // rounding may leave a tiny negative number
-  to[kCe] = 0;
-  if (!plan.hard) return;
-  // Logits are compared with one another first: beside a large one the logarithm has no digits.
-  const double log_sum = std::log(row.hard_sum) * kLogitScale, top = row.student_max * kLogitScale;
-  to[kCe] = A(plan.cross_entropy(log_sum + (top - double(label_logit) * kLogitScale),
-                                 log_sum + (top - row.logits / double(plan.classes))));
-}
-
-// What the gradient of a block is made of, whose exponentials are relative to other maxima than the
-// row's.
-template <class A>
-Combination<A, A> combination_of(const Sums& row, double student_max, double teacher_max,
-                                 const Plan<A>& plan) {
-  const double es = moving(student_max, row.student_max, plan.inverse_temperature);
-  const double et = moving(teacher_max, row.teacher_max, plan.inverse_temperature);
-  const double eh = plan.hard ? moving(student_max, row.student_max, 1) : 0;
-  Combination<A, A> k{plan.soft_gradient != 0,
-                      plan.third_exponential,
-                      A(plan.soft_gradient * es / row.student_sum),
-                      A(plan.soft_gradient * et / row.teacher_sum),
-                      A(plan.hard ? plan.hard_gradient * eh / row.hard_sum : 0),
-                      plan.to_every_class()};
-  if (plan.hard && !plan.third_exponential) k.student += k.hard;
-  return k;
-}
 
 // The rows from `row` to `end`. The maxima of a block are found while the one before it is
 // computed, also from row to row: so the logits come from memory behind arithmetic.
-template <class A, class S, bool gathered>
-void forward_stretch(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan,
-                     const int64_t* labels, int64_t row, int64_t end, A* table) {
-  const int64_t width = thresholds.block, blocks = (rows.classes + width - 1) / width;
-  // Without a gradient nobody asks for the exponentials again: one block's room will do.
-  const bool write = bool(t.gradient);
-  const int64_t room = (write ? blocks * width : width);
-  const int kept = plan.third_exponential ? 3 : 2;
-  A* memory = scratch<A>(kept * room + 2 * blocks);
-  A *student_max = memory + kept * room, *teacher_max = student_max + blocks;
-  const auto exponentials = [&](int64_t b) {
-    A* base = memory + (write ? b * width : 0);
-    return Exponentials<A>{base, base + room, base + 2 * room};
-  };
-  int64_t offset[3] = {}, next_offset[3] = {};
-  // The first row from `row` on that is not ignored, and where it lies.
-  const auto find = [&](int64_t row, int64_t (&offset)[3]) {
-    for (; row < end; ++row) {
-      rows.offsets(row, offset);
-      if (!plan.ignores(labels, row)) break;
-      for (int i = 0; i < kCount; ++i) table[row * kCount + i] = 0;
-      if (write) zero_row<A>(*t.gradient, offset[2], rows.class_stride[2], rows.classes);
-    }
+template <class D, class S, bool gathered, class A>
+void forward_stretch(const Arguments<A>& a, int64_t row, int64_t end) {
+  const RowMemory<A> memory(a, a.to_student);
+  // The first row from `row` on that is not ignored.
+  const auto find = [&](int64_t row) {
+    for (; row < end && a.ignores(row); ++row) a.skip(row);
     return row;
   };
-
-  row = find(row, offset);
+  row = find(row);
   if (row == end) return;
-  Source<A, S, gathered> source(t, rows, width);
-  alignas(64) A computed[gathered ? kMostBlock : 1];
-  Maxima<A, S> maxima{source.block(offset, 0)};
+  Source<A, S, gathered> source(a);
+  Maxima<A, S> maxima{source.block(row, 0)};
   maxima.take_from(0);
   while (row < end) {
     int64_t after = end;
-    Sums sums;
-    for (int64_t b = 0; b < blocks; ++b) {
+    RowState<double> sums{};
+    for (int64_t b = 0; b < memory.blocks; ++b) {
       Maxima<A, S> of_next;
-      if (b + 1 < blocks)
-        of_next.of = source.block(offset, (b + 1) * width);
-      else if ((after = find(row + 1, next_offset)) < end)
-        of_next.of = source.block(next_offset, 0);
-      const Sums found = sums_of(maxima, plan, exponentials(b), of_next);
-      sums = b == 0 ? found : merged(sums, found, plan);
-      student_max[b] = A(found.student_max);
-      teacher_max[b] = A(found.teacher_max);
+      if (b + 1 < memory.blocks)
+        of_next.of = source.block(row, (b + 1) * memory.width);
+      else if ((after = find(row + 1)) < end)
+        of_next.of = source.block(after, 0);
+      const RowState<double> found = sums_of<D>(maxima, a, memory.block(b), of_next);
+      memory.student_max[b] = A(found.student_max);
+      memory.teacher_max[b] = A(found.teacher_max);
+      if (b == 0)
+        sums = found;
+      else
+        merge<D>(sums, found, a.rates);
       maxima = of_next;
     }
-    const int64_t label = plan.hard ? labels[row] : 0;
-    A logit;
-    gather(*t.student, offset[0] + label * rows.class_stride[0], 1, 1, &logit);
-    write_statistics(sums, plan, logit, table + row * kCount);
-
-    for (int64_t b = 0; write && b < blocks; ++b) {
-      const int64_t first = b * width, to = offset[2] + first * rows.class_stride[2];
-      const int n = source.size(first);
-      const auto k = combination_of(sums, student_max[b], teacher_max[b], plan);
-      if constexpr (gathered) {
-        combine(exponentials(b), k, n, computed, false);
-        scatter(computed, n, *t.gradient, to, rows.class_stride[2]);
-      } else {
-        combine(exponentials(b), k, n, at<S>(*t.gradient, to), t.gradient->streams);
-      }
-      if (plan.hard && label >= first && label < first + n) {
-        const A g = label_gradient(exponentials(b), k, label - first, plan.to_label());
-        scatter(&g, 1, *t.gradient, offset[2] + label * rows.class_stride[2], 1);
-      }
-    }
+    finish_row<D>(a, row, sums, memory);
     row = after;
-    std::memcpy(offset, next_offset, sizeof offset);
   }
 }
 

@@ -7,32 +7,32 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// The `count` rows from `first` on, whose logits lie side by side.
-template <class A, class S>
-void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, const int64_t* labels,
-                  int64_t first, int count, A* table) {
+// The `count` rows from `first` on, whose classes are contiguous in every tensor. Flattened: calls
+// show beside so few classes.
+template <class D, class S, class A>
+[[gnu::flatten]] void forward_rows(const Arguments<A>& a, int64_t first, int count) {
   constexpr int W = Simd<A>::width;
-  const int n = int(plan.classes), kept = plan.third_exponential ? 3 : 2;
-  const int64_t room = (n + W - 1) / W * W;
-  A* memory = scratch<A>(kept * room * count);
+  const auto& sides = a.rows.sides;
+  const int n = int(a.classes), kept = a.rates.third ? 3 : 2;
+  const int64_t capacity = (n + W - 1) / W * W;
+  A* memory = scratch<A>(kept * capacity * count);
   const auto exponentials = [&](int i) {
-    A* base = memory + kept * room * i;
-    return Exponentials<A>{base, base + room, base + 2 * room};
+    A* base = memory + kept * capacity * i;
+    return Exponentials<A>{base, base + capacity, base + 2 * capacity};
   };
 
-  int64_t offset[W][3];
   Block<S> blocks[W];
   vec_t<A> student[W] = {}, teacher[W] = {}, hard[W] = {}, difference[W] = {}, shifted[W] = {};
   Lanes<A> lanes{};
   for (int i = 0; i < count; ++i) {
-    rows.offsets(first + i, offset[i]);
-    if (plan.ignores(labels, i)) continue;
-    blocks[i] = {at<S>(*t.student, offset[i][0]), at<S>(*t.teacher, offset[i][1]), n};
+    if (a.ignores(first + i)) continue;
+    blocks[i] = {at<S>(*sides[kStudent].tensor, a.rows.offset(sides[kStudent], first + i)),
+                 at<S>(*sides[kTeacher].tensor, a.rows.offset(sides[kTeacher], first + i)), n};
     Maxima<A, S> maxima{blocks[i]};
     maxima.take_from(0);
     student[i] = maxima.student;
     teacher[i] = maxima.teacher;
-    if (plan.hard) lanes.label[i] = A(widen(blocks[i].student[labels[i]]));
+    if (a.labels) lanes.label[i] = A(widen(blocks[i].student[a.labels[first + i]]));
   }
   lanes.student_max = maxima<A>(student);
   lanes.teacher_max = maxima<A>(teacher);
@@ -43,39 +43,47 @@ void forward_rows(const Tensors& t, const Rows<3>& rows, const Plan<A>& plan, co
     t_shift[i] = shift(lanes.teacher_max[i]);
   }
   for (int i = 0; i < count; ++i) {
-    const auto found = exponentiate(blocks[i], origin(lanes.student_max[i]),
-                                    origin(lanes.teacher_max[i]), plan, exponentials(i));
+    const auto found = exponentiate<D>(blocks[i], origin(lanes.student_max[i]),
+                                       origin(lanes.teacher_max[i]), a, exponentials(i));
     student[i] = found.student;
     teacher[i] = found.teacher;
     hard[i] = found.hard;
     difference[i] = found.difference;
     shifted[i] = found.shifted;
   }
-  lanes.student_sum = sums<A>(student);
-  lanes.teacher_sum = sums<A>(teacher);
+  lanes.student = sums<A>(student);
+  lanes.teacher = sums<A>(teacher);
   lanes.difference = sums<A>(difference);
-  if (plan.hard) lanes.hard_sum = sums<A>(hard);
-  if (plan.smoothing > 0) lanes.shifted = sums<A>(shifted);
+  if (a.rates.third) lanes.hard = sums<A>(hard);
+  if (a.p.label_smoothing > 0) lanes.shifted = sums<A>(shifted);
   for (int i = 0; i < count; ++i) {
     if (!std::isfinite(lanes.difference[i]))
       lanes.difference[i] =
-          A(difference_with_exclusions(blocks[i], s_shift[i], t_shift[i], exponentials(i).teacher));
+          A(difference_with_exclusions<D>(blocks[i], s_shift[i], t_shift[i], exponentials(i)));
     if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = A(shifted_sum(blocks[i], s_shift[i]));
   }
 
-  const auto k = finish(lanes, plan, labels, count, table);
-  for (int i = 0; t.gradient && i < count; ++i) {
-    S* to = at<S>(*t.gradient, offset[i][2]);
-    if (plan.ignores(labels, i)) {
-      std::memset(to, 0, size_t(n) * sizeof(S));
-      continue;
+  const auto k = finish<D>(lanes, a, first, count);
+  if (!a.to_student) return;
+  const Tensor& gradient = *sides[kToStudent].tensor;
+  const auto write = [&](auto third) {
+    for (int i = 0; i < count; ++i) {
+      S* to = at<S>(gradient, a.rows.offset(sides[kToStudent], first + i));
+      if (a.ignores(first + i)) {
+        std::memset(to, 0, size_t(n) * sizeof(S));
+        continue;
+      }
+      const Factors<A> of_row{k.student[i], k.teacher[i], k.hard[i], k.smoothing,
+                              k.label,      k.soft,       third};
+      combine<D>(exponentials(i), of_row, n, to, gradient.streams);
+      if (a.labels) {
+        const int64_t label = a.labels[first + i];
+        narrow(label_gradient<D>(exponentials(i), of_row, label), to + label);
+      }
     }
-    const Combination<A, A> of_row{k.soft,       k.third,   k.student[i],
-                                   k.teacher[i], k.hard[i], k.smoothing};
-    combine(exponentials(i), of_row, n, to, t.gradient->streams);
-    if (plan.hard)
-      narrow(label_gradient(exponentials(i), of_row, labels[i], plan.to_label()), to + labels[i]);
-  }
+  };
+  // A constant, which leaves no branch in a loop over so few classes.
+  k.third ? write(std::true_type{}) : write(std::false_type{});
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -1,13 +1,13 @@
 // Attention maps and attention transfer: all pairs of a call in one launch.
 //
-// A block does one unit of work, and draws which one when it starts. What a unit waits for was
-// drawn before it, by a block that runs and waits for earlier units at most: so nobody waits
-// forever, however few blocks run at a time, and no block ever waits for all others.
+// A block processes one unit of work, whose number is the ticket that it takes when it starts. A
+// unit waits for earlier tickets alone, and a block that holds one of those runs already. So nobody
+// waits forever, however few blocks run at a time, and no block ever waits for all others.
 #include <type_traits>
 
+#include "attention_access.h"
 #include "attention_distance.h"
 #include "attention_plan.h"
-#include "attention_walks.h"
 
 namespace fastkd::cuda {
 
@@ -15,12 +15,12 @@ using namespace maps;
 
 namespace {
 
-// Of a launch: the units that were drawn and the parts of samples whose slopes are there; and for
+// Of a launch: the tickets that were taken and the parts of samples whose slopes are there; and for
 // each sample the units of its maps and of its sums that are done. The last block leaves them at 0.
 constexpr int kStreams = 16;
 constexpr size_t kMostCounters = 8192;
 __device__ unsigned counters_of_streams[kStreams][kMostCounters];
-enum Counter { kDrawn, kConcluded, kOfSamples };
+enum Counter { kTicket, kConcluded, kOfSamples };
 enum SampleCounter { kMapsDone, kSumsDone, kPerSample };
 
 constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
@@ -29,7 +29,7 @@ struct Shared {
   MapRoom map;
   DistanceRoom distance;
   double squares[kMapWarps][1];
-  unsigned number;  // that a block draws
+  unsigned ticket;
 };
 
 template <class A>
@@ -156,9 +156,9 @@ __device__ void distance_unit(const Pair& pair, const Work& work, const Call<A>&
 // Whether this block is the last of `all`, in every thread of it.
 __device__ __forceinline__ bool is_last(unsigned* counter, uint32_t all, Shared& shared) {
   __syncthreads();
-  if (threadIdx.x == 0) shared.number = count_up_and_tell(counter);
+  if (threadIdx.x == 0) shared.ticket = count_up_and_tell(counter);
   __syncthreads();
-  return shared.number == all - 1;
+  return shared.ticket == all - 1;
 }
 
 // By the last block that finds slopes.
@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
   unsigned* const counters = tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
   uint32_t unit = blockIdx.x;
   if (!call.is_map) {
-    if (threadIdx.x == 0) shared.number = atomicAdd(counters + kDrawn, 1);
+    if (threadIdx.x == 0) shared.ticket = atomicAdd(counters + kTicket, 1);
     __syncthreads();
-    unit = shared.number;
+    unit = shared.ticket;
   }
   int j = 0;
   while (unit >= table.jobs[j].last_unit) ++j;
@@ -317,8 +317,8 @@ size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs) {
   return room.used();
 }
 
-void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* winners,
-                           const MapParameters& p, const Place& place) {
+void attention_map_forward(const Place& place, const Tensor& features, const Tensor& raw,
+                           const Tensor& winners, const MapParameters& p) {
   if (features.sizes[0] == 0) return;
   const Stream stream(place);
   Plan<Pair> plan;
@@ -326,7 +326,7 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
   pair.maps[0] = PassBuilder(features, Tensor{},
                              Cut({features}, p.channel_dim, raw.dtype == DType::f64), plan.axes);
   pair.slopes[0] = raw.data;
-  pair.winners[0] = winners;
+  pair.winners[0] = winners.as<int32_t>();
   pair.batch = uint32_t(features.sizes[0]);
   pair.positions = pair.maps[0].positions;
   pair.units[kStudentMap] = pair.maps[0].units;
@@ -339,11 +339,10 @@ void attention_map_forward(const Tensor& features, const Tensor& raw, int32_t* w
   });
 }
 
-void attention_transfer_forward(const Tensors& students, const Tensors& teachers,
-                                const Tensor& loss, const Tensors& slopes,
-                                const std::vector<int32_t*>& winners, void* scratch,
-                                const TransferParameters& transfer, const MapParameters& p,
-                                const Place& place) {
+void attention_transfer_forward(const Place& place, const Tensors& students,
+                                const Tensors& teachers, const Tensor& loss, const Tensors& slopes,
+                                const Tensors& winners, const Tensors&, const Tensor& scratch,
+                                const TransferParameters& transfer, const MapParameters& p) {
   const Stream stream(place);
   const size_t pairs = students.size();
   const int64_t batch = students[0].sizes[0];
@@ -355,7 +354,7 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
   }
   const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
   const Measure measure = measure_of(transfer);
-  Room room(scratch);
+  Room room(scratch.data);
   const Workspace workspace = lay_out(room, slopes, pairs);
   Plan<Pair> plan;
   for (size_t j = 0; j < pairs; ++j) {
@@ -367,8 +366,8 @@ void attention_transfer_forward(const Tensors& students, const Tensors& teachers
     pair.wants_teacher = slopes.size() > pairs;
     pair.slopes[0] = slopes[j].data;
     pair.slopes[1] = pair.wants_teacher ? slopes[pairs + j].data : workspace.teachers[j];
-    pair.winners[0] = winners[j];
-    pair.winners[1] = pair.wants_teacher ? winners[pairs + j] : nullptr;
+    pair.winners[0] = winners_of(winners, j);
+    pair.winners[1] = pair.wants_teacher ? winners_of(winners, pairs + j) : nullptr;
     pair.squares = workspace.squares[j];
     pair.sums = workspace.sums[j];
     pair.batch = uint32_t(batch);

@@ -1,8 +1,8 @@
 // Attention's gradients from slopes: all features of a call in one launch.
 #include <type_traits>
 
+#include "attention_access.h"
 #include "attention_plan.h"
-#include "attention_walks.h"
 
 namespace fastkd::cuda {
 
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
 
 }  // namespace
 
-void attention_backward(const Tensor& grad_output, const Tensors& features, const Tensors& slopes,
-                        const std::vector<int32_t*>& winners, const Tensors& gradients,
-                        const MapParameters& p, const Place& place) {
+void attention_backward(const Place& place, const Tensor& grad_output, const Tensors& features,
+                        const Tensors& slopes, const Tensors& winners, const Tensors& gradients,
+                        const MapParameters& p) {
   const int64_t batch = features[0].sizes[0];
   if (batch == 0) return;
   const Stream stream(place);
@@ -47,7 +47,7 @@ void attention_backward(const Tensor& grad_output, const Tensors& features, cons
     // The winners' features are not read: the gradient's layout alone decides.
     side.gradient = PassBuilder(is_max ? gradients[j] : features[j], gradients[j], cut, plan.axes);
     side.slopes = slopes[j].data;
-    side.winners = winners[j];
+    side.winners = winners_of(winners, j);
     side.first_row = uint32_t(j % pairs * size_t(batch));
     plan.add(side, uint64_t(batch) * side.gradient.units);
   }

@@ -23,7 +23,7 @@ constexpr int kLeastPositions = 8;  // of a unit, where a map has several
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
 // vector or element of a plane, and goes through the planes.
 // rows: channels lie side by side (channels_last, tokens). Some lanes of a warp have a position.
-enum class Walk : int { planes, rows };
+enum class Access : int { planes, rows };
 
 struct Axis {
   int64_t size;
@@ -32,13 +32,13 @@ struct Axis {
 
 // A way through features, or through features and their gradient at a time, which share a dtype.
 //
-// Columns of the planes walk repeat after a period of one plane, or of several where only several
+// Columns of access by planes repeat after a period of one plane, or of several where only several
 // are whole vectors: planes of 7×7 float32 are read as one stretch, 49 vectors to four planes, and
 // a thread stays at its positions all the same.
 struct Pass {
   char* data[2];
   DType dtype;
-  Walk walk;
+  Access access;
   bool by_vectors;
   bool is_once;          // that the features are read, so that a cache need not keep them
   int first_axis, axes;  // of positions that are no single stretch
@@ -148,8 +148,9 @@ class PassBuilder {
     }
     find_axes(channel_dim);
     const bool are_rows = is(1, pass_.channel) && pass_.axes == 0;
-    pass_.walk = are_rows && (count == 1 || !is(1, pass_.position)) ? Walk::rows : Walk::planes;
-    if (pass_.walk == Walk::planes)
+    pass_.access =
+        are_rows && (count == 1 || !is(1, pass_.position)) ? Access::rows : Access::planes;
+    if (pass_.access == Access::planes)
       cut_planes();
     else
       cut_rows();

@@ -28,45 +28,45 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 #endif
 
-// Where each block of a cluster receives one letter from every block in each round. Whoever sends
-// in a round has received that of the round before; so two rounds' letters have a place.
+// Where each block of a cluster receives one message from every block in each round. Whoever sends
+// in a round has received that of the round before; so two rounds' messages have a place.
 //
-// A letter's arrival is counted by the block that receives it: unlike a barrier of the cluster this
-// waits for nothing else that is under way, neither gradients that are being written nor the next
-// row.
-template <class Letter, int kBlocks>
-struct Mailbox {
-  Letter letters[2][kBlocks];
+// A message's arrival is counted by the block that receives it: unlike a barrier of the cluster
+// this waits for nothing else that is under way, neither gradients that are being written nor the
+// next row.
+template <class Message, int kBlocks>
+struct ClusterExchange {
+  Message messages[2][kBlocks];
   uint64_t arrivals[2];
 
   // By every thread of every block, before anything else.
   __device__ void open();
   // By one thread of each block, in each round, before it sends.
   __device__ void expect(int round);
-  __device__ void send(const Letter& letter, unsigned to, int round);
-  // By any of the block's threads: the letters, in the order of the blocks.
-  __device__ const Letter* receive(int round);
+  __device__ void send(const Message& message, unsigned to, int round);
+  // By any of the block's threads: the messages, in the order of the blocks.
+  __device__ const Message* receive(int round);
 };
 
 #ifndef __CUDACC__
-template <class Letter, int kBlocks>
-void Mailbox<Letter, kBlocks>::open() {
+template <class Message, int kBlocks>
+void ClusterExchange<Message, kBlocks>::open() {
   if (threadIdx.x == 0) arrivals[0] = arrivals[1] = 0;
   cuda_on_host::cluster_sync();
 }
-template <class Letter, int kBlocks>
-void Mailbox<Letter, kBlocks>::expect(int) {}
-template <class Letter, int kBlocks>
-void Mailbox<Letter, kBlocks>::send(const Letter& letter, unsigned to, int round) {
-  *cuda_on_host::map_shared(&letters[round % 2][cluster_rank()], to) = letter;
+template <class Message, int kBlocks>
+void ClusterExchange<Message, kBlocks>::expect(int) {}
+template <class Message, int kBlocks>
+void ClusterExchange<Message, kBlocks>::send(const Message& message, unsigned to, int round) {
+  *cuda_on_host::map_shared(&messages[round % 2][cluster_rank()], to) = message;
   auto* const arrival = reinterpret_cast<unsigned*>(&arrivals[round % 2]);
   cuda_on_host::raise(cuda_on_host::map_shared(arrival, to));
 }
-template <class Letter, int kBlocks>
-const Letter* Mailbox<Letter, kBlocks>::receive(int round) {
+template <class Message, int kBlocks>
+const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
   cuda_on_host::wait_for(reinterpret_cast<unsigned*>(&arrivals[round % 2]),
                          cluster_size() * unsigned(round / 2 + 1));
-  return letters[round % 2];
+  return messages[round % 2];
 }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -80,8 +80,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank)
   return mapped;
 }
 
-template <class Letter, int kBlocks>
-__device__ __forceinline__ void Mailbox<Letter, kBlocks>::open() {
+template <class Message, int kBlocks>
+__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::open() {
   if (threadIdx.x == 0) {
     for (const uint64_t& one : arrivals)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&one)) : "memory");
@@ -91,24 +91,24 @@ __device__ __forceinline__ void Mailbox<Letter, kBlocks>::open() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-template <class Letter, int kBlocks>
-__device__ __forceinline__ void Mailbox<Letter, kBlocks>::expect(int round) {
+template <class Message, int kBlocks>
+__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::expect(int round) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(&arrivals[round % 2])),
-               "r"(unsigned(sizeof(Letter)) * cluster_size())
+               "r"(unsigned(sizeof(Message)) * cluster_size())
                : "memory");
 }
 
-template <class Letter, int kBlocks>
-__device__ __forceinline__ void Mailbox<Letter, kBlocks>::send(const Letter& letter, unsigned to,
-                                                               int round) {
-  static_assert(sizeof(Letter) % sizeof(uint4) == 0 && alignof(Letter) >= sizeof(uint4));
-  uint4 words[sizeof(Letter) / sizeof(uint4)];
-  memcpy(words, &letter, sizeof letter);
-  const unsigned place = shared_address(&letters[round % 2][cluster_rank()], to);
+template <class Message, int kBlocks>
+__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::send(const Message& message,
+                                                                        unsigned to, int round) {
+  static_assert(sizeof(Message) % sizeof(uint4) == 0 && alignof(Message) >= sizeof(uint4));
+  uint4 words[sizeof(Message) / sizeof(uint4)];
+  memcpy(words, &message, sizeof message);
+  const unsigned place = shared_address(&messages[round % 2][cluster_rank()], to);
   const unsigned arrival = shared_address(&arrivals[round % 2], to);
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(Letter) / sizeof(uint4); ++i)
+  for (unsigned i = 0; i < sizeof(Message) / sizeof(uint4); ++i)
     asm volatile(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
         "[%5];" ::"r"(place + i * unsigned(sizeof(uint4))),
@@ -116,8 +116,8 @@ __device__ __forceinline__ void Mailbox<Letter, kBlocks>::send(const Letter& let
         : "memory");
 }
 
-template <class Letter, int kBlocks>
-__device__ __forceinline__ const Letter* Mailbox<Letter, kBlocks>::receive(int round) {
+template <class Message, int kBlocks>
+__device__ __forceinline__ const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
   const unsigned arrival = shared_address(&arrivals[round % 2]);
   unsigned is_complete;
   do {
@@ -131,18 +131,18 @@ __device__ __forceinline__ const Letter* Mailbox<Letter, kBlocks>::receive(int r
         : "r"(arrival), "r"(unsigned(round / 2 % 2))
         : "memory");
   } while (!is_complete);
-  return letters[round % 2];
+  return messages[round % 2];
 }
 #else
-template <class Letter, int kBlocks>
-__device__ void Mailbox<Letter, kBlocks>::open() {}
-template <class Letter, int kBlocks>
-__device__ void Mailbox<Letter, kBlocks>::expect(int) {}
-template <class Letter, int kBlocks>
-__device__ void Mailbox<Letter, kBlocks>::send(const Letter&, unsigned, int) {}
-template <class Letter, int kBlocks>
-__device__ const Letter* Mailbox<Letter, kBlocks>::receive(int) {
-  return letters[0];
+template <class Message, int kBlocks>
+__device__ void ClusterExchange<Message, kBlocks>::open() {}
+template <class Message, int kBlocks>
+__device__ void ClusterExchange<Message, kBlocks>::expect(int) {}
+template <class Message, int kBlocks>
+__device__ void ClusterExchange<Message, kBlocks>::send(const Message&, unsigned, int) {}
+template <class Message, int kBlocks>
+__device__ const Message* ClusterExchange<Message, kBlocks>::receive(int) {
+  return messages[0];
 }
 #endif
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "hint_walks.h"
+#include "hint_access.h"
 #include "reduce.h"
 
 namespace fastkd::cuda {
@@ -28,11 +28,12 @@ struct Call {
   double* partial;
 };
 
-// Does this warp's units of a job, from `unit` on: walk(offsets, width, length, factor) one.
+// Processes this warp's units of a job, from `unit` on, each by process(offsets, width, length,
+// factor).
 // Returns the weighted sum of their squares, unless rows are summed apart.
-template <class A, class Walk>
+template <class A, class Process>
 __device__ __forceinline__ double do_units(const Job& job, const Axis* axes, const Call<A>& call,
-                                           uint32_t& unit, const Walk& walk) {
+                                           uint32_t& unit, const Process& process) {
   double total = 0;
   for (; unit < job.last_unit; unit += gridDim.x * kWarps) {
     const uint32_t index = unit - job.first_unit;
@@ -56,9 +57,9 @@ __device__ __forceinline__ double do_units(const Job& job, const Axis* axes, con
     const int64_t place = call.by_row ? job.first_row + row : 0;
     const double upstream = call.grad_output == nullptr ? 1 : double(call.grad_output[place]);
     const int64_t width = job.width.size - w, length = job.length.size - l;
-    const double sum = double(walk(offset, int(width < job.unit_width ? width : job.unit_width),
-                                   int(length < job.unit_length ? length : job.unit_length),
-                                   A(job.coefficient * upstream)));
+    const double sum = double(process(offset, int(width < job.unit_width ? width : job.unit_width),
+                                      int(length < job.unit_length ? length : job.unit_length),
+                                      A(job.coefficient * upstream)));
     if (!call.by_row) {
       total += sum;
     } else if (call.loss != nullptr) {
@@ -83,13 +84,13 @@ __device__ __forceinline__ double do_job(const Job& job, const Axis* axes, const
                                          uint32_t& unit, Square& square) {
   using Offsets = const int64_t (&)[kSides];
   if constexpr (!std::is_same_v<S, Any>) {
-    if (job.walk == Walk::vectors)
+    if (job.access == Access::vectors)
       return do_units(job, axes, call, unit, [&](Offsets offset, int, int length, float factor) {
         return along_vectors(elements<S>(job, kStudent, offset[kStudent]).data,
                              elements<T>(job, kTeacher, offset[kTeacher]).data,
                              elements<S>(job, kGradient, offset[kGradient]).data, length, factor);
       });
-    if (job.walk == Walk::transposed)
+    if (job.access == Access::transposed)
       return do_units(job, axes, call, unit,
                       [&](Offsets offset, int width, int length, float factor) {
                         return across_square(elements<S>(job, kStudent, offset[kStudent]).data,
@@ -232,46 +233,46 @@ void launch(const Plan& plan, const Tensor& grad_output, bool in_place, const Te
 }
 
 Plan forward_plan(const Tensors& students, const Tensors& teachers, const Tensors& gradients,
-                  DType arithmetic, double scale, Reduction reduction) {
-  Plan plan(students, teachers, arithmetic, reduction == Reduction::none);
+                  DType arithmetic, const HintParameters& p) {
+  Plan plan(students, teachers, arithmetic, p.reduction == Reduction::none);
   for (size_t j = 0; j < students.size(); ++j) {
-    const double divisor = divisor_of(students[j], reduction);
+    const double divisor = divisor_of(students[j], p.reduction);
     plan.add(students[j], teachers[j], gradients.empty() ? Tensor{} : gradients[j],
-             int64_t(j) * students[j].sizes[0], scale / divisor, 2 * scale / divisor);
+             int64_t(j) * students[j].sizes[0], p.scale / divisor, 2 * p.scale / divisor);
   }
   return plan;
 }
 
 }  // namespace
 
-size_t hint_scratch_bytes(const Tensors& students, const Tensors& teachers,
-                          const Tensors& gradients, DType arithmetic) {
-  const Plan plan = forward_plan(students, teachers, gradients, arithmetic, 1, Reduction::none);
+size_t hint_rows_scratch_bytes(const Tensors& students, const Tensors& teachers, const Tensor& loss,
+                               const Tensors& gradients) {
+  const Plan plan = forward_plan(students, teachers, gradients, loss.dtype, {1, Reduction::none});
   return sizeof(double) * (size_t(plan.units()) + 1);
 }
 
-void hint_forward(const Tensors& students, const Tensors& teachers, const Tensor& loss,
-                  const Tensors& gradients, void* scratch, double scale, Reduction reduction,
-                  const Place& place) {
+void hint_forward(const Place& place, const Tensors& students, const Tensors& teachers,
+                  const Tensor& loss, const Tensors& gradients, const Tensor& scratch,
+                  const HintParameters& p) {
   const Stream stream(place);
-  const Plan plan = forward_plan(students, teachers, gradients, loss.dtype, scale, reduction);
+  const Plan plan = forward_plan(students, teachers, gradients, loss.dtype, p);
   bool is_any_empty = false;
   for (const Tensor& student : students) is_any_empty = is_any_empty || student.numel() == 0;
   if (is_any_empty && loss.numel() > 0)
     check(cudaMemsetAsync(loss.data, 0, size_t(loss.numel() * size_of(loss.dtype)), stream.handle),
           "clearing the loss");
-  launch(plan, Tensor{}, false, loss, scratch, stream);
+  launch(plan, Tensor{}, false, loss, scratch.data, stream);
 }
 
-void hint_backward(const Tensor& grad_output, const Tensors& students, const Tensors& teachers,
-                   const Tensors& gradients, bool in_place, double scale, Reduction reduction,
-                   const Place& place) {
+void hint_backward(const Place& place, const Tensor& grad_output, const Tensors& students,
+                   const Tensors& teachers, const Tensors& gradients, const HintParameters& p,
+                   bool in_place) {
   const size_t pairs = students.size();
   const auto add = [&](Plan& plan, const Tensor& one, const Tensor& other, size_t i) {
     const size_t j = i % pairs;
     if (i < gradients.size() && gradients[i])
       plan.add(one, other, gradients[i], int64_t(j) * one.sizes[0], 0,
-               2 * scale / divisor_of(one, reduction));
+               2 * p.scale / divisor_of(one, p.reduction));
   };
   Plan to_students(students, teachers, grad_output.dtype, grad_output.ndim > 0);
   Plan to_teachers(teachers, students, grad_output.dtype, grad_output.ndim > 0);

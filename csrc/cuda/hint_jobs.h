@@ -14,7 +14,7 @@ namespace fastkd::cuda {
 // vectors: a stretch that lies side by side in every tensor, 16 bytes at a time.
 // transposed: a square, of which student and teacher each have another side in memory.
 // elements: element by element, whatever the strides.
-enum class Walk : int { vectors, transposed, elements };
+enum class Access : int { vectors, transposed, elements };
 
 enum Side { kStudent, kTeacher, kGradient, kSides };
 
@@ -23,10 +23,10 @@ struct Axis {
   int64_t stride[kSides] = {};  // in elements
 };
 
-constexpr int kSquare = 32;     // side of a unit of the transposed walk
-constexpr int kElements = 128;  // at most, of a unit of the elements walk
+constexpr int kSquare = 32;     // side of a unit of transposed access
+constexpr int kElements = 128;  // at most, of a unit of access by elements
 
-// The vectors walk, by the sizes of student's and teacher's elements. A lane moves 16 bytes of the
+// Access by vectors, by the sizes of student's and teacher's elements. A lane moves 16 bytes of the
 // smaller ones at a time, and has 96 or 128 bytes of both tensors in flight.
 struct Vectors {
   int length, at_once, unit;
@@ -41,7 +41,7 @@ struct Vectors {
 struct Job {
   char* data[kSides];  // the gradient may be absent
   DType dtype[2];      // of the student, and its gradient, and of the teacher
-  Walk walk;
+  Access access;
   int first_axis, axes;
   int unit_width, unit_length;
   uint32_t first_unit, last_unit;  // the last is not this job's
@@ -68,7 +68,7 @@ struct Plan {
   DType arithmetic;
 
   // Whether all pairs are of these dtypes, and the arithmetic in float32: other calls are rare, and
-  // their kernels know one walk for all dtypes.
+  // their kernels know one access for all dtypes.
   bool is_uniform;
 
   Plan(const Tensors& students, const Tensors& teachers, DType arithmetic, bool by_row);
@@ -165,15 +165,15 @@ inline void Plan::add(const Tensor& student, const Tensor& teacher, const Tensor
   job.length = outer.empty() ? Axis{1, {1, 1, 1}} : take(outer.size() - 1);
   const int crossing = crossing_axis(job, outer);
   if (is_uniform && steps_by_vectors(job, outer)) {
-    job.walk = Walk::vectors;
+    job.access = Access::vectors;
     job.unit_width = 1;
     job.unit_length = Vectors(size_of(student.dtype), size_of(teacher.dtype)).unit;
   } else if (is_uniform && crossing >= 0) {
-    job.walk = Walk::transposed;
+    job.access = Access::transposed;
     job.width = take(size_t(crossing));
     job.unit_width = job.unit_length = kSquare;
   } else {
-    job.walk = Walk::elements;
+    job.access = Access::elements;
     if (!outer.empty()) job.width = take(outer.size() - 1);
     job.unit_length = int(std::min<int64_t>(job.length.size, kElements));
     job.unit_width = kElements / job.unit_length;

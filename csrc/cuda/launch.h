@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-#include "kernels.h"
+#include "scratch.h"
 
 namespace fastkd::cuda {
 
@@ -25,7 +25,7 @@ inline void check(cudaError_t status, const char* doing) {
 class Stream {
  public:
   explicit Stream(const Place& place)
-      : device(place.device), handle(reinterpret_cast<cudaStream_t>(place.stream)) {
+      : device(place.device), handle(reinterpret_cast<cudaStream_t>(place.handle)) {
     check(cudaGetDevice(&previous_), "asking for the device");
     if (device != previous_) check(cudaSetDevice(device), "choosing the device");
   }

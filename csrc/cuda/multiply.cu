@@ -85,7 +85,7 @@ void multiply_by(const Tensors& gradients, const Tensor& grad_output, const Stre
 
 }  // namespace
 
-void multiply(const Tensors& gradients, const Tensor& grad_output, const Place& place) {
+void multiply(const Place& place, const Tensors& gradients, const Tensor& grad_output) {
   const Stream stream(place);
   (grad_output.dtype == DType::f64 ? multiply_by<double> : multiply_by<float>)(gradients,
                                                                                grad_output, stream);

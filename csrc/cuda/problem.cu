@@ -1,6 +1,6 @@
 // Whether this module's kernels can run on a device.
-#include "kernels.h"
 #include "launch.h"
+#include "scratch.h"
 
 namespace fastkd::cuda {
 namespace {

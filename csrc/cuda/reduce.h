@@ -44,8 +44,8 @@ __device__ __forceinline__ void block_sums(double (&x)[N], double (*warps)[N]) {
     for (int i = 0; i < N; ++i) x[i] += warps[warp][i];
 }
 
-// A grid finds its last block by drawing numbers. Kernels of one stream follow one another, so they
-// share a counter, which the last block leaves at 0 for the next kernel.
+// Ticket counters, by which a grid finds its last block. Kernels of one stream follow one another,
+// so they share a counter, which the last block resets for the next kernel.
 constexpr int kCounters = 1024;
 static __device__ unsigned counters[kCounters];
 

@@ -157,19 +157,19 @@ void rkd::find_totals(const Distances& distances, Scratch& scratch, const Stream
          &scratch.totals, scratch.partial, tickets(scratch, stream));
 }
 
-void squared_distances(const Tensor& x, const Tensor& to, const Place& place) {
+void squared_distances(const Place& place, const Tensor& x, const Tensor& to) {
   const Stream stream(place);
   if (x.sizes[0] == 0) return;
   (x.dtype == DType::f64 ? launch_squared_distances<double>
                          : launch_squared_distances<float>)(x, to, stream);
 }
 
-void rkd_distance(const Tensor& student, const Tensor& teacher, const Tensor& loss,
-                  const Tensor& slopes, void* memory, double delta, const Place& place) {
+void rkd_distance(const Place& place, const Tensor& student, const Tensor& teacher,
+                  const Tensor& loss, const Tensor& slopes, const Tensor& memory, double delta) {
   const Stream stream(place);
   const Distances distances(student, teacher);
   if (distances.count == 0) return clear(loss, stream);
-  Scratch& scratch = *static_cast<Scratch*>(memory);
+  Scratch& scratch = *memory.as<Scratch>();
   find_totals(distances, scratch, stream);
   const Comparer comparer{distances, delta, &scratch.totals};
   launch(rkd_distance_kernel, grid_of(distances, sizeof(SumsOfLoss)), stream, comparer, Loss(loss),

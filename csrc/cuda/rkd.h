@@ -31,7 +31,7 @@ struct Scratch {
   Totals totals;
   double partial[4 * kMostBlocks];
 };
-static_assert(sizeof(Scratch) == kRkdScratchBytes);
+static_assert(sizeof(Scratch) == rkd_scratch_bytes());
 
 // Finds the totals, in the scratch.
 void find_totals(const Distances& distances, Scratch& scratch, const Stream& stream);

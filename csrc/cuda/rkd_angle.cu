@@ -114,14 +114,14 @@ struct Call {
 
 // Every pair of points meets every third one: so each slope is one thread's sum.
 template <int K, bool kSlopes>
-struct Walk {
+struct Triangles {
   static constexpr int kTile = K * kSide;
   const Call& call;
   Shared<K>& shared;
   const Both scale;
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
 
-  __device__ Walk(const Call& call, Shared<K>& shared)
+  __device__ Triangles(const Call& call, Shared<K>& shared)
       : call(call),
         shared(shared),
         scale{scale_of(call.totals->mean(0)), scale_of(call.totals->mean(1))} {}
@@ -187,12 +187,12 @@ struct Walk {
 
   __device__ __forceinline__ void store(int a, int b, double slope) const {
     if (a > b || b >= call.n) return;
-    slope = a == b ? 0 : slope * (2 * scale.student / triangles());
+    slope = a == b ? 0 : slope * (2 * scale.student / count());
     call.slopes[int64_t(a) * call.n + b] = slope;
     call.slopes[int64_t(b) * call.n + a] = slope;
   }
 
-  __device__ __forceinline__ double triangles() const {
+  __device__ __forceinline__ double count() const {
     return double(call.n) * double(call.n) * double(call.n);
   }
 };
@@ -201,12 +201,12 @@ template <int K, bool kSlopes>
 __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2)
     rkd_angle_kernel(const __grid_constant__ Call call, int64_t tiles, Tickets tickets) {
   Shared<K>& shared = shared_memory<Shared<K>>();
-  const Walk<K, kSlopes> walk(call, shared);
+  const Triangles<K, kSlopes> triangles(call, shared);
   double loss[1] = {};
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x)
-    loss[0] += walk.over(tile_of_pairs(tile));
+    loss[0] += triangles.over(tile_of_pairs(tile));
   if (grid_sums(loss, call.partial, tickets, shared.sums) && threadIdx.x == 0)
-    call.loss.store(loss[0] / walk.triangles());
+    call.loss.store(loss[0] / triangles.count());
 }
 
 // Takes 2 × 2 pairs a thread, which access shared memory less often, where blocks enough remain to
@@ -226,12 +226,12 @@ void launch_angle(const Call& call, const Tickets& tickets, const Stream& stream
 
 }  // namespace
 
-void rkd_angle(const Tensor& student, const Tensor& teacher, const Tensor& loss,
-               const Tensor& slopes, void* memory, double delta, const Place& place) {
+void rkd_angle(const Place& place, const Tensor& student, const Tensor& teacher, const Tensor& loss,
+               const Tensor& slopes, const Tensor& memory, double delta) {
   const Stream stream(place);
   const Distances distances(student, teacher);
   if (distances.count == 0) return clear(loss, stream);
-  Scratch& scratch = *static_cast<Scratch*>(memory);
+  Scratch& scratch = *memory.as<Scratch>();
   find_totals(distances, scratch, stream);
   const Call call{distances,      &scratch.totals, int(student.sizes[0]),
                   delta,          Loss(loss),      reinterpret_cast<double*>(slopes.data),

@@ -132,13 +132,12 @@ size_t similarity_scratch_bytes(int64_t rows) {
   return sizeof(Scratch) + size_t(rows) * sizeof(Row);
 }
 
-void similarity_preserving(const Tensor& student, const Tensor& teacher, const Tensor& loss,
-                           const Tensor& slopes, void* scratch, const Place& place) {
+void similarity(const Place& place, const Tensor& student, const Tensor& teacher,
+                const Tensor& loss, const Tensor& slopes, const Tensor& scratch) {
   const Stream stream(place);
   if (student.sizes[0] == 0) return clear(loss, stream);
   (loss.dtype == DType::f64 ? compare<double> : compare<float>)(student, teacher, loss, slopes,
-                                                                *static_cast<Scratch*>(scratch),
-                                                                stream);
+                                                                *scratch.as<Scratch>(), stream);
 }
 
 }  // namespace fastkd::cuda

@@ -25,62 +25,57 @@ __device__ __forceinline__ void over_units(uint32_t units, const F& f) {
 }
 
 // What a row's statistics make of a gradient.
-template <class A>
+template <class D, class A>
 struct Row {
-  Sums<A> sums;
-  Factors<A> by;
-  A log_ratio;  // what log p − log q − KL has besides the logits, scaled
+  RowState<A> state;
+  A s_shift, t_shift;
+  RowFactors<A> by;
+  // Of the teacher's gradient: the factors of both sides' exponentials, and what log p − log q less
+  // the divergence has besides the logits, scaled.
+  A to_student, to_teacher, log_ratio;
 
-  __device__ Row(const Call& call, uint32_t row, const Rates<A>& rates, bool to_teacher,
-                 int64_t label)
-      : sums(read(call, row)), by(factors(call, row, sums, rates, label)), log_ratio(0) {
-    if (!to_teacher) return;
+  __device__ __forceinline__ Row(const Call& call, uint32_t row, const Rates<A>& rates,
+                                 bool has_teacher, int64_t label) {
     const A* from = static_cast<const A*>(call.statistics) + int64_t(row) * kCount;
-    log_ratio =
-        A(log(double(sums.student) / double(sums.teacher)) * kLogitScale - double(from[kKl]));
-  }
-
- private:
-  __device__ static Sums<A> read(const Call& call, uint32_t row) {
-    const A* from = static_cast<const A*>(call.statistics) + int64_t(row) * kCount;
-    Sums<A> sums;
-    sums.student_max = from[kStudentMax];
-    sums.student = from[kStudentSum];
-    sums.teacher_max = from[kTeacherMax];
-    sums.teacher = from[kTeacherSum];
-    sums.hard = from[kHardSum];
-    return sums;
-  }
-  __device__ static Factors<A> factors(const Call& call, uint32_t row, const Sums<A>& sums,
-                                       const Rates<A>& rates, int64_t label) {
-    const A* from = static_cast<const A*>(call.statistics) + int64_t(call.rows) * kCount;
-    const A* upstream = static_cast<const A*>(call.grad_output);
+    state.student_max = from[kStudentMax];
+    state.student = from[kStudentSum];
+    state.teacher_max = from[kTeacherMax];
+    state.teacher = from[kTeacherSum];
+    state.hard = from[kHardSum];
+    s_shift = shift(state.student_max);
+    t_shift = shift(state.teacher_max);
     const bool by_row = call.reduction == Reduction::none;
-    const Weights<A> weights(call, divisor_of(call, double(from[kParts - 1])),
+    const A* counted = static_cast<const A*>(call.statistics) + int64_t(call.rows) * kCount;
+    const A* upstream = static_cast<const A*>(call.grad_output);
+    const Weights<A> weights(call, by_row ? 1 : divisor_of(call, double(*counted)),
                              double(upstream[by_row ? row : 0]));
-    Factors<A> by(sums, rates, weights);
-    if (label == kWrongLabel) by.smoothing = A(NAN);
+    const double divergence = double(from[kKl]);
+    const auto ratio = [&] {
+      return log(double(state.student) / double(state.teacher)) * kLogitScale;
+    };
+    by = RowFactors<A>(D(), state, D::mean_of(divergence, ratio()), call.inverse, rates, weights,
+                       label);
     by.any = by.any && !ignores(call, row);
-    return by;
+    to_student = weights.soft / state.student;
+    to_teacher = weights.soft / state.teacher;
+    log_ratio = has_teacher ? A(ratio() - divergence) : A(0);
+  }
+
+  // The teacher's gradient of one class, of its logits relative to the maxima.
+  __device__ __forceinline__ A teacher(A x, A y, const Rates<A>& rates, double inverse) const {
+    const A surplus = (y - x) * A(inverse) + log_ratio;
+    const A g =
+        D::to_teacher(rates.exp_soft(x), rates.exp_soft(y), surplus, to_student, to_teacher);
+    return !by.soft || !by.any || y == A(-INFINITY) ? A(0) : g;
   }
 };
 
-// The gradient of one class of the teacher.
-template <class A>
-__device__ __forceinline__ A to_teacher(const Row<A>& row, A x, A y, const Rates<A>& rates,
-                                        double inverse) {
-  const A surplus = (y - x) * A(inverse) + row.log_ratio;
-  const A g = exp2_of(y * rates.softened) * row.by.teacher * surplus * A(1 / kLogitScale);
-  return !row.by.soft || !row.by.any || y == A(-INFINITY) ? A(0) : g;
-}
-
 // A warp takes some vectors of a row at a time.
-template <class A, class S, class T>
+template <class D, class A, class S, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : kTogether)
     soft_target_backward_rows_kernel(const __grid_constant__ Call call, uint32_t units_per_row,
                                      int64_t vectors, uint32_t units) {
-  constexpr bool kIsDouble = sizeof(A) == 8;
-  constexpr int N = kIsDouble ? 1 : kVector<S, T>;
+  constexpr int N = kClasses<A, S, T>;
   if (call.in_place && *static_cast<const A*>(call.grad_output) == A(1)) return;
   const Rates<A> rates(call);
   const bool student = call.sides[kToStudent].data != nullptr;
@@ -89,74 +84,65 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : kTogether)
     const uint32_t row = unit / units_per_row;
     const int64_t first = int64_t(unit - row * units_per_row) * kUnitVectors;
     const int64_t label = label_of(call, row);
-    const Row<A> of_row(call, row, rates, teacher, label);
-    const A s_shift = shift(of_row.sums.student_max), t_shift = shift(of_row.sums.teacher_max);
+    const Row<D, A> of_row(call, row, rates, teacher, label);
     const auto start = start_of<N, kSides>(call, row);
 #pragma unroll 1
     for (int v = threadIdx.x % kWarp; v < kUnitVectors && first + v < vectors; v += kWarp) {
       const int64_t i = (first + v) * N - start.phase;
       A s[N] = {}, t[N] = {};
       if (of_row.by.any) {
-        take<A, S>(call.sides[kStudent], start.at[kStudent], i, call.classes, start.is_aligned, s);
-        take<A, T>(call.sides[kTeacher], start.at[kTeacher], i, call.classes, start.is_aligned, t);
+        load_vector<A, S>(call.sides[kStudent], start.at[kStudent], i, call.classes,
+                          start.is_aligned, s);
+        load_vector<A, T>(call.sides[kTeacher], start.at[kTeacher], i, call.classes,
+                          start.is_aligned, t);
       }
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const A x = shifted(s[k], s_shift), y = shifted(t[k], t_shift);
-        s[k] = gradient_of(of_row.by, x, y, rates, i + k == label);
-        if (teacher) t[k] = to_teacher(of_row, x, y, rates, call.inverse);
+        const A x = shifted(s[k], of_row.s_shift), y = shifted(t[k], of_row.t_shift);
+        s[k] = of_row.by.template of_logits<D>(x, y, rates, i + k == label);
+        if (teacher) t[k] = of_row.teacher(x, y, rates, call.inverse);
       }
-      if (student)
-        give<S>(s, call.sides[kToStudent], start.at[kToStudent], i, call.classes, start.is_aligned);
-      if (teacher)
-        give<T>(t, call.sides[kToTeacher], start.at[kToTeacher], i, call.classes, start.is_aligned);
+      if (student) store_vector<S>(s, call, kToStudent, start, i);
+      if (teacher) store_vector<T>(t, call, kToTeacher, start, i);
     }
   });
 }
 
-// A lane has a row, and a warp some classes of 32 rows that lie side by side.
-template <class S, class T>
+// A lane has a row, and a warp some classes of 32 contiguous rows.
+template <class D, class S, class T>
 __global__ void __launch_bounds__(kThreads, kTogether)
     soft_target_backward_columns_kernel(const __grid_constant__ Call call, uint32_t units_per_tile,
                                         uint32_t units) {
   if (call.in_place && *static_cast<const float*>(call.grad_output) == 1) return;
   const Rates<float> rates(call);
-  const bool teacher = call.sides[kToTeacher].data != nullptr;
+  const bool has_teacher = call.sides[kToTeacher].data != nullptr;
   over_units(units, [&](uint32_t unit) {
     const uint32_t tile = unit / units_per_tile;
     const int64_t first = int64_t(unit - tile * units_per_tile) * kColumnClasses;
     const uint32_t row = tile * kWarp + threadIdx.x % kWarp;
     if (row >= call.rows) return;
     const int64_t label = label_of(call, row);
-    const Row<float> of_row(call, row, rates, teacher, label);
-    const float s_shift = shift(of_row.sums.student_max);
-    const float t_shift = shift(of_row.sums.teacher_max);
+    const Row<D, float> of_row(call, row, rates, has_teacher, label);
     int64_t at[kSides];
     locate(call, row, at);
-    const auto elements_of = [&](Side side, auto* storage) {
-      return Elements<std::remove_pointer_t<decltype(storage)>>(call.sides[side].data,
-                                                                call.sides[side].dtype, at[side]);
-    };
-    S* const of_student = nullptr;
-    T* const of_teacher = nullptr;
-    const auto from_student = elements_of(kStudent, of_student);
-    const auto from_teacher = elements_of(kTeacher, of_teacher);
-    const auto into_student = elements_of(kToStudent, of_student);
-    const auto into_teacher = elements_of(kToTeacher, of_teacher);
+    const auto& [student, teacher, to_student, to_teacher] = call.sides;
+    const auto from_student = elements_of<S>(student, at[kStudent]);
+    const auto from_teacher = elements_of<T>(teacher, at[kTeacher]);
+    const auto into_student = elements_of<S>(to_student, at[kToStudent]);
+    const auto into_teacher = elements_of<T>(to_teacher, at[kToTeacher]);
 #pragma unroll 4
     for (int64_t k = first; k < first + kColumnClasses; ++k) {
       if (k >= call.classes) break;
       float x = 0, y = 0;
       if (of_row.by.any) {
-        x = shifted(float(from_student.load(k * call.sides[kStudent].class_stride)), s_shift);
-        y = shifted(float(from_teacher.load(k * call.sides[kTeacher].class_stride)), t_shift);
+        x = shifted(float(from_student.load(k * student.class_stride)), of_row.s_shift);
+        y = shifted(float(from_teacher.load(k * teacher.class_stride)), of_row.t_shift);
       }
       if (into_student.data != nullptr)
-        into_student.store(k * call.sides[kToStudent].class_stride,
-                           gradient_of(of_row.by, x, y, rates, k == label));
-      if (teacher)
-        into_teacher.store(k * call.sides[kToTeacher].class_stride,
-                           to_teacher(of_row, x, y, rates, call.inverse));
+        into_student.store(k * to_student.class_stride,
+                           of_row.by.template of_logits<D>(x, y, rates, k == label));
+      if (has_teacher)
+        into_teacher.store(k * to_teacher.class_stride, of_row.teacher(x, y, rates, call.inverse));
     }
   });
 }
@@ -170,26 +156,27 @@ void launch_units(void (*kernel)(Parameters...), int64_t units, const Stream& st
   launch(kernel, grid, stream, std::forward<Arguments>(arguments)..., uint32_t(units));
 }
 
-template <class A, class S, class T>
-void launch_on_rows(const Call& call, const Stream& stream) {
-  const int64_t vectors = vectors_of(call, sizeof(A) == 8 ? 1 : kVector<S, T>);
+template <class D, class A, class S, class T>
+void launch_on_rows(D, A, S*, T*, const Call& call, const Stream& stream) {
+  const int64_t vectors = vectors_of(call, kClasses<A, S, T>);
   const int64_t per_row = (vectors + kUnitVectors - 1) / kUnitVectors;
-  launch_units(soft_target_backward_rows_kernel<A, S, T>, call.rows * per_row, stream, call,
+  launch_units(soft_target_backward_rows_kernel<D, A, S, T>, call.rows * per_row, stream, call,
                uint32_t(per_row), vectors);
 }
 
 }  // namespace
 
 void launch_backward(const Call& call, bool are_columns, const Stream& stream) {
-  if (is_double(call)) return launch_on_rows<double, Any, Any>(call, stream);
-  with_storage_of(call, [&](auto* one, auto* other) {
-    using S = std::remove_pointer_t<decltype(one)>;
-    using T = std::remove_pointer_t<decltype(other)>;
-    if (!are_columns) return launch_on_rows<float, S, T>(call, stream);
+  with_types_of(call, [&](auto divergence, auto* one, auto* other) {
+    if constexpr (std::is_same_v<decltype(one), Any*>)
+      if (call.is_double) return launch_on_rows(divergence, double(), one, other, call, stream);
+    if (!are_columns) return launch_on_rows(divergence, float(), one, other, call, stream);
     const int64_t tiles = (int64_t(call.rows) + kWarp - 1) / kWarp;
     const int64_t per_tile = (call.classes + kColumnClasses - 1) / kColumnClasses;
-    launch_units(soft_target_backward_columns_kernel<S, T>, tiles * per_tile, stream, call,
-                 uint32_t(per_tile));
+    using S = std::remove_pointer_t<decltype(one)>;
+    using T = std::remove_pointer_t<decltype(other)>;
+    launch_units(soft_target_backward_columns_kernel<decltype(divergence), S, T>, tiles * per_tile,
+                 stream, call, uint32_t(per_tile));
   });
 }
 

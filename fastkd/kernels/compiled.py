@@ -1,4 +1,4 @@
-"""The compiled module, which knows nothing of torch, and what it sees of tensors.
+"""The compiled module, which knows nothing of torch, and where and how it runs a call.
 
 The module is `fastkd._native`; the environment variable FASTKD_NATIVE_PATH names another build of
 it. It is loaded when a call first needs it.
@@ -8,21 +8,18 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastkd.ops.attention import MapParameters, TransferParameters
-    from fastkd.ops.soft_target import Parameters
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_KINDS = {"sum": 0, "sum_pow": 0, "max_pow": 1}
-_DISTANCES = {"norm": 0, "mse": 1}
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
+# Private to torch; the public way makes a Stream object first.
+_raw_stream: Any = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
+)
 
 
 @functools.cache
@@ -51,46 +48,30 @@ def loaded() -> Any:
     return module
 
 
-def views(*tensors: Tensor | None) -> list[Any]:
-    """What the module sees of tensors, which the caller keeps alive."""
-    return [
-        None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride()) for t in tensors
-    ]
+def place_of(tensor: Tensor) -> tuple[int, int]:
+    """Where the module runs a call on such tensors: the index of a GPU and a stream of it.
 
-
-def view(t: Tensor) -> Any:
-    """The same of one."""
-    return views(t)[0]
-
-
-def address(t: Tensor | None) -> int:
-    """Where a contiguous tensor begins; 0 where there is none."""
-    return 0 if t is None else t.data_ptr()
-
-
-def addresses(winners: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[int]:
-    """Of the winners that go with the slopes; 0 where the kind of map has none."""
-    return [w.data_ptr() for w in winners] or [0] * len(slopes)
+    The CPU's index is -1, and what would be a stream is the number of threads.
+    """
+    index: int = tensor.get_device()
+    return index, torch.get_num_threads() if index < 0 else _raw_stream(index)
 
 
 # Parameter objects are immutable, and a training run uses a handful.
 @functools.lru_cache(maxsize=256)
-def soft_target_parameters(p: "Parameters", threads: int) -> Any:
-    """As the module wants them; a GPU has no use for the threads."""
-    return loaded().SoftTarget(*p[:5], REDUCTIONS[p.reduction], p.dim, threads)
+def struct_of(p: Any) -> Any:
+    """The module's object of the same name and fields."""
+    fields = p._asdict()
+    fields.pop("backend", None)
+    return getattr(loaded(), type(p).__name__)(**fields)
 
 
-@functools.lru_cache(maxsize=256)
-def map_parameters(p: "MapParameters", threads: int) -> Any:
-    """As the module wants them; a GPU has no use for the threads."""
-    return loaded().Map(_KINDS[p.kind], p.p, p.eps, p.channel_dim, threads)
-
-
-@functools.lru_cache(maxsize=256)
-def transfer_parameters(p: "TransferParameters") -> Any:
-    """As the module wants them."""
-    reduction = REDUCTIONS[p.reduction]
-    return loaded().Transfer(_DISTANCES[p.distance], p.order, p.beta, reduction)
+def scratch(place: tuple[int, int], like: Tensor, operator: str, *arguments: Any) -> Tensor | None:
+    """Memory in which the blocks of a GPU put their sums together; a CPU needs none."""
+    if place[0] < 0:
+        return None
+    size = getattr(loaded(), f"{operator}_scratch_bytes")(*arguments)
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def as_buffer(grad_output: Tensor, dtype: torch.dtype) -> Tensor:

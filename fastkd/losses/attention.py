@@ -6,16 +6,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks, pairs
 from fastkd.ops.attention import (
-    MapParameters,
-    TransferParameters,
     attention_transfer,
     raw_attention_map,
 )
+from fastkd.parameters import Map, Transfer
+from fastkd.precision import compute_dtype
 from fastkd.reference import attention as reference
-from fastkd.reference.precision import compute_dtype
 
 _KINDS = ("sum", "sum_pow", "max_pow")
 _DISTANCES = ("norm", "mse")
@@ -87,7 +87,7 @@ def attention_map(
             eps=eps,
             channel_dim=channel_dim,
         )
-    raw = raw_attention_map(features, MapParameters(kind, exponent, eps, channel_dim, chosen))
+    raw = raw_attention_map(features, Map(kind, exponent, eps, channel_dim, chosen))
     return reference.unit(raw, eps) if normalize else raw
 
 
@@ -196,8 +196,8 @@ def attention_transfer_loss(
         return attention_transfer(
             students,
             teachers,
-            TransferParameters(distance, norm_order, scale, reduction),
-            MapParameters(kind, exponent, eps, channel_dim, chosen),
+            Transfer(distance, norm_order, scale, reduction),
+            Map(kind, exponent, eps, channel_dim, chosen),
         )
 
     loss = pairs.total(of_pairs, students, teachers, weights)

@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks, pairs
 from fastkd.ops import fsp
-from fastkd.ops.hint import Parameters, hint
+from fastkd.ops.hint import hint
+from fastkd.parameters import Hint
+from fastkd.precision import compute_dtype
 from fastkd.reference import fsp as reference
-from fastkd.reference.precision import compute_dtype
 
 Pairs = Iterable[Tensor] | Iterable[Iterable[Tensor]]
 
@@ -93,7 +95,7 @@ def fsp_loss(
     def of_pairs(flows: list[Tensor], targets: list[Tensor], factor: float) -> Tensor:
         if chosen == "reference":
             return reference.fsp_loss(flows, targets, scale=factor)
-        return hint(flows, targets, True, Parameters(factor, "batchmean", chosen))
+        return hint(flows, targets, True, Hint(factor, "batchmean", chosen))
 
     return pairs.total(of_pairs, flows, targets, weights)
 

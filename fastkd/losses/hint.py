@@ -4,11 +4,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks, pairs
-from fastkd.ops.hint import Parameters, hint
+from fastkd.ops.hint import hint
+from fastkd.parameters import Hint
+from fastkd.precision import compute_dtype
 from fastkd.reference import hint as reference
-from fastkd.reference.precision import compute_dtype
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -75,9 +77,12 @@ def hint_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     half = checks.flag("half", half)
     _check_features(students, teachers, regressor_weight, regressor_bias, is_sequence)
-    batches = [t.shape[0] for t in teachers]
-    if reduction == "none" and any([batch != batches[0] for batch in batches]):
-        raise ValueError(f'reduction="none" needs the same batch size in every pair, got {batches}')
+    if reduction == "none":
+        batches = [t.shape[0] for t in teachers]
+        if any([batch != batches[0] for batch in batches]):
+            raise ValueError(
+                f'reduction="none" needs the same batch size in every pair, got {batches}'
+            )
     regressor = (regressor_weight, regressor_bias)
     chosen = select("hint_loss", (*students, *teachers), backend, regressor)
     if regressor_weight is not None:
@@ -91,7 +96,7 @@ def hint_loss(
             return reference.hint_loss(
                 students, teachers, reduction=reduction, scale=scale * factor
             )
-        parameters = Parameters(scale * factor, reduction, chosen)
+        parameters = Hint(scale * factor, reduction, chosen)
         return hint(students, teachers, consumes, parameters)
 
     loss = pairs.total(of_pairs, students, teachers, weights)

@@ -2,12 +2,14 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.losses import checks
+from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
 
 _MOST_TEACHERS = 64
@@ -19,16 +21,15 @@ _INTEGERS = (
 
 def check_logits(
     student: Tensor, teacher: Any, weights: Any, dim: int
-) -> tuple[int, list[Tensor], list[float], list[Tensor]]:
+) -> tuple[int, list[Tensor], tuple[float, ...], list[Tensor]]:
     """The classes' dimension, the teachers with their weights, and the teachers of weight 0."""
     ensemble = checks.items(teacher)
     is_ensemble = ensemble is not None
     teachers = [teacher] if ensemble is None else ensemble
-    names = [
-        f"teacher_logits[{i}]" if is_ensemble else "teacher_logits" for i in range(len(teachers))
-    ]
-    checks.floating(("student_logits", student), *zip(names, teachers, strict=True))
-    for name, one in zip(names, teachers, strict=True):
+    checks.floating(("student_logits", student))
+    for i, one in enumerate(teachers):
+        name = f"teacher_logits[{i}]" if is_ensemble else "teacher_logits"
+        checks.floating((name, one))
         checks.same_device("student_logits", student, name, one)
         checks.same_shape("student_logits", student, name, one)
     if student.ndim == 0:
@@ -46,7 +47,7 @@ def check_logits(
     if classes == 1:
         _warn_of_one_class()
     if weights is None:
-        return dim, teachers, [1 / len(teachers)] * len(teachers), []
+        return dim, teachers, (1 / len(teachers),) * len(teachers), []
     if not is_ensemble:
         raise ValueError(
             "teacher_weights needs a sequence of teachers as teacher_logits, got one tensor"
@@ -56,7 +57,7 @@ def check_logits(
     return (
         dim,
         [t for t, share in both if share > 0],
-        [share for share in shares if share > 0],
+        tuple([share for share in shares if share > 0]),
         [t for t, share in both if share == 0],
     )
 
@@ -177,3 +178,11 @@ def _no_class(label: int, classes: int, ignore_index: int) -> ValueError:
     return ValueError(
         f"labels must lie in [0, {classes - 1}] or be ignore_index={ignore_index}, got {label}"
     )
+
+
+def tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:
+    """The loss, towards which a teacher of weight 0 that requires a gradient has one of 0."""
+    for teacher in unused:
+        if teacher.requires_grad:
+            loss = loss + zero(teacher).to(loss.dtype)
+    return loss

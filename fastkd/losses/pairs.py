@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from fastkd.losses import checks
-from fastkd.reference.precision import compute_dtype
+from fastkd.precision import compute_dtype
 
 
 def check(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]:
     """Student and teacher as equally long lists, and whether sequences came in."""
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        checks.floating(("student", student), ("teacher", teacher))
+        checks.same_device("student", student, "teacher", teacher)
+        return [student], [teacher], False
     students, teachers = checks.items(student), checks.items(teacher)
     is_sequence = students is not None
     if is_sequence != (teachers is not None):

@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks
-from fastkd.ops.rkd import Parameters, rkd
+from fastkd.ops.rkd import rkd
+from fastkd.parameters import Rkd
 from fastkd.reference import rkd as reference
 
 
@@ -52,7 +54,7 @@ def rkd_distance_loss(
     chosen = select("rkd_distance_loss", (student, teacher), backend)
     if chosen == "reference":
         return reference.rkd_distance_loss(student, teacher, delta=delta)
-    return rkd(student, teacher, Parameters("distance", delta, chosen))
+    return rkd(student, teacher, Rkd("distance", delta, chosen))
 
 
 @checks.keywords
@@ -99,7 +101,7 @@ def rkd_angle_loss(
     chosen = select("rkd_angle_loss", (student, teacher), backend)
     if chosen == "reference":
         return reference.rkd_angle_loss(student, teacher, delta=delta)
-    return rkd(student, teacher, Parameters("angle", delta, chosen))
+    return rkd(student, teacher, Rkd("angle", delta, chosen))
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:

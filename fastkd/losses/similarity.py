@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks, pairs
 from fastkd.ops.similarity import similarity
 from fastkd.reference import similarity as reference

@@ -1,32 +1,17 @@
-"""Soft targets (Hinton et al. 2014) of one or several teachers, alone and with the hard labels."""
+"""Soft targets (Hinton et al. 2014) of one or several teachers."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, overload
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend, select
+from fastkd.dispatch import select
+from fastkd.facts import Backend
 from fastkd.losses import checks, logits
-from fastkd.ops.soft_target import Parameters, soft_target, soft_target_parts
-from fastkd.ops.soft_target_ensemble import soft_target_ensemble, soft_target_ensemble_parts
+from fastkd.ops.soft_target import soft_target
+from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
-_WITH_LABELS = ("none", "sum", "batchmean")
-
-
-class DistillationParts(NamedTuple):
-    """The result of `distillation_loss(..., return_parts=True)`, each part reduced as the loss is.
-
-    Attributes:
-        loss: `hard_weight * hard + soft_weight * soft`, differentiable.
-        hard: the cross-entropy with the labels, unweighted and detached.
-        soft: `T^2 * KL`, unweighted and detached.
-    """
-
-    loss: Tensor
-    hard: Tensor
-    soft: Tensor
 
 
 @checks.keywords
@@ -109,212 +94,22 @@ def soft_target_loss(
             weights,
             temperature=temperature,
             scale_t2=scale_t2,
+            divergence="forward_kl",
             reduction=reduction,
             dim=axis,
         )
-        return _tied(loss, unused)
+        return logits.tied(loss, unused)
     weight = temperature * temperature if scale_t2 else 1.0
-    parameters = Parameters(temperature, weight, 0.0, 0.0, -100, reduction, axis, chosen)
-    if len(teachers) == 1:
-        loss = soft_target(student_logits, teachers[0], None, parameters)
-    else:
-        loss = soft_target_ensemble(student_logits, teachers, weights, None, parameters)
-    return _tied(loss, unused)
-
-
-@overload
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
-    labels: Tensor,
-    *,
-    temperature: float = ...,
-    soft_weight: float = ...,
-    hard_weight: float = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    reduction: str = ...,
-    dim: int = ...,
-    teacher_weights: Iterable[float] | None = ...,
-    return_parts: Literal[False] = ...,
-    backend: Backend | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
-    labels: Tensor,
-    *,
-    temperature: float = ...,
-    soft_weight: float = ...,
-    hard_weight: float = ...,
-    ignore_index: int = ...,
-    label_smoothing: float = ...,
-    reduction: str = ...,
-    dim: int = ...,
-    teacher_weights: Iterable[float] | None = ...,
-    return_parts: Literal[True],
-    backend: Backend | None = ...,
-) -> DistillationParts: ...
-
-
-@checks.keywords
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
-    labels: Tensor,
-    *,
-    temperature: float = 4.0,
-    soft_weight: float = 0.9,
-    hard_weight: float = 0.1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "batchmean",
-    dim: int = -1,
-    teacher_weights: Iterable[float] | None = None,
-    return_parts: bool = False,
-    backend: Backend | None = None,
-) -> Tensor | DistillationParts:
-    r"""Compute soft targets and hard labels together, from one read of the logits.
-
-    `hard_weight * CE(student, labels) + soft_weight * T^2 * KL(softmax(teacher/T) ‖
-    softmax(student/T))`, both averaged over the rows whose label is not `ignore_index`. The
-    cross-entropy is at temperature 1. The module is `fastkd.nn.DistillationLoss`; without labels,
-    see `soft_target_loss`.
-
-    Args:
-        student_logits: unnormalised scores of any shape with at least one dimension, in float32,
-            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
-        teacher_logits: the same shape and device as `student_logits`; the dtype may differ. It
-            receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
-            tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
-            probabilities, not of logits.
-        labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
-            device. int64 labels are not copied.
-        temperature: T, above 0, of the soft term only. Default: 4.0.
-        soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
-            on ImageNet. Default: 0.9.
-        hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
-            independent: they need not sum to 1. Default: 0.1.
-        ignore_index: rows with this label contribute nothing and count for nothing, in both terms.
-            Default: -100.
-        label_smoothing: in [0, 1]; the hard target is `(1 - label_smoothing) * one_hot +
-            label_smoothing / K`. Default: 0.0.
-        reduction: `"batchmean"` for the sum over the number of rows that count, `"sum"` over these
-            rows, or `"none"` for one loss per row, which is 0 where the row is ignored. `"mean"`
-            is refused: a cross-entropy's is over rows, that of `torch.nn.KLDivLoss` over rows ×
-            classes. Default: `"batchmean"`.
-        dim: the dimension of the classes: 1 for the `(N, C, H, W)` of segmentation, which is not
-            copied. Default: -1, with one warning in the process where logits of 4 or more
-            dimensions have labels that fit `dim=1` as well; the last dimension as a positive
-            number, such as 3, does not warn.
-        teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
-            in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
-            not read. Default: None, all teachers weigh the same.
-        return_parts: return a `DistillationParts` in place of the loss. Default: False.
-        backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
-            the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
-            one than the machine could offer warns with `FallbackWarning`, which says how to silence
-            it.
-
-    Returns:
-        A scalar; with `reduction="none"` a tensor of the labels' shape. In float32 (float64 if an
-        input is float64). 0, with a zero gradient, if every row is ignored. With `return_parts` the
-        tuple `(loss, hard, soft)` of such tensors.
-
-    Raises:
-        TypeError: an argument is of the wrong type or dtype, or a keyword is given by position.
-        ValueError: shapes or devices differ, an argument is out of its range, or a label is
-            neither a class nor `ignore_index`. On a GPU a check of the labels would synchronise the
-            stream: there the kernels make the loss and the row's gradient NaN, and with the
-            reference torch's own device-side assertion reports it.
-        BackendUnavailableError: the backend asked for cannot serve these tensors.
-
-    Example:
-        >>> student = torch.randn(64, 100, requires_grad=True)
-        >>> teacher, labels = torch.randn(64, 100), torch.randint(100, (64,))
-        >>> loss = fastkd.distillation_loss(student, teacher, labels, temperature=4.0)
-        >>> loss.backward()
-        >>> parts = fastkd.distillation_loss(student, teacher, labels, return_parts=True)
-        >>> parts._fields
-        ('loss', 'hard', 'soft')
-
-    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
-    section 2 (the weighted average of two objectives).
-    """
-    axis, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher_logits, teacher_weights, dim
+    parameters = SoftTarget(
+        temperature=temperature,
+        soft_weight=weight,
+        hard_weight=0.0,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        divergence="forward_kl",
+        reduction=reduction,
+        dim=axis,
+        weights=weights,
+        backend=chosen,
     )
-    temperature = checks.number("temperature", temperature, above=0)
-    soft_weight = checks.number("soft_weight", soft_weight)
-    hard_weight = checks.number("hard_weight", hard_weight)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
-    return_parts = checks.flag("return_parts", return_parts)
-    ignore_index = checks.integer("ignore_index", ignore_index)
-    _check_reduction(reduction)
-    labels = logits.check_labels(student_logits, labels, ignore_index, axis)
-    logits.check_last_dim(student_logits, dim, labels)
-    chosen = select("distillation_loss", (student_logits, *teachers), backend, (labels,))
-    # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
-    if chosen != "native":
-        logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
-    if chosen == "reference":
-        loss, hard, soft = reference.distillation_loss(
-            student_logits,
-            teachers,
-            weights,
-            labels,
-            temperature=temperature,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            dim=axis,
-        )
-        loss = _tied(loss, unused)
-        return DistillationParts(loss, hard.detach(), soft.detach()) if return_parts else loss
-    t2 = temperature * temperature
-    parameters = Parameters(
-        temperature,
-        soft_weight * t2,
-        hard_weight,
-        label_smoothing,
-        ignore_index,
-        reduction,
-        axis,
-        chosen,
-    )
-    if not return_parts:
-        if len(teachers) == 1:
-            loss = soft_target(student_logits, teachers[0], labels, parameters)
-        else:
-            loss = soft_target_ensemble(student_logits, teachers, weights, labels, parameters)
-        return _tied(loss, unused)
-    if len(teachers) == 1:
-        loss, hard, soft = soft_target_parts(student_logits, teachers[0], labels, parameters)
-    else:
-        loss, hard, soft = soft_target_ensemble_parts(
-            student_logits, teachers, weights, labels, parameters
-        )
-    return DistillationParts(_tied(loss, unused), hard, soft)
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction == "mean":
-        raise ValueError(
-            'reduction="mean" has two meanings here: a cross-entropy\'s is over rows, that of '
-            'torch.nn.KLDivLoss over rows × classes; "batchmean" divides both terms by the rows '
-            "that count"
-        )
-    checks.choice("reduction", reduction, _WITH_LABELS)
-
-
-def _tied(loss: Tensor, unused: Sequence[Tensor]) -> Tensor:
-    """The loss, towards which a teacher of weight 0 that requires a gradient has one of 0."""
-    for teacher in unused:
-        if teacher.requires_grad:
-            loss = loss + reference.zero(teacher).to(loss.dtype)
-    return loss
+    return logits.tied(soft_target(student_logits, teachers, None, parameters), unused)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd import regressor
-from fastkd.dispatch import Backend
+from fastkd.facts import Backend
 from fastkd.losses import pairs
 from fastkd.losses.hint import hint_loss
 from fastkd.nn.base import Loss

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastkd.dispatch import Backend
+from fastkd.facts import Backend
 from fastkd.losses.attention import attention_transfer_loss
+from fastkd.losses.distillation import DistillationParts, distillation_loss
 from fastkd.losses.fsp import Pairs, fsp_loss
 from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from fastkd.losses.similarity import similarity_preserving_loss
-from fastkd.losses.soft_target import DistillationParts, distillation_loss, soft_target_loss
+from fastkd.losses.soft_target import soft_target_loss
 from fastkd.nn.base import Loss
 
 

@@ -8,55 +8,34 @@ slopes are by the winning features: backward then reads no features.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import (
+from fastkd.autograd import (
     Fused,
     check_grad_output,
-    define,
     differentiate_once,
     eager_gradient,
     for_grad_output,
     is_final,
-    kernels,
     no_grad,
     of_wanted,
     savable,
     scales,
     wants_gradient,
 )
-from fastkd.reference.precision import compute_dtype
-from fastkd.reference.symbols import operand
+from fastkd.operators import define, kernels
+from fastkd.parameters import Map, Transfer, in_schema
+from fastkd.precision import compute_dtype
+from fastkd.symbols import operand
 
-
-class MapParameters(NamedTuple):
-    """What defines a map; every attention operator ends with it."""
-
-    kind: str
-    p: float
-    eps: float
-    channel_dim: int
-    backend: str
-
-
-class TransferParameters(NamedTuple):
-    """What defines the distance between maps."""
-
-    distance: str
-    order: float
-    beta: float
-    reduction: str
-
-
-_MAP = "str kind, float p, float eps, int channel_dim, str backend"
-_TRANSFER = "str distance, float order, float beta, str reduction"
+_MAP, _TRANSFER = in_schema(Map), in_schema(Transfer)
 
 
 def _new_maps(
-    features: Sequence[Tensor], p: MapParameters, dtype: torch.dtype
+    features: Sequence[Tensor], p: Map, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Room for a number per position of each, and for the winners of `max_pow`."""
     shapes = []
@@ -72,7 +51,7 @@ def _new_maps(
     )
 
 
-def _map_outputs(features: Tensor, p: MapParameters) -> tuple[Tensor, Tensor]:
+def _map_outputs(features: Tensor, p: Map) -> tuple[Tensor, Tensor]:
     maps, winners = _new_maps([features], p, compute_dtype(features))
     return maps[0], winners[0] if winners else features.new_empty(0, dtype=torch.int32)
 
@@ -80,9 +59,9 @@ def _map_outputs(features: Tensor, p: MapParameters) -> tuple[Tensor, Tensor]:
 @define(
     f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor winners)",
     _map_outputs,
-    MapParameters,
+    Map,
 )
-def map_forward(features: Tensor, p: MapParameters) -> tuple[Tensor, Tensor]:
+def map_forward(features: Tensor, p: Map) -> tuple[Tensor, Tensor]:
     """The unnormalised map and, for `max_pow`, the winning channels."""
     raw, winners = _map_outputs(features, p)
     kernels(p.backend, "attention").attention_map_forward(features, raw, winners, p)
@@ -94,8 +73,8 @@ def _transfer_outputs(
     teachers: Sequence[Tensor],
     with_gradients: bool,
     with_teachers: bool,
-    transfer: TransferParameters,
-    p: MapParameters,
+    transfer: Transfer,
+    p: Map,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     dtype = compute_dtype(*students, *teachers)
     first = students[0]
@@ -110,16 +89,16 @@ def _transfer_outputs(
     f"bool with_teachers, {_TRANSFER}, {_MAP}) "
     "-> (Tensor loss, Tensor[] slopes, Tensor[] winners, Tensor[] gradients)",
     _transfer_outputs,
-    TransferParameters,
-    MapParameters,
+    Transfer,
+    Map,
 )
 def transfer_forward(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     with_gradients: bool,
     with_teachers: bool,
-    transfer: TransferParameters,
-    p: MapParameters,
+    transfer: Transfer,
+    p: Map,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """The loss; slopes and winners of students, and of teachers after them if asked for."""
     outputs = _transfer_outputs(students, teachers, with_gradients, with_teachers, transfer, p)
@@ -135,14 +114,14 @@ _BACKWARD = f"Tensor grad_output, Tensor[] features, Tensor[] slopes, Tensor[] w
 @define(
     f"attention_backward({_BACKWARD}) -> Tensor[]",
     lambda grad_output, features, *_: [torch.empty_like(f) for f in features],
-    MapParameters,
+    Map,
 )
 def backward(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    p: MapParameters,
+    p: Map,
 ) -> list[Tensor]:
     """The gradients of features, `grad_output · slope · dF/dA`, for `max_pow` without `dF/dA`.
 
@@ -159,7 +138,7 @@ def backward(
     "attention_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] features, "
     f"Tensor[] slopes, Tensor[] winners, {_MAP}) -> ()",
     lambda *_: None,
-    MapParameters,
+    Map,
 )
 def rescale(
     gradients: Sequence[Tensor],
@@ -167,7 +146,7 @@ def rescale(
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
-    p: MapParameters,
+    p: Map,
 ) -> None:
     """Forward's gradients for another scalar `grad_output`, computed again."""
     kernels(p.backend, "attention").attention_backward(
@@ -175,7 +154,7 @@ def rescale(
     )
 
 
-def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParameters) -> Tensor:
+def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: Map) -> Tensor:
     """Slopes by a map of `max_pow` as slopes by the features that won: times `d|A|^p/dA`."""
     dim = p.channel_dim % features.ndim
     shape = [*features.shape[:dim], 1, *features.shape[dim + 1 :]]
@@ -183,7 +162,7 @@ def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: MapParamete
     return slopes * (p.p * won.abs().pow(operand(p.p - 1, won)) * won.sign())
 
 
-def gradient_follows(students: Sequence[Tensor], p: MapParameters) -> bool:
+def gradient_follows(students: Sequence[Tensor], p: Map) -> bool:
     """Whether the kernels compute gradients in forward, from features that are still in cache.
 
     On a GPU reading them from there takes longer than backward does.
@@ -195,7 +174,7 @@ class AttentionMap(Fused):
     """The unnormalised map. Its normalisation is map-sized and left to torch."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, p: MapParameters) -> Tensor:
+    def forward(ctx: Any, features: Tensor, p: Map) -> Tensor:
         raw, winners = map_forward(features, p)
         ctx.save_for_backward(*savable(features, winners))
         ctx.parameters = p
@@ -217,9 +196,7 @@ class AttentionTransfer(Fused):
     """The loss of all pairs: `apply(transfer, parameters, *students, *teachers)`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, transfer: TransferParameters, p: MapParameters, *features: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, transfer: Transfer, p: Map, *features: Tensor) -> Tensor:
         count = len(features) // 2
         students, teachers = features[:count], features[count:]
         needed = ctx.needs_input_grad[2:]
@@ -271,8 +248,8 @@ class AttentionTransfer(Fused):
 def attention_transfer(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
-    transfer: TransferParameters,
-    p: MapParameters,
+    transfer: Transfer,
+    p: Map,
 ) -> Tensor:
     """The loss of all pairs, differentiable where that is wanted."""
     if wants_gradient(*students, *teachers):
@@ -281,7 +258,7 @@ def attention_transfer(
     return transfer_forward(students, teachers, False, False, transfer, p)[0]
 
 
-def raw_attention_map(features: Tensor, p: MapParameters) -> Tensor:
+def raw_attention_map(features: Tensor, p: Map) -> Tensor:
     """The unnormalised map, differentiable where that is wanted."""
     if wants_gradient(features):
         raw: Tensor = AttentionMap.record(features, p)

@@ -9,16 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import (
-    Fused,
-    check_grad_output,
-    define,
-    differentiate_once,
-    kernels,
-    no_grad,
-    wants_gradient,
-)
-from fastkd.reference.precision import compute_dtype
+from fastkd.autograd import Fused, check_grad_output, differentiate_once, no_grad, wants_gradient
+from fastkd.operators import define, kernels
+from fastkd.precision import compute_dtype
 
 
 def _outputs(

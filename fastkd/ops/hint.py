@@ -1,42 +1,34 @@
 """Operators and autograd of hints: the squared difference of each pair of features."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import (
+from fastkd.autograd import (
     Fused,
     check_grad_output,
-    define,
     differentiate_once,
     eager_gradient,
     for_grad_output,
     is_final,
-    kernels,
     no_grad,
     of_wanted,
     savable,
     scales,
     wants_gradient,
 )
-from fastkd.reference.precision import compute_dtype
+from fastkd.operators import define, kernels
+from fastkd.parameters import Hint, in_schema
+from fastkd.precision import compute_dtype
 from fastkd.tensors import nobody_listens
 
-_PARAMETERS = "float scale, str reduction, str backend"
-
-
-class Parameters(NamedTuple):
-    """The arguments that every hint operator ends with; `scale` is ½ or 1."""
-
-    scale: float
-    reduction: str
-    backend: str
+_PARAMETERS = in_schema(Hint)
 
 
 def _outputs(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], with_gradients: bool, p: Parameters
+    students: Sequence[Tensor], teachers: Sequence[Tensor], with_gradients: bool, p: Hint
 ) -> tuple[Tensor, list[Tensor]]:
     first = students[0]
     dtype = compute_dtype(*students, *teachers)
@@ -49,10 +41,10 @@ def _outputs(
     "hint_forward(Tensor[] students, Tensor[] teachers, bool with_gradients, "
     f"{_PARAMETERS}) -> (Tensor loss, Tensor[] gradients)",
     _outputs,
-    Parameters,
+    Hint,
 )
 def forward(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], with_gradients: bool, p: Parameters
+    students: Sequence[Tensor], teachers: Sequence[Tensor], with_gradients: bool, p: Hint
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the students' gradients for a `grad_output` of 1."""
     loss, gradients = _outputs(students, teachers, with_gradients, p)
@@ -66,7 +58,7 @@ def _gradients(
     teachers: Sequence[Tensor],
     to_students: Sequence[bool],
     to_teachers: Sequence[bool],
-    p: Parameters,
+    p: Hint,
 ) -> list[Tensor]:
     wanted = zip((*students, *teachers), (*to_students, *to_teachers), strict=True)
     return [torch.empty_like(t) if want else t.new_empty(0) for t, want in wanted]
@@ -76,7 +68,7 @@ def _gradients(
     "hint_backward(Tensor grad_output, Tensor[] students, Tensor[] teachers, bool[] to_students, "
     f"bool[] to_teachers, {_PARAMETERS}) -> Tensor[]",
     _gradients,
-    Parameters,
+    Hint,
 )
 def backward(
     grad_output: Tensor,
@@ -84,7 +76,7 @@ def backward(
     teachers: Sequence[Tensor],
     to_students: Sequence[bool],
     to_teachers: Sequence[bool],
-    p: Parameters,
+    p: Hint,
 ) -> list[Tensor]:
     """The gradients of students and then teachers, computed from the inputs."""
     to = _gradients(grad_output, students, teachers, to_students, to_teachers, p)
@@ -97,7 +89,7 @@ def backward(
     "hint_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] students, "
     f"Tensor[] teachers, bool in_place, {_PARAMETERS}) -> ()",
     lambda *_: None,
-    Parameters,
+    Hint,
 )
 def rescale(
     gradients: Sequence[Tensor],
@@ -105,7 +97,7 @@ def rescale(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     in_place: bool,
-    p: Parameters,
+    p: Hint,
 ) -> None:
     """Forward's gradients for another scalar `grad_output`, computed again.
 
@@ -116,7 +108,7 @@ def rescale(
     )
 
 
-class Hint(Fused):
+class HintLoss(Fused):
     """The loss of all pairs: `apply(consumes, parameters, *students, *teachers)`.
 
     `consumes` says that nobody else will look at the students: their gradients may take their
@@ -124,7 +116,7 @@ class Hint(Fused):
     """
 
     @staticmethod
-    def forward(ctx: Any, consumes: bool, p: Parameters, *features: Tensor) -> Tensor:
+    def forward(ctx: Any, consumes: bool, p: Hint, *features: Tensor) -> Tensor:
         count = len(features) // 2
         students, teachers = features[:count], features[count:]
         needed = ctx.needs_input_grad[2:]
@@ -172,11 +164,9 @@ class Hint(Fused):
         return (None, None, *differentiate_once("hint_loss", found, (*students, *teachers)))
 
 
-def hint(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], consumes: bool, p: Parameters
-) -> Tensor:
-    """The loss of all pairs, differentiable where that is wanted; see `Hint` for `consumes`."""
+def hint(students: Sequence[Tensor], teachers: Sequence[Tensor], consumes: bool, p: Hint) -> Tensor:
+    """The loss of all pairs, differentiable where that is wanted; see `HintLoss` for `consumes`."""
     if wants_gradient(*students, *teachers):
-        loss: Tensor = Hint.record(consumes, p, *students, *teachers)
+        loss: Tensor = HintLoss.record(consumes, p, *students, *teachers)
         return loss
     return forward(students, teachers, False, p)[0]

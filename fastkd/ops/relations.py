@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.ops.library import check_grad_output, differentiate_once, no_grad, savable
+from fastkd.autograd import check_grad_output, differentiate_once, no_grad, savable
 
 
 def compare_sides(

@@ -1,28 +1,22 @@
 """Operators and autograd of relational distillation, on squared distances in float64."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.autograd import Fused, wants_gradient
+from fastkd.operators import define, kernels
 from fastkd.ops import relations
-from fastkd.ops.library import Fused, define, kernels, wants_gradient
-from fastkd.reference.precision import compute_dtype
+from fastkd.parameters import Rkd, in_schema
+from fastkd.precision import compute_dtype
 
-# Columns of the embeddings that are in float64 at a time, where there are fewer samples.
-_COLUMNS = 256
-
-
-class Parameters(NamedTuple):
-    """The arguments that the forward operator ends with; `kind` is distance or angle."""
-
-    kind: str
-    delta: float
-    backend: str
+# Elements of the embeddings that are in float64 at a time, where there are not more relations.
+_AT_ONCE = 131072
 
 
 def _outputs(
-    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Parameters
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Rkd
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = student.shape[0]
     one, other = (
@@ -33,13 +27,13 @@ def _outputs(
 
 
 @define(
-    "rkd_forward(Tensor student, Tensor teacher, bool to_student, bool to_teacher, str kind, "
-    "float delta, str backend) -> (Tensor loss, Tensor student_slopes, Tensor teacher_slopes)",
+    "rkd_forward(Tensor student, Tensor teacher, bool to_student, bool to_teacher, "
+    f"{in_schema(Rkd)}) -> (Tensor loss, Tensor student_slopes, Tensor teacher_slopes)",
     _outputs,
-    Parameters,
+    Rkd,
 )
 def forward(
-    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Parameters
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool, p: Rkd
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its derivatives by the squared distances of the sides that are wanted."""
     loss, one, other = _outputs(student, teacher, to_student, to_teacher, p)
@@ -67,18 +61,18 @@ def backward(grad_output: Tensor, slopes: Tensor, embeddings: Tensor) -> Tensor:
     """`2 Σ_j slopes_ij (x_i − x_j)` times `grad_output`: rounded once, in float64 before."""
     to = torch.empty_like(embeddings)
     totals, scale = slopes.sum(1, keepdim=True), 2 * grad_output.double()
-    step = max(len(embeddings), _COLUMNS)
+    step = max(len(embeddings), _AT_ONCE // max(len(embeddings), 1))
     for columns, part in zip(to.split(step, 1), embeddings.split(step, 1), strict=True):
         wide = part.double()
         columns.copy_(torch.addmm(totals * wide, slopes, wide, alpha=-1).mul_(scale))
     return to
 
 
-class Rkd(Fused):
+class RkdLoss(Fused):
     """The loss: `apply(student, teacher, parameters)`."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, p: Rkd) -> Tensor:
         loss, *slopes = forward(student, teacher, *ctx.needs_input_grad[:2], p)
         relations.keep(ctx, (student, teacher), slopes)
         ctx.kind = p.kind
@@ -89,9 +83,9 @@ class Rkd(Fused):
         return (*relations.gradients(ctx, f"rkd_{ctx.kind}_loss", backward, grad_output), None)
 
 
-def rkd(student: Tensor, teacher: Tensor, p: Parameters) -> Tensor:
+def rkd(student: Tensor, teacher: Tensor, p: Rkd) -> Tensor:
     """The loss, differentiable where that is wanted."""
     if wants_gradient(student, teacher):
-        loss: Tensor = Rkd.record(student, teacher, p)
+        loss: Tensor = RkdLoss.record(student, teacher, p)
         return loss
     return forward(student, teacher, False, False, p)[0]

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.autograd import Fused, wants_gradient
+from fastkd.operators import define, kernels
 from fastkd.ops import relations
-from fastkd.ops.library import Fused, define, kernels, wants_gradient
-from fastkd.ops.product import no_autocast
-from fastkd.reference.precision import compute_dtype
+from fastkd.precision import compute_dtype
+from fastkd.product import no_autocast
 
 
 def _outputs(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.reference.precision import compute_dtype
-from fastkd.reference.symbols import is_symbolic, operand
+from fastkd.precision import compute_dtype
+from fastkd.symbols import is_symbolic, operand
 
 
 def attention_map(

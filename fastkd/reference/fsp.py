@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops.product import product
+from fastkd.product import product
 from fastkd.reference.hint import hint_loss
 
 Pair = tuple[Tensor, Tensor]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.product import product
-from fastkd.reference.precision import compute_dtype
+from fastkd.precision import compute_dtype
+from fastkd.product import product
 
 
 def regress(student: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

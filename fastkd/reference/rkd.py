@@ -6,8 +6,8 @@ In float64 whatever the inputs, where the device has it: see `docs/numerics.md`.
 import torch
 from torch import Tensor
 
-from fastkd.reference.precision import compute_dtype, widest_dtype
-from fastkd.reference.symbols import operand
+from fastkd.precision import compute_dtype, widest_dtype
+from fastkd.symbols import operand
 
 # Elements of the differences that are formed at a time.
 _ELEMENTS = 1 << 24

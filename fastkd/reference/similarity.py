@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkd.ops.product import product
-from fastkd.reference.precision import compute_dtype, widest_dtype
+from fastkd.precision import compute_dtype, widest_dtype
+from fastkd.product import product
 
 EPS = 1e-12
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.reference.precision import compute_dtype
-from fastkd.reference.symbols import as_tensor
-from fastkd.tensors import unshard
+from fastkd.parameters import SoftTarget
+from fastkd.precision import compute_dtype
+from fastkd.reference.divergence import DIVERGENCES, Sides
+from fastkd.symbols import as_tensor
 
 # Logits are multiplied by this where their maximum is subtracted, as in the kernels. Any two finite
 # logits then have a finite difference, and a probability of 0 is never multiplied by infinity. A
@@ -42,31 +43,18 @@ def log_sum(exponentials: Tensor) -> Tensor:
     return exponentials.sum(-1, keepdim=True).log()
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy with `(1 - label_smoothing) * one_hot + label_smoothing / K`, scaled."""
-    maximum = largest(logits)
-    x = shifted(logits, maximum)
-    log_total = log_sum((logits - maximum).exp())[..., 0] * LOGIT_SCALE
-    # A part of weight 0 is left out, because a logit may be infinite.
-    if label_smoothing == 1:
-        return log_total - x.mean(-1)
-    rows = log_total - x.gather(-1, labels[:, None]).squeeze(-1)
-    if label_smoothing == 0:
-        return rows
-    return (1 - label_smoothing) * rows + label_smoothing * (log_total - x.mean(-1))
-
-
-def log_ratio(
+def compared(
     student: Tensor,
     teachers: Sequence[Tensor],
     weights: Sequence[float],
     temperature: float,
-    log_lift: Tensor | float = 0.0,
-) -> tuple[Tensor, list[Tensor]]:
-    """`T (log p - log q)`, scaled, and each teacher's share in `exp(log_lift) * p`.
+    lift: Tensor | None = None,
+) -> Sides:
+    """What divergences are made of; logarithms are multiplied by T, and scaled.
 
     p is the mean of the teachers' probabilities, not of their logits.
     """
+    log_lift = 0.0 if lift is None else lift.log()
     scale = temperature * LOGIT_SCALE
     maxima = [largest(t) for t in teachers]
     # The maximum goes first, because dividing large logits would round away their differences.
@@ -84,42 +72,37 @@ def log_ratio(
         # Where p underflows its logarithm is multiplied by 0, and must be finite.
         log_p = mean.masked_fill(mean == 0, 1).log() - log_lift
         ratio = scale * (log_p + of_student) - x
-    # A class that every teacher excludes contributes 0, and (-inf) - (-inf) would be NaN.
-    excluded = torch.stack([t == -torch.inf for t in teachers]).all(0)
-    return ratio.masked_fill(excluded, 0), shares
+    return Sides(
+        student=student,
+        teachers=teachers,
+        log_ratio=ratio,
+        shares=shares,
+        weights=weights,
+        q=lambda: exp((student - top) / temperature - of_student + log_lift),
+        lift=1.0 if lift is None else lift,
+        unit=scale,
+    )
 
 
-def kl_rows(
+def divergence_rows(
     student: Tensor,
     teachers: Sequence[Tensor],
     weights: Sequence[float],
     temperature: float,
     lift: Tensor,
+    divergence: str,
 ) -> Tensor:
-    """`lift * T * KL(sum(w * softmax(teacher/T)) || softmax(student/T))` of rows, scaled.
+    """`lift * T * D(sum(w * softmax(teacher/T)), softmax(student/T))` of rows, scaled.
 
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
-    ratio, shares = log_ratio(student, teachers, weights, temperature, lift.log())
-    p = shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
-    # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
-    infinite = (ratio == torch.inf) & (p == 0)
-    rows = torch.zeros_like(p).masked_fill(infinite, torch.inf).sum(-1)
-    for share, weight in zip(shares, weights, strict=True):
-        counted = ratio.masked_fill(share == 0, 0)
-        # The sum of a teacher's share is constant, so its mean may be taken off the ratio: what is
-        # left in backward are the differences that its gradient consists of, and no larger terms
-        # that cancel.
-        with torch.no_grad():
-            mean = (share * counted).sum(-1, keepdim=True) / (weight * lift)
-            mean = mean.masked_fill(~mean.isfinite(), 0)
-        rows = rows + (share * (counted - mean)).sum(-1) + weight * lift * mean.squeeze(-1)
-    return rows
+    sides = compared(student, teachers, weights, temperature, lift)
+    return DIVERGENCES[divergence].rows(sides)
 
 
 def lift_for(factor: Tensor) -> Tensor:
-    """What `kl_rows` takes where the loss is the sum of `T KL` times `factor`.
+    """What `divergence_rows` takes where the loss is the sum of `T D` times `factor`.
 
     The gradient of p is then no larger than a float can be.
     """
@@ -133,73 +116,68 @@ def soft_target_loss(
     *,
     temperature: float,
     scale_t2: bool,
+    divergence: str,
     reduction: str,
     dim: int,
 ) -> Tensor:
-    """`T^2 * KL(p || q)` of each row, reduced."""
+    """`T^2 * D(p, q)` of each row, reduced."""
     dtype = compute_dtype(student, *teachers)
     student, *teachers = (x.to(dtype).movedim(dim, -1) for x in (student, *teachers))
-    rows = student[..., 0].numel()
-    divisor = {"batchmean": rows, "mean": student.numel()}.get(reduction, 1)
+    count = student[..., 0].numel()
+    divisor = {"batchmean": count, "mean": student.numel()}.get(reduction, 1)
     of_row = temperature if scale_t2 else 1 / temperature
     factor = as_tensor(of_row / max(divisor, 1), dtype, student.device)
     lift = lift_for(factor)
-    kl = kl_rows(student, teachers, weights, temperature, lift)
+    rows = divergence_rows(student, teachers, weights, temperature, lift, divergence)
     # Divided before they are added up, because only the mean may be representable.
-    kl = kl * (factor / lift / LOGIT_SCALE)
-    return kl if reduction == "none" else kl.sum()
-
-
-def distillation_loss(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    labels: Tensor,
-    *,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * KL`, of kept rows."""
-    dtype = compute_dtype(student, *teachers)
-    classes = student.shape[dim]
-    kept = (labels != ignore_index).reshape(-1)
-    # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
-    student, *teachers = (
-        x.to(dtype).movedim(dim, -1).reshape(-1, classes).masked_fill(~kept[:, None], 0)
-        for x in (student, *teachers)
-    )
-    count = kept.sum().clamp(min=1) if reduction == "batchmean" else kept.new_ones(())
-    count = count.to(dtype)
-    # A weight of 0 switches its term off, also where the term is infinite or NaN.
-    with torch.set_grad_enabled(torch.is_grad_enabled() if hard_weight else False):
-        classes_kept = labels.reshape(-1).masked_fill(~kept, 0)
-        rows = cross_entropy_rows(unshard(student, -1), classes_kept, label_smoothing)
-        hard = rows.masked_fill(~kept, 0)
-    with torch.set_grad_enabled(torch.is_grad_enabled() if soft_weight else False):
-        factor = temperature / count
-        lift = lift_for(soft_weight * factor)
-        soft = kl_rows(student, teachers, weights, temperature, lift)
-
-    def reduced(rows: Tensor) -> Tensor:
-        return rows.reshape(labels.shape) if reduction == "none" else rows.sum()
-
-    loss = sum(map(zero, teachers), zero(student))
-    if reduction == "none":
-        loss = loss.expand(labels.shape).contiguous()
-    # A weighted term may be representable where the term itself is not.
-    of_hard, of_soft = 1 / LOGIT_SCALE / count, factor / lift / LOGIT_SCALE
-    if hard_weight:
-        loss = loss + reduced(hard * (hard_weight * of_hard))
-    if soft_weight:
-        loss = loss + reduced(soft * (soft_weight * of_soft))
-    return loss, reduced(hard * of_hard), reduced(soft * of_soft)
+    rows = rows * (factor / lift / LOGIT_SCALE)
+    return rows if reduction == "none" else rows.sum()
 
 
 def zero(x: Tensor) -> Tensor:
     """0, with a gradient of 0, whatever `x` holds."""
     return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0).sum()
+
+
+def teacher_gradients(
+    grad_output: Tensor,
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    wanted: Sequence[bool],
+    p: SoftTarget,
+) -> list[Tensor | None]:
+    """The gradients of the teachers that want one, for kernels that leave them to torch.
+
+    With slopes r and `p_m` one teacher's probabilities it is `w_m/T p_m (r - sum(p_m r))`, as of a
+    loss with one teacher.
+    """
+    if p.soft_weight == 0 or not any(wanted):
+        return [
+            torch.zeros_like(t) if want else None for t, want in zip(teachers, wanted, strict=True)
+        ]
+    dtype = compute_dtype(student, *teachers)
+    student, *logits = (x.to(dtype).movedim(p.dim, -1) for x in (student, *teachers))
+    rows = student[..., 0].numel()
+    count = {"batchmean": rows, "mean": student.numel()}.get(p.reduction, 1)
+    factor = p.soft_weight / p.temperature * grad_output.to(dtype)[..., None]
+    if labels is None:
+        factor = factor / max(count, 1)
+    else:
+        ignored = (labels == p.ignore_index)[..., None]
+        if p.reduction == "batchmean":
+            factor = factor / (~ignored).sum().clamp(min=1)
+        # Filled first, because an ignored row may hold NaN or infinity.
+        student, *logits = (x.masked_fill(ignored, 0) for x in (student, *logits))
+        factor = factor.masked_fill(ignored, 0)
+    sides = compared(student, logits, p.weights, p.temperature)
+    slopes = DIVERGENCES[p.divergence].slopes(sides)
+    factor = factor / (p.temperature * LOGIT_SCALE)
+    found: list[Tensor | None] = []
+    for teacher, share, weight, want in zip(teachers, sides.shares, p.weights, wanted, strict=True):
+        if not want:
+            found.append(None)
+            continue
+        gradient = share * (slopes - (share * slopes).sum(-1, keepdim=True) / weight)
+        found.append((factor * gradient).movedim(-1, p.dim).to(teacher.dtype))
+    return found

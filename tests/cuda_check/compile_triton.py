@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import attention, hint, multiply, soft_target, soft_target_ensemble
+from fastkd.kernels.triton import attention, hint, multiply, soft_target
 
 from .triton_regimes import Narrow, Regime, regimes
 
@@ -47,7 +47,6 @@ _ELEMENTWISE = {
     multiply.scale,
     soft_target.logits_forward,
     soft_target.logits_backward,
-    soft_target_ensemble.logits_ensemble,
 }
 
 

@@ -39,26 +39,28 @@ DEMANDS = {
     "soft_target": [Demand("count_kernel")],
     # Rows are fetched in a loop of one access for each side, and gradients written from registers.
     "soft_target_rows": [
-        Demand("soft_target_rows_kernel<(Scope)2", loads=2, stores=4, since=90),
+        Demand("soft_target_rows_kernel<ForwardKl, (Scope)2", loads=2, stores=4, since=90),
         Demand("soft_target_rows_kernel<", loads=2, stores=1),
     ],
     "soft_target_stream": [
-        Demand("soft_target_stream_kernel<double"),
+        Demand("soft_target_stream_kernel<ForwardKl, double"),
         Demand("soft_target_stream_kernel<", loads=4, stores=1),
     ],
     # A warp's accesses lie side by side, and a thread's are of one element.
     "soft_target_columns": [Demand("soft_target_columns_kernel<")],
     # Of every dtype that a vector may have, and for zeros.
-    "soft_target_ensemble": [
-        Demand("soft_target_ensemble_passes_kernel<double"),
-        Demand("soft_target_ensemble_passes_kernel<float", loads=16, stores=8),
+    "soft_target_passes": [
+        Demand("soft_target_passes_kernel<ForwardKl, double"),
+        Demand("soft_target_passes_kernel<", loads=16, stores=8),
     ],
-    "soft_target_ensemble_rows": [
-        Demand("soft_target_ensemble_rows_kernel<(Scope)2", loads=16, stores=24, since=90),
-        Demand("soft_target_ensemble_rows_kernel<", loads=16, stores=12),
+    "soft_target_teachers_rows": [
+        Demand(
+            "soft_target_teachers_rows_kernel<ForwardKl, (Scope)2", loads=16, stores=24, since=90
+        ),
+        Demand("soft_target_teachers_rows_kernel<", loads=16, stores=12),
     ],
     "soft_target_backward": [
-        Demand("soft_target_backward_rows_kernel<double"),
+        Demand("soft_target_backward_rows_kernel<ForwardKl, double"),
         Demand("soft_target_backward_rows_kernel<", loads=2, stores=2),
         Demand("soft_target_backward_columns_kernel<"),
     ],

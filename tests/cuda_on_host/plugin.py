@@ -11,10 +11,9 @@ import random
 
 import pytest
 
-from fastkd.kernels import compiled, cuda, native
+from fastkd.kernels import compiled, native
 from fastkd.losses import logits
 from fastkd.ops import attention, fsp
-from fastkd.ops.soft_target import Parameters
 
 # Half of the tests on the device that has clusters of blocks, half on one that has none.
 _WITH_CLUSTERS = 0
@@ -22,32 +21,27 @@ _DEVICES = (_WITH_CLUSTERS, 1)
 
 
 def pytest_configure():
-    for loss in ("hint", "soft_target"):
-        for function in (f"{loss}_forward", f"{loss}_backward"):
-            setattr(native, function, getattr(cuda, function))
-    for part in ("map_forward", "transfer_forward", "backward"):
-        setattr(native, f"attention_{part}", getattr(cuda, f"attention_{part}"))
     attention.gradient_follows = lambda *_: False
     fsp.has_kernels = lambda *_: False
-    native.multiply = cuda.multiply
-    for function in ("squared_distances", "rkd_distance", "rkd_angle", "similarity"):
-        setattr(native, function, getattr(cuda, function))
-    native.soft_target_forward = _with_checked_labels(cuda.soft_target_forward, 2)
-    native.soft_target_ensemble = _with_checked_labels(cuda.soft_target_ensemble, 3)
+    native.soft_target_forward = _with_checked_labels(native.soft_target_forward)
 
 
-def _with_checked_labels(function, place):
+def _with_checked_labels(function):
     """On a CPU, where these tensors are, a label that is no class is an error."""
 
     @functools.wraps(function)
-    def checked(student, *args):
-        p = next(arg for arg in args if isinstance(arg, Parameters))
-        labels = args[place - 1]
+    def checked(student, teachers, labels, *outputs_and_parameters):
+        p = outputs_and_parameters[-1]
         if labels is not None:
             logits.check_label_range(labels, student.shape[p.dim], p.ignore_index)
-        function(student, *args)
+        function(student, teachers, labels, *outputs_and_parameters)
 
     return checked
+
+
+def use_device(index, monkeypatch, stream=0):
+    """Calls run on this device and stream from now on."""
+    monkeypatch.setattr(native, "place_of", lambda tensor: (index, stream))
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +53,6 @@ def schedule(request, monkeypatch):
     device = draw.choice(_DEVICES)
     if request.node.get_closest_marker("with_clusters"):
         device = _WITH_CLUSTERS
-    monkeypatch.setattr(cuda, "_place", lambda tensor: (device, 0))
+    use_device(device, monkeypatch)
     compiled.loaded().set_schedule(draw.getrandbits(64))
     compiled.loaded().set_capturing(draw.random() < 1 / 3)

@@ -42,7 +42,8 @@ ON_THE_DEVICE = tuple(
     for name in (
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
-        *("ensemble", "ensemble_regimes", "rkd", "similarity", "fsp", "relation_regimes"),
+        *("soft_target_teachers", "soft_target_teachers_regimes"),
+        *("rkd", "similarity", "fsp", "relation_regimes"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -50,7 +51,7 @@ TRAINING = "tests/test_train_step.py"
 # The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
 FUSED = {
     "attention": "attention",
-    "logits": "soft_target or distillation or extreme or ensemble",
+    "logits": "soft_target or distillation or extreme",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }

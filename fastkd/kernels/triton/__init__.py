@@ -4,8 +4,7 @@ import functools
 import importlib
 import os
 
-from fastkd.dispatch import Facts, Refusal
-from fastkd.kernels.refusals import OBSTACLES, ON_GPUS, USE_REFERENCE
+from fastkd.facts import OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 _DEVICES = frozenset({"cuda", "xpu"})
 

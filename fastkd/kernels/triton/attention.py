@@ -6,7 +6,7 @@ feature is read once. Then one program compares the two maps of a sample, or of 
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,9 +18,7 @@ from fastkd.kernels.triton.distance import distance
 from fastkd.kernels.triton.hint import add_up
 from fastkd.kernels.triton.power import MOST, derivative, known, power
 from fastkd.kernels.triton.tiles import COMPUTE, TILE, launch, locate, offsets, plan, power_of_2
-
-if TYPE_CHECKING:
-    from fastkd.ops.attention import MapParameters, TransferParameters
+from fastkd.parameters import Map, Transfer
 
 # The most channels of a tile. Where positions lie side by side, that leaves it 32 of them, as many
 # as a warp has threads; where channels do, 16.
@@ -164,9 +162,7 @@ def channel_gradient(
         tl.store(to, g.to(gradient.dtype.element_ty), mask=mask)
 
 
-def attention_map_forward(
-    features: Tensor, raw: Tensor, winners: Tensor, p: "MapParameters"
-) -> None:
+def attention_map_forward(features: Tensor, raw: Tensor, winners: Tensor, p: Map) -> None:
     """Fill the unnormalised map, and the winners of max_pow."""
     _map(features, raw, winners if p.kind == "max_pow" else None, True, p)
 
@@ -178,8 +174,8 @@ def attention_transfer_forward(
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],  # none: backward computes them
-    transfer: "TransferParameters",
-    p: "MapParameters",
+    transfer: Transfer,
+    p: Map,
 ) -> None:
     """Fill the loss, slopes and winners."""
     pairs, batch = len(students), len(students[0])
@@ -207,7 +203,7 @@ def attention_backward(
     slopes: Sequence[Tensor],
     winners: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    p: "MapParameters",
+    p: Map,
 ) -> None:
     """Fill the features' gradients."""
     by_sample = grad_output.ndim > 0
@@ -271,9 +267,7 @@ def _walk(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, dtype: tor
     )
 
 
-def _map(
-    features: Tensor, to: Tensor, winners: Tensor | None, raised: bool, p: "MapParameters"
-) -> None:
+def _map(features: Tensor, to: Tensor, winners: Tensor | None, raised: bool, p: Map) -> None:
     walk = _walk(features.shape, features.stride(), p.channel_dim, to.dtype)
     launch(
         channel_map,
@@ -296,8 +290,8 @@ def _compare(
     to_student: Tensor,
     to_teacher: Tensor | None,
     losses: Tensor,
-    transfer: "TransferParameters",
-    p: "MapParameters",
+    transfer: Transfer,
+    p: Map,
 ) -> None:
     batch, positions = to_student.shape
     is_max, is_mse, order = p.kind == "max_pow", transfer.distance == "mse", transfer.order

@@ -1,7 +1,6 @@
 """Hints: difference, square, sum and gradient in one pass over both features."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -17,10 +16,8 @@ from fastkd.kernels.triton.tiles import (
     plan,
     power_of_2,
 )
-from fastkd.reference.precision import compute_dtype
-
-if TYPE_CHECKING:
-    from fastkd.ops.hint import Parameters
+from fastkd.parameters import Hint
+from fastkd.precision import compute_dtype
 
 
 @triton.jit(
@@ -112,7 +109,7 @@ def hint_forward(
     teachers: Sequence[Tensor],
     loss: Tensor,
     gradients: Sequence[Tensor],
-    p: "Parameters",
+    p: Hint,
 ) -> None:
     """Fill the loss, and the students' gradients if there are any."""
     pairs = [
@@ -141,7 +138,7 @@ def hint_backward(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    p: "Parameters",
+    p: Hint,
     in_place: bool = False,
 ) -> None:
     """Fill the gradients that are wanted, of students and then of teachers.
@@ -173,7 +170,7 @@ class _Pair:
     def launch(
         self,
         programs: int,
-        p: "Parameters",
+        p: Hint,
         dtype: torch.dtype,
         sums: Tensor | None = None,
         grad_output: Tensor | None = None,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.triton.tiles import COMPUTE, launch, locate, offsets, plan
-from fastkd.reference.precision import compute_dtype
+from fastkd.precision import compute_dtype
 
 
 @triton.jit(do_not_specialize=["tiles", "parts"], do_not_specialize_on_alignment=["grad_output"])

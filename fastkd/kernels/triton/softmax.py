@@ -1,21 +1,25 @@
-"""The softmaxes of rows of logits, and what gradients are made of."""
+"""The softmaxes of rows of logits: maxima, and sums of exponentials relative to them.
+
+The target is one teacher's softmax or the mean of several. A class of it has, of one teacher, the
+exponential and the logit, relative to the maximum; of several, the probability twice.
+"""
 
 import math
 
 import triton
 import triton.language as tl
 
-from fastkd.kernels.triton.rows import load
+from fastkd.kernels.triton import divergence
+from fastkd.kernels.triton.divergence import INFINITY, LOGIT_SCALE, SCALE
+from fastkd.kernels.triton.rows import load, locate
 
-LN_2 = tl.constexpr(math.log(2))
-INFINITY = tl.constexpr(math.inf)
-
-# Logits are multiplied by this where their maximum is subtracted, as in csrc/soft_target.h: any two
-# finite ones then have a finite difference, and differences have finite sums. So are the divergence
-# and the cross-entropy of a row. A power of 2 rounds nothing.
-LOGIT_SCALE = 2.0**-24
-SCALE = tl.constexpr(LOGIT_SCALE)
 SHARP_RATE = tl.constexpr(1 / math.log(2) / LOGIT_SCALE)  # of exponentials at temperature 1
+
+# What a probability that underflows is taken for, so that 0 means that every teacher excludes it.
+_LEAST_32 = tl.constexpr(2.0**-126)
+_LEAST_64 = tl.constexpr(2.0**-1022)
+# More than as many of these as there can be teachers: what is below has underflowed.
+_MOST_OF_LEAST = tl.constexpr(128)
 
 
 @triton.jit
@@ -25,39 +29,134 @@ def shift(maximum):
 
 
 @triton.jit
-def exponentials(s, t, s_max, t_max, rate, SHARP: tl.constexpr):
-    """Both sides relative to their maxima, scaled; their exponentials at T, the student's at 1."""
-    x = s * SCALE - shift(s_max)
-    y = t * SCALE - shift(t_max)
-    es = tl.exp2(x * rate)
-    eh = es
+def exponentials(logits, maximum, rate, SHARP: tl.constexpr = False):
+    """Logits relative to their maximum, scaled; their exponentials at T, and at 1."""
+    x = logits * SCALE - shift(maximum)
+    e = tl.exp2(x * rate)
+    sharp = e
     if SHARP:
-        eh = tl.exp2(x * SHARP_RATE)
-    return x, y, es, tl.exp2(y * rate), eh
+        sharp = tl.exp2(x * SHARP_RATE)
+    return x, e, sharp
 
 
 @triton.jit
-def differences(s, t, x, y, et):
-    """The terms of the divergence.
-
-    A class that the teacher excludes contributes 0, and one that only the student excludes is
-    infinite, also where its exponential is 0: 0 · inf would be NaN.
-    """
-    return tl.where(t == -INFINITY, 0, tl.where(s == -INFINITY, INFINITY, et * (y - x)))
+def locate_all(teachers, inner, outer, sizes, strides, UNIT: tl.constexpr):
+    """Where rows start in each teacher."""
+    ats = ()
+    for m in tl.static_range(len(teachers)):
+        at = teachers[m] + locate(inner, outer, sizes, strides[2 + m], UNIT)
+        ats = ats + (at,)  # type: ignore[assignment]  # noqa: RUF005
+    return ats
 
 
 @triton.jit
-def whole(s, t, column, classes, rate, SHARP: tl.constexpr):
-    """Maxima, sums and exponentials of rows that are here as a whole.
+def share_of(weight, total):
+    """What an exponential of a teacher is multiplied by for its share in the mean."""
+    high, low = tl.full([1, 1], weight[0], total.dtype), tl.full([1, 1], weight[1], total.dtype)
+    return (high + low) / total
 
-    The pivot, near the student's logits, is what is subtracted from them before they are added up.
-    It is scaled, as those are.
+
+@triton.jit
+def share(t, t_max, by, rate):
+    """A teacher's share in the mean."""
+    least = _LEAST_64 if t.dtype == tl.float64 else _LEAST_32
+    p = exponentials(t, t_max, rate)[1] * by
+    return tl.where((t != -INFINITY) & (p < least), least, p)
+
+
+@triton.jit
+def between(et, y, x, rate, mean):
+    """What is between the sides of a class; of several teachers log₂(p / q), times their power.
+
+    Where their mean underflows it is the same whatever the student has there, unless the student
+    excludes the class.
     """
-    s_max = tl.max(s, 1, keep_dims=True)
-    t_max = tl.max(t, 1, keep_dims=True)
-    x, y, es, et, eh = exponentials(s, t, s_max, t_max, rate, SHARP)
-    difference = differences(s, t, x, y, et)
-    return s_max, t_max, shift(s_max), es, et, eh, difference, tl.where(column < classes, x, 0)
+    if mean is None:
+        return y - x
+    else:
+        least = _LEAST_64 if et.dtype == tl.float64 else _LEAST_32
+        x = tl.where((et < _MOST_OF_LEAST * least) & (x > -INFINITY), 0, x)
+        power = tl.full([1, 1], mean[1], et.dtype) * SCALE
+        return tl.log2(y) * power - x * (rate * power)
+
+
+@triton.jit
+def target(t_ats, k, strides, mask, maxima, shares, rate):
+    """A block of classes of the target, and which of them are excluded."""
+    if len(t_ats) == 1:
+        t = load(t_ats[0], k, strides[2], mask, rate.dtype)
+        y, et, _ = exponentials(t, maxima[0], rate)
+        return et, y, t == -INFINITY
+    else:
+        p = tl.zeros(mask.shape, rate.dtype)
+        for m in tl.static_range(len(t_ats)):
+            t = load(t_ats[m], k, strides[2 + m], mask, rate.dtype)
+            p += share(t, maxima[m], shares[m], rate)
+        return p, p, p == 0
+
+
+@triton.jit
+def whole(s_at, t_ats, column, strides, mask, mean, rate):
+    """The student's logits, the maxima, and `target`, of rows that are here as a whole."""
+    if len(t_ats) == 1:
+        s = load(s_at, column, strides[0], mask, rate.dtype)
+        t = load(t_ats[0], column, strides[2], mask, rate.dtype)
+        s_max, t_max = tl.max(s, 1, keep_dims=True), tl.max(t, 1, keep_dims=True)
+        y, et, _ = exponentials(t, t_max, rate)
+        return s, s_max, (t_max,), et, y, t == -INFINITY
+    else:
+        p = tl.zeros(mask.shape, rate.dtype)
+        for m in tl.static_range(len(t_ats)):
+            t = load(t_ats[m], column, strides[2 + m], mask, rate.dtype)
+            t_max = tl.max(t, 1, keep_dims=True)
+            total = tl.sum(exponentials(t, t_max, rate)[1], 1, keep_dims=True)
+            p += share(t, t_max, share_of(mean[0][m], total), rate)
+        s = load(s_at, column, strides[0], mask, rate.dtype)
+        return s, tl.max(s, 1, keep_dims=True), None, p, p, p == 0
+
+
+@triton.jit
+def grow(total, sharp, logits, maximum, higher, rate, SHARP: tl.constexpr = False):
+    """Sums of exponentials, with a block's, relative to a maximum that is no lower.
+
+    Also the block's logits and exponentials, and what brings an exponential to that maximum.
+    """
+    x, e, eh = exponentials(logits, higher, rate, SHARP)
+    fading = maximum * SCALE - shift(higher)
+    by = tl.exp2(fading * rate)
+    if SHARP:
+        sharp = sharp * tl.exp2(fading * SHARP_RATE) + eh
+    return total * by + e, sharp, x, e, by
+
+
+@triton.jit
+def normalisers(
+    at,
+    stride,
+    counts,
+    column,
+    classes,
+    pivot,
+    rate,
+    SHARP: tl.constexpr = False,
+    SMOOTHS: tl.constexpr = False,
+):
+    """The maximum of rows of any length, and sums in as many parts as a block has.
+
+    They are of exponentials at T, of those at 1, and of logits less the pivot.
+    """
+    maximum = tl.full(at.shape, -INFINITY, rate.dtype)
+    soft = tl.zeros([at.shape[0], column.shape[1]], rate.dtype)
+    sharp, pivoted = soft, soft
+    for first in range(0, classes, column.shape[1]):
+        k = first + column
+        x = load(at, k, stride, counts & (k < classes), rate.dtype)
+        higher = tl.maximum(maximum, tl.max(x, 1, keep_dims=True))
+        soft, sharp, _, _, _ = grow(soft, sharp, x, maximum, higher, rate, SHARP)
+        if SMOOTHS:
+            pivoted += tl.where(k < classes, x * SCALE - pivot, 0)
+        maximum = higher
+    return maximum, soft, sharp, pivoted
 
 
 @triton.jit
@@ -68,66 +167,36 @@ def in_blocks(
     counts,
     column,
     classes,
+    pivot,
     rate,
-    COMPUTE: tl.constexpr,
     SHARP: tl.constexpr,
     SMOOTHS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
 ):
-    """Maxima and sums of rows of any length, the sums still in as many parts as a block has."""
-    pivot = shift(tl.load(s_at, mask=counts, other=0).to(COMPUTE))
-    s_max = tl.full(s_at.shape, -INFINITY, COMPUTE)
+    """The student's normalisers, those of one teacher, and the sums of the divergence's terms."""
+    s_max = tl.full(s_at.shape, -INFINITY, rate.dtype)
     t_max = s_max
-    s_sum = tl.zeros([s_at.shape[0], column.shape[1]], COMPUTE)
+    s_sum = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
     t_sum, hard_sum, difference, pivoted = s_sum, s_sum, s_sum, s_sum
     for first in range(0, classes, column.shape[1]):
         k = first + column
-        s = load(s_at, k, strides[0], counts & (k < classes), COMPUTE)
-        t = load(t_at, k, strides[1], counts & (k < classes), COMPUTE)
+        s = load(s_at, k, strides[0], counts & (k < classes), rate.dtype)
+        t = load(t_at, k, strides[2], counts & (k < classes), rate.dtype)
         s_next = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
         t_next = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
-        x, y, es, et, eh = exponentials(s, t, s_next, t_next, rate, SHARP)
-        s_fading = s_max * SCALE - shift(s_next)
-        s_sum = s_sum * tl.exp2(s_fading * rate) + es
-        if SHARP:
-            hard_sum = hard_sum * tl.exp2(s_fading * SHARP_RATE) + eh
+        mass = divergence.weigher(s_sum, t_sum, DIVERGENCE)
+        s_sum, hard_sum, x, es, s_by = grow(s_sum, hard_sum, s, s_max, s_next, rate, SHARP)
+        t_sum, _, y, et, t_by = grow(t_sum, t_sum, t, t_max, t_next, rate)
         # Differences are relative to the maxima, and move with them. An infinite one stays so,
         # whatever becomes of its class's mass.
-        fading = tl.exp2((t_max * SCALE - shift(t_next)) * rate)
-        by = (shift(t_max) - shift(t_next)) - (shift(s_max) - shift(s_next))
-        t_sum *= fading
-        moved = tl.where(difference == INFINITY, INFINITY, difference * fading + t_sum * by)
-        difference = moved + differences(s, t, x, y, et)
-        t_sum += et
+        by = divergence.weigher(s_by, t_by, DIVERGENCE)
+        mass *= by
+        apart = (shift(t_max) - shift(t_next)) - (shift(s_max) - shift(s_next))
+        moved = difference * by + divergence.term(mass, mass, apart, DIVERGENCE)
+        difference = tl.where(difference == INFINITY, INFINITY, moved)
+        excluded = s == -INFINITY, t == -INFINITY
+        difference += divergence.terms(es, et, y - x, *excluded, DIVERGENCE)
         if SMOOTHS:
             pivoted += tl.where(k < classes, s * SCALE - pivot, 0)
         s_max, t_max = s_next, t_next
-    if not SHARP:
-        hard_sum = s_sum
-    return s_max, t_max, pivot, s_sum, t_sum, hard_sum, difference, pivoted
-
-
-@triton.jit
-def factors(soft, hard, smoothing, classes, s_sum, t_sum, hard_sum, is_class, SHARP: tl.constexpr):
-    """Of what a student's gradient is made of: es, et, eh, every class and the label's."""
-    # A label that is no class leaves nothing right but the divergence's gradient.
-    hard = tl.where(is_class | (hard == 0), hard, float("nan"))
-    of_student = soft / s_sum
-    of_hard = hard / hard_sum
-    if not SHARP:
-        of_student += of_hard
-    return of_student, soft / t_sum, of_hard, hard * smoothing / classes, hard * (1 - smoothing)
-
-
-@triton.jit
-def student_gradient(es, et, eh, column, label, factors, softens, SHARP: tl.constexpr):
-    """Of the student's logits; where the soft term is off nothing shows that the teacher holds."""
-    gradient = es * factors[0] - tl.where(softens, et * factors[1], 0)
-    if SHARP:
-        gradient += eh * factors[2]
-    return gradient - factors[3] - tl.where(column == label, factors[4], 0)
-
-
-@triton.jit
-def weighted(term, weight):
-    """A weight of 0 switches its term off, also where the term is infinite or NaN."""
-    return tl.where(weight == 0, 0, weight * term)
+    return s_max, s_sum, hard_sum, pivoted, t_max, t_sum, difference

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, bfloat16, float16
 
 from fastkd.kernels.triton import attention
-from fastkd.ops.attention import MapParameters, TransferParameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.parameters import Map, Transfer
+from fastkd.precision import compute_dtype
 
 from .regime import CROPPED, DOUBLE, HALF, Narrow, Regime, X, channels_last, meta
 
@@ -43,8 +43,8 @@ def _transfer(features: Tensor, kind: str, p: float, order: float) -> Callable[[
         slopes,
         winners,
         [],
-        TransferParameters("norm", order, 1.0, "mean"),
-        MapParameters(kind, p, 1e-12, 1, "triton"),
+        Transfer("norm", order, 1.0, "mean"),
+        Map(kind, p, 1e-12, 1, "triton"),
     )
 
 
@@ -56,7 +56,7 @@ def _uses_of_features(features: Tensor, channel_dim: int) -> list[Regime]:
     scalar, row = (features.new_empty(x, dtype=dtype) for x in ((), (1, len(features))))
     uses = []
     for kind, p in _POWERS:
-        parameters = MapParameters(kind, p, 1e-12, channel_dim, "triton")
+        parameters = Map(kind, p, 1e-12, channel_dim, "triton")
         gradient = [features], [slopes], [winners], [torch.empty_like(features)], parameters
         backward = functools.partial(attention.attention_backward, scalar, *gradient)
         forward = functools.partial(

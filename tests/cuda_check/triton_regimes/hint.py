@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, bfloat16, float16
 
 from fastkd.kernels.triton import hint
-from fastkd.ops.hint import Parameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.parameters import Hint
+from fastkd.precision import compute_dtype
 
 from .regime import CROPPED, DOUBLE, FEW, HALF, Regime, X, channels_last, meta
 
@@ -28,13 +28,13 @@ def _uses(student: Tensor, teacher: Tensor) -> list[Regime]:
     )
 
     def forward(loss: Tensor, reduction: str, *gradients: Tensor) -> None:
-        p = Parameters(0.5, reduction, "triton")
+        p = Hint(0.5, reduction, "triton")
         hint.hint_forward([student], [teacher], loss, gradients, p)
 
     def backward(
         upstream: Tensor, reduction: str, *gradients: Tensor, in_place: bool = False
     ) -> None:
-        p = Parameters(0.5, reduction, "triton")
+        p = Hint(0.5, reduction, "triton")
         hint.hint_backward(upstream, [student], [teacher], gradients, p, in_place)
 
     return [

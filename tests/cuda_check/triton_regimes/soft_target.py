@@ -1,52 +1,84 @@
-"""Soft targets of one teacher."""
+"""Soft targets of one teacher and of several."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from fastkd.kernels.triton import soft_target
-from fastkd.ops.soft_target import PARTS, STATISTICS, Parameters
-from fastkd.reference.precision import compute_dtype
+from fastkd.ops.soft_target import STATISTICS
+from fastkd.parameters import SoftTarget
+from fastkd.precision import compute_dtype
 
 from .regime import MAPS, Narrow, Regime, channels_last, meta
 
 
 def regimes() -> Iterator[Regime]:
-    for name, (student, teacher, dim, names) in _LOGITS.items():
-        for use, launch, narrow in _uses_of_logits(student, teacher, dim):
+    for name, (sides, dim, names) in _LOGITS.items():
+        for use, launch, narrow in _uses(sides, dim):
             if use in names:
-                is_wide = name not in _NARROW_LOGITS
+                is_wide = name not in _NARROW
                 yield Regime(f"{name}, {use}", launch, narrow if is_wide else None)
 
 
-def _uses_of_logits(student: Tensor, teacher: Tensor, dim: int) -> list[Regime]:
-    """Of student and teacher; each is named after the use."""
-    dtype = compute_dtype(student, teacher)
-    gradient, to_teacher = torch.empty_like(student), torch.empty_like(teacher)
+def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
+    """Of a student and its teachers; each is named after the use."""
+    student, *teachers = sides
+    dtype = compute_dtype(*sides)
+    gradient = torch.empty_like(student)
     labels = student.new_empty(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.int64)
     scalar, row = student.new_empty((), dtype=dtype), torch.empty_like(labels, dtype=dtype)
-    statistics = student.new_empty(labels.numel() * STATISTICS + PARTS, dtype=dtype)
-    soft = Parameters(4.0, 16.0, 0.0, 0.0, -100, "batchmean", dim, "triton")
+    statistics = student.new_empty(labels.numel() * STATISTICS + 1, dtype=dtype)
+    soft = SoftTarget(
+        temperature=4.0,
+        soft_weight=16.0,
+        hard_weight=0.0,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        divergence="forward_kl",
+        reduction="batchmean",
+        dim=dim,
+        weights=(1 / len(teachers),) * len(teachers),
+        backend="triton",
+    )
     hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
     by_row = soft._replace(reduction="none")
-    both = student, teacher
+    parts, of_rows = student.new_empty(2, dtype=dtype), torch.empty_like(row.expand(2, *row.shape))
 
     def forward(*args: Any) -> Callable[[], None]:
-        return functools.partial(soft_target.soft_target_forward, *both, *args)
+        return functools.partial(soft_target.soft_target_forward, student, teachers, *args)
 
     def backward(upstream: Tensor, *args: Any) -> Callable[[], None]:
-        return functools.partial(soft_target.soft_target_backward, upstream, *both, *args)
+        return functools.partial(
+            soft_target.soft_target_backward, upstream, student, teachers, *args
+        )
 
+    if len(teachers) > 1:
+        # Narrow are labels, their logits, the rows that count, first logits, and sums.
+        return [
+            Regime("hard", forward(labels, scalar, parts, None, gradient, hard), Narrow(7, 3)),
+            Regime("soft", forward(None, scalar, None, None, gradient, soft), Narrow(0, 3)),
+            Regime("loss only", forward(None, scalar, None, None, None, soft), Narrow(0, 3)),
+            Regime("by row", forward(None, row, None, None, None, by_row), Narrow(0, 4)),
+            Regime(
+                "backward",
+                backward(scalar, labels, None, gradient, None, hard, True),
+                Narrow(4, 0),
+            ),
+            Regime(
+                "backward by row", backward(row, None, None, gradient, None, by_row), Narrow(1, 0)
+            ),
+        ]
+    to_teacher = torch.empty_like(teachers[0])
     return [
         # Narrow are a label, its logit, the rows that count and the first logit, and statistics
         # and sums.
-        Regime("hard", forward(labels, scalar, statistics, gradient, hard), Narrow(4, 10)),
-        Regime("soft", forward(None, scalar, None, gradient, soft), Narrow(0, 3)),
-        Regime("loss only", forward(None, scalar, None, None, soft), Narrow(0, 3)),
-        Regime("by row", forward(None, row, statistics, None, by_row), Narrow(0, 11)),
+        Regime("hard", forward(labels, scalar, parts, statistics, gradient, hard), Narrow(4, 10)),
+        Regime("soft", forward(None, scalar, None, None, gradient, soft), Narrow(0, 3)),
+        Regime("loss only", forward(None, scalar, None, None, None, soft), Narrow(0, 3)),
+        Regime("by row", forward(None, row, of_rows, statistics, None, by_row), Narrow(0, 11)),
         Regime(
             "backward",
             backward(scalar, labels, statistics, gradient, to_teacher, hard),
@@ -65,44 +97,73 @@ def _uses_of_logits(student: Tensor, teacher: Tensor, dim: int) -> list[Regime]:
     ]
 
 
-def _both(*shape: int, dtype: torch.dtype = float32) -> tuple[Tensor, Tensor]:
-    x = meta(*shape, dtype=dtype)
-    return x, x
+def _both(*shape: int, dtype: torch.dtype = float32) -> list[Tensor]:
+    return [meta(*shape, dtype=dtype)] * 2
 
 
 _USES = {"hard", "soft", "loss only", "by row", "backward", "backward by row", "in place"}
 
-# Both sides, the dimension of the classes, and the uses that are compiled.
-_LOGITS: dict[str, tuple[Tensor, Tensor, int, set[str]]] = {
-    "1,000 classes": (*_both(512, 1000), 1, _USES),
-    "1,000 classes, bfloat16": (*_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
+_LOGITS_OF_3 = {
+    (classes, dtype): [meta(512, classes, dtype=dtype)] * 3
+    for classes in (10, 1000, 4096, 32000)
+    for dtype in (float32, bfloat16)
+}
+
+# A student and its teachers, the dimension of the classes, and the uses that are compiled.
+_LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
+    "1,000 classes": (_both(512, 1000), 1, _USES),
+    "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
-        meta(512, 1000, dtype=float16),
-        meta(512, 1000),
+        [meta(512, 1000, dtype=float16), meta(512, 1000)],
         1,
         {"hard"},
     ),
-    "4,096 classes": (*_both(512, 4096), 1, {"hard", "soft"}),
-    "4,096 classes, bfloat16": (*_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
-    "32,000 classes": (*_both(512, 32000), 1, {"hard", "loss only"}),
-    "32,000 classes, bfloat16": (*_both(512, 32000, dtype=bfloat16), 1, {"hard", "backward"}),
-    "2,048 classes, float64": (*_both(512, 2048, dtype=float64), 1, {"hard", "backward"}),
-    "5,000 classes, float64": (*_both(512, 5000, dtype=float64), 1, {"hard"}),
-    "10 classes": (*_both(512, 10), 1, {"hard", "backward"}),
-    "33 classes, bfloat16": (*_both(512, 33, dtype=bfloat16), 1, {"hard"}),
-    "50,257 classes, bfloat16": (*_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
-    "rows side by side": (MAPS, MAPS, 1, {"hard", "soft", "backward"}),
-    "rows side by side, bfloat16": (*_both(8, 150, 65, 65, dtype=bfloat16), 1, {"hard"}),
-    "rows side by side and apart": (MAPS, channels_last(MAPS), 1, {"hard"}),
+    "4,096 classes": (_both(512, 4096), 1, {"hard", "soft"}),
+    "4,096 classes, bfloat16": (_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
+    "32,000 classes": (_both(512, 32000), 1, {"hard", "loss only"}),
+    "32,000 classes, bfloat16": (_both(512, 32000, dtype=bfloat16), 1, {"hard", "backward"}),
+    "2,048 classes, float64": (_both(512, 2048, dtype=float64), 1, {"hard", "backward"}),
+    "5,000 classes, float64": (_both(512, 5000, dtype=float64), 1, {"hard"}),
+    "10 classes": (_both(512, 10), 1, {"hard", "backward"}),
+    "33 classes, bfloat16": (_both(512, 33, dtype=bfloat16), 1, {"hard"}),
+    "50,257 classes, bfloat16": (_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
+    "rows side by side": ([MAPS, MAPS], 1, {"hard", "soft", "backward"}),
+    "rows side by side, bfloat16": (_both(8, 150, 65, 65, dtype=bfloat16), 1, {"hard"}),
+    "rows side by side and apart": ([MAPS, channels_last(MAPS)], 1, {"hard"}),
     "far apart": (
-        meta(9, 2**31, dtype=bfloat16)[:, :500],
-        meta(500, 2**31)[:, :9].t(),
+        [meta(9, 2**31, dtype=bfloat16)[:, :500], meta(500, 2**31)[:, :9].t()],
         1,
         {"hard"},
     ),
+    "2 teachers, 1,000 classes": (
+        _LOGITS_OF_3[1000, float32],
+        1,
+        {"hard", "soft", "loss only", "by row", "backward", "backward by row"},
+    ),
+    "2 teachers, 1,000 classes, bfloat16": (_LOGITS_OF_3[1000, bfloat16], 1, {"soft", "backward"}),
+    "3 teachers, 1,000 classes, of each dtype": (
+        [meta(512, 1000, dtype=dtype) for dtype in (bfloat16, float16, float32, bfloat16)],
+        1,
+        {"hard"},
+    ),
+    "2 teachers, 4,096 classes": (_LOGITS_OF_3[4096, float32], 1, {"hard"}),
+    "2 teachers, 4,096 classes, bfloat16": (_LOGITS_OF_3[4096, bfloat16], 1, {"hard"}),
+    "2 teachers, 32,000 classes": (_LOGITS_OF_3[32000, float32], 1, {"backward"}),
+    "2 teachers, 32,000 classes, bfloat16": (
+        _LOGITS_OF_3[32000, bfloat16],
+        1,
+        {"hard", "loss only"},
+    ),
+    "2 teachers, 5,000 classes, float64": (
+        [meta(512, 5000, dtype=float64)] * 2 + [meta(512, 5000)],
+        1,
+        {"hard"},
+    ),
+    "2 teachers, 10 classes": (_LOGITS_OF_3[10, float32], 1, {"hard"}),
+    "2 teachers, rows side by side": ([MAPS, MAPS, channels_last(MAPS)], 1, {"hard"}),
 }
 # Of which some elements are accessed less than 16 bytes at a time.
-_NARROW_LOGITS = {
+_NARROW = {
     "10 classes",
     "33 classes, bfloat16",
     "50,257 classes, bfloat16",
@@ -110,4 +171,6 @@ _NARROW_LOGITS = {
     "rows side by side, bfloat16",
     "rows side by side and apart",
     "far apart",
+    "2 teachers, 10 classes",
+    "2 teachers, rows side by side",
 }

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.library import Fused, define, savable, wants_gradient
+from fastkd.autograd import Fused, savable, wants_gradient
+from fastkd.operators import define
 from fastkd.tensors import are_transforms_active, is_exporting, is_one_gradient
 
 

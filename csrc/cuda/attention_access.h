@@ -397,7 +397,7 @@ __device__ __forceinline__ void fold_unit(const Pass& pass, const Axis* axes, ui
   with_accesses<A>(pass, [&](auto* storage, auto length) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int N = decltype(length)::value;
-    if (pass.walk == Walk::planes)
+    if (pass.access == Access::planes)
       fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, room, keep);
     else
       fold_rows<N, S, A, Fold>(pass, sample, unit, power, keep);
@@ -411,7 +411,7 @@ __device__ __forceinline__ void gradient_unit(const Pass& pass, const Axis* axes
   with_accesses<A>(pass, [&](auto* storage, auto length) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int N = decltype(length)::value;
-    if (pass.walk == Walk::planes)
+    if (pass.access == Access::planes)
       gradient_of_columns<N, S, A, Fold>(pass, axes, sample, unit, power, slopes);
     else
       gradient_of_rows<N, S, A, Fold>(pass, sample, unit, power, slopes);

@@ -1,4 +1,4 @@
-// The ways of a warp through a unit of the hint kernel (see hint_jobs.h).
+// How a warp reads and writes a unit of the hint kernel (see hint_jobs.h).
 #pragma once
 
 #include "hint_jobs.h"
@@ -6,8 +6,8 @@
 
 namespace fastkd::cuda {
 
-// The walks return the lane's sum of squared differences, and write factor · (student − teacher)
-// where there is a gradient. They read before they write: the gradient may lie in the student's
+// Each returns the lane's sum of squared differences, and writes factor · (student − teacher)
+// where there is a gradient. Each reads before it writes: the gradient may lie in the student's
 // place.
 
 // Over a stretch of `count` elements: a whole unit, or less at the end of a run.

@@ -1,0 +1,91 @@
+// What kernels write of losses and statistics.
+#pragma once
+
+#include "soft_target.h"
+
+namespace fastkd::cuda::logits {
+
+// The loss of a row, or of all. Weighted it may be representable where its terms are not.
+template <class A>
+__device__ __forceinline__ A loss_of(const Call& call, const Losses& losses) {
+  return A((weighted(call.soft_weight, losses.divergence) +
+            weighted(call.hard_weight, losses.cross_entropy)) /
+           kLogitScale);
+}
+
+// The parts of a loss, the second of them `second` elements after the first.
+template <class A>
+__device__ void write_parts(const Call& call, int64_t at, int64_t second, const Losses& losses) {
+  if (call.parts == nullptr) return;
+  A* const to = static_cast<A*>(call.parts) + at;
+  to[0] = A(losses.cross_entropy / kLogitScale);
+  to[second] = A(weighted(call.temperature * call.temperature, losses.divergence) / kLogitScale);
+}
+
+// Writes the losses of one row, where each has its own, and adds them to those of the thread's
+// other rows.
+template <class A>
+__device__ void write_losses(const Call& call, uint32_t row, const Losses& losses, Losses& total) {
+  total.divergence += losses.divergence;
+  total.cross_entropy += losses.cross_entropy;
+  if (call.reduction != Reduction::none || call.loss == nullptr) return;
+  static_cast<A*>(call.loss)[row] = loss_of<A>(call, losses);
+  write_parts<A>(call, row, call.rows, losses);
+}
+
+// And the statistics, which are not kept of several teachers.
+template <class A>
+__device__ void write_row(const Call& call, uint32_t row, const RowState<A>& state,
+                          const Losses& losses, Losses& total) {
+  write_losses<A>(call, row, losses, total);
+  if (call.statistics == nullptr) return;
+  A* to = static_cast<A*>(call.statistics) + int64_t(row) * kCount;
+  to[kStudentMax] = state.student_max;
+  to[kStudentSum] = state.student;
+  to[kTeacherMax] = state.teacher_max;
+  to[kTeacherSum] = state.teacher;
+  to[kHardSum] = call.temperature == 1 ? state.student : state.hard;
+  to[kKl] = A(losses.divergence);
+  to[kCe] = A(losses.cross_entropy);
+}
+template <class A>
+__device__ void write_ignored_row(const Call& call, uint32_t row) {
+  Losses total;
+  write_row(call, row, RowState<A>{0, 0}, Losses{}, total);
+}
+
+// Adds up what the threads of all blocks have found, and writes the loss and its parts: the last
+// block, found by a ticket counter, adds the blocks' partial sums in their order.
+template <class A>
+__device__ void write_loss(const Call& call, Losses total, double counted, const Tickets& tickets,
+                           double* warps, bool& is_last) {
+  const auto over_block = [&](Losses x) {
+    x.divergence = block_sum(x.divergence, warps);
+    __syncthreads();
+    x.cross_entropy = block_sum(x.cross_entropy, warps);
+    __syncthreads();
+    return x;
+  };
+  if (call.reduction == Reduction::none || call.loss == nullptr) return;
+  total = over_block(total);
+  if (threadIdx.x == 0) {
+    call.partial[2 * blockIdx.x] = total.divergence;
+    call.partial[2 * blockIdx.x + 1] = total.cross_entropy;
+  }
+  if (!is_last_block(tickets, is_last)) return;
+  total = {0, 0};
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+    total.divergence += call.partial[2 * block];
+    total.cross_entropy += call.partial[2 * block + 1];
+  }
+  total = over_block(total);
+  if (threadIdx.x != 0) return;
+  const double divisor = divisor_of(call, counted);
+  total = {total.divergence / divisor, total.cross_entropy / divisor};
+  *static_cast<A*>(call.loss) = loss_of<A>(call, total);
+  write_parts<A>(call, 0, 1, total);
+  if (call.statistics != nullptr)
+    static_cast<A*>(call.statistics)[int64_t(call.rows) * kCount] = A(counted);
+}
+
+}  // namespace fastkd::cuda::logits

@@ -1,0 +1,80 @@
+"""The parameters of the operators: what a call is, besides its tensors.
+
+Each class is the one description of its parameters. The operators' schemas follow from it, and so
+does what the compiled module receives: its struct of the same name has the same fields, and takes
+them by name. `backend` is whose kernels run; no kernel sees it.
+"""
+
+from typing import Any, NamedTuple, get_type_hints
+
+_IN_SCHEMA = {
+    bool: "bool",
+    float: "float",
+    int: "int",
+    str: "str",
+    tuple[float, ...]: "float[]",
+}
+
+
+class SoftTarget(NamedTuple):
+    """Of losses on logits: `soft_weight · divergence + hard_weight · CE` of each row, reduced.
+
+    `soft_weight` holds T² where that is wanted. `weights` are the teachers', and sum to 1.
+    """
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    label_smoothing: float
+    ignore_index: int
+    divergence: str
+    reduction: str
+    dim: int
+    weights: tuple[float, ...]
+    backend: str
+
+
+class Map(NamedTuple):
+    """Of attention maps."""
+
+    kind: str
+    p: float
+    eps: float
+    channel_dim: int
+    backend: str
+
+
+class Transfer(NamedTuple):
+    """Of the distance between attention maps."""
+
+    distance: str
+    order: float
+    beta: float
+    reduction: str
+
+
+class Hint(NamedTuple):
+    """Of hints; `scale` is ½ or 1."""
+
+    scale: float
+    reduction: str
+    backend: str
+
+
+class Rkd(NamedTuple):
+    """Of relations between samples; `kind` is distance or angle."""
+
+    kind: str
+    delta: float
+    backend: str
+
+
+def in_schema(kind: type[tuple[Any, ...]]) -> str:
+    """The fields as the end of an operator's schema."""
+    hints = get_type_hints(kind)
+    return ", ".join(f"{_IN_SCHEMA[hints[name]]} {name}" for name in hints)
+
+
+def from_schema(kind: type[tuple[Any, ...]], fields: Any) -> Any:
+    """The parameters of fields as torch's dispatcher hands them on: its lists are tuples here."""
+    return kind(*[tuple(field) if isinstance(field, list) else field for field in fields])
