@@ -40,17 +40,8 @@ SUM = SoftTarget(
     weights=(1.0,),
     backend="triton",
 )
-HARD = SoftTarget(
-    temperature=2.0,
-    soft_weight=0.9 * 4,
-    hard_weight=0.1,
-    label_smoothing=0.1,
-    ignore_index=-100,
-    divergence="forward_kl",
-    reduction="batchmean",
-    dim=1,
-    weights=(1.0,),
-    backend="triton",
+HARD = SUM._replace(
+    soft_weight=0.9 * 4, hard_weight=0.1, label_smoothing=0.1, reduction="batchmean"
 )
 
 
