@@ -185,9 +185,27 @@ Scratch prepare(Call& call, void* scratch, const Stream& stream) {
   return {reinterpret_cast<unsigned*>(&memory->counter)};
 }
 
+// f(call, mean), of which the second is there, and holds the call, where there are several
+// teachers: one teacher's call does without its kilobytes.
+template <class F>
+void with_call(const Tensors& teachers, const F& f) {
+  if (teachers.size() > 1) {
+    MeanCall mean{};
+    return f(mean.call, &mean);
+  }
+  Call call{};
+  f(call, static_cast<MeanCall*>(nullptr));
+}
+
 void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const Stream& stream) {
   if (plan.are_columns || mean.call.is_double || !launch_teachers_rows(mean, scratch, stream))
     launch_passes(mean, plan.are_columns, scratch, stream);
+}
+void run(const Call& call, const Plan& plan, const Scratch& scratch, const Stream& stream) {
+  if (plan.are_columns)
+    launch_columns(call, scratch, stream);
+  else if (call.is_double || !launch_rows(call, scratch, stream))
+    launch_stream(call, scratch, stream);
 }
 
 }  // namespace
@@ -204,25 +222,14 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
       clear(output->data, output->numel(), loss.dtype, stream);
     return;
   }
-  const fastkd::Tensor none{};
-  if (teachers.size() > 1) {
-    MeanCall mean{};
-    const Plan plan(mean.call, &mean, student, teachers, labels, gradient, none, p);
-    mean.call.loss = loss.data;
-    mean.call.parts = parts.data;
-    const Scratch own = prepare(mean.call, scratch.data, stream);
-    return run(mean, plan, own, stream);
-  }
-  Call call{};
-  const Plan plan(call, nullptr, student, teachers, labels, gradient, none, p);
-  call.loss = loss.data;
-  call.parts = parts.data;
-  call.statistics = statistics.data;
-  const Scratch own = prepare(call, scratch.data, stream);
-  if (plan.are_columns)
-    launch_columns(call, own, stream);
-  else if (call.is_double || !launch_rows(call, own, stream))
-    launch_stream(call, own, stream);
+  with_call(teachers, [&](Call& call, MeanCall* mean) {
+    const Plan plan(call, mean, student, teachers, labels, gradient, {}, p);
+    call.loss = loss.data;
+    call.parts = parts.data;
+    call.statistics = statistics.data;
+    const Scratch own = prepare(call, scratch.data, stream);
+    mean ? run(*mean, plan, own, stream) : run(call, plan, own, stream);
+  });
 }
 
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
@@ -232,20 +239,14 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
   using namespace logits;
   if (student.numel() == 0) return;
   const Stream stream(place);
-  if (teachers.size() > 1) {
-    MeanCall mean{};
-    const Plan plan(mean.call, &mean, student, teachers, labels, to_student, to_teacher, p);
-    mean.call.grad_output = grad_output.data;
-    mean.call.in_place = in_place && p.reduction != Reduction::none;
-    const Scratch own = prepare(mean.call, scratch.data, stream);
-    return run(mean, plan, own, stream);
-  }
-  Call call{};
-  const Plan plan(call, nullptr, student, teachers, labels, to_student, to_teacher, p);
-  call.statistics = statistics.data;
-  call.grad_output = grad_output.data;
-  call.in_place = in_place && grad_output.ndim == 0;
-  launch_backward(call, plan.are_columns, stream);
+  with_call(teachers, [&](Call& call, MeanCall* mean) {
+    const Plan plan(call, mean, student, teachers, labels, to_student, to_teacher, p);
+    call.statistics = statistics.data;
+    call.grad_output = grad_output.data;
+    call.in_place = in_place && p.reduction != Reduction::none;
+    mean ? run(*mean, plan, prepare(call, scratch.data, stream), stream)
+         : launch_backward(call, plan.are_columns, stream);
+  });
 }
 
 }  // namespace fastkd::cuda

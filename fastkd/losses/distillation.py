@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits
-from fastkd.ops.soft_target import soft_target, soft_target_parts
+from fastkd.ops.soft_target import soft_target
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
 
@@ -167,23 +167,6 @@ def distillation_loss(
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
-    if chosen == "reference":
-        loss, hard, soft = reference.distillation_loss(
-            student_logits,
-            teachers,
-            weights,
-            labels,
-            temperature=temperature,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            divergence="forward_kl",
-            reduction=reduction,
-            dim=axis,
-        )
-        loss = logits.tied(loss, unused)
-        return DistillationParts(loss, hard.detach(), soft.detach()) if return_parts else loss
     parameters = SoftTarget(
         temperature=temperature,
         soft_weight=soft_weight * (temperature * temperature),
@@ -196,10 +179,12 @@ def distillation_loss(
         weights=weights,
         backend=chosen,
     )
-    if not return_parts:
-        return logits.tied(soft_target(student_logits, teachers, labels, parameters), unused)
-    loss, hard, soft = soft_target_parts(student_logits, teachers, labels, parameters)
-    return DistillationParts(logits.tied(loss, unused), hard, soft)
+    if chosen == "reference":
+        loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
+    else:
+        loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)
+    loss = logits.tied(loss, unused)
+    return DistillationParts(loss, *parts) if return_parts else loss
 
 
 def _check_reduction(reduction: str) -> None:

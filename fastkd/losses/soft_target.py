@@ -87,22 +87,9 @@ def soft_target_loss(
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     chosen = select("soft_target_loss", (student_logits, *teachers), backend)
-    if chosen == "reference":
-        loss = reference.soft_target_loss(
-            student_logits,
-            teachers,
-            weights,
-            temperature=temperature,
-            scale_t2=scale_t2,
-            divergence="forward_kl",
-            reduction=reduction,
-            dim=axis,
-        )
-        return logits.tied(loss, unused)
-    weight = temperature * temperature if scale_t2 else 1.0
     parameters = SoftTarget(
         temperature=temperature,
-        soft_weight=weight,
+        soft_weight=temperature * temperature if scale_t2 else 1.0,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=-100,
@@ -112,4 +99,8 @@ def soft_target_loss(
         weights=weights,
         backend=chosen,
     )
-    return logits.tied(soft_target(student_logits, teachers, None, parameters), unused)
+    if chosen == "reference":
+        loss = reference.soft_target_loss(student_logits, teachers, parameters)
+    else:
+        (loss,) = soft_target(student_logits, teachers, None, parameters)
+    return logits.tied(loss, unused)

@@ -238,22 +238,17 @@ def _all_gradients(
 
 
 def soft_target(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
-) -> Tensor:
-    """The loss, differentiable where that is wanted."""
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    with_parts: bool = False,
+) -> tuple[Tensor, ...]:
+    """`(loss,)` or `(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
+    parts: Any = None
     if wants_gradient(student, *teachers):
-        loss: Tensor = SoftTargetLoss.record(False, p, labels, student, *teachers)
-        return loss
-    return forward(student, teachers, labels, False, False, False, p)[0]
-
-
-def soft_target_parts(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
-    if wants_gradient(student, *teachers):
-        loss, parts = SoftTargetLoss.record(True, p, labels, student, *teachers)
+        found = SoftTargetLoss.record(with_parts, p, labels, student, *teachers)
+        loss, parts = found if with_parts else (found, None)
     else:
-        loss, parts, *_ = forward(student, teachers, labels, True, False, False, p)
-    hard, soft = parts.unbind()
-    return loss, hard, soft
+        loss, parts, *_ = forward(student, teachers, labels, with_parts, False, False, p)
+    return (loss, *parts.unbind()) if with_parts else (loss,)

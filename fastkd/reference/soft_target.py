@@ -85,20 +85,15 @@ def compared(
 
 
 def divergence_rows(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    lift: Tensor,
-    divergence: str,
+    student: Tensor, teachers: Sequence[Tensor], lift: Tensor, p: SoftTarget
 ) -> Tensor:
     """`lift * T * D(sum(w * softmax(teacher/T)), softmax(student/T))` of rows, scaled.
 
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
-    sides = compared(student, teachers, weights, temperature, lift)
-    return DIVERGENCES[divergence].rows(sides)
+    sides = compared(student, teachers, p.weights, p.temperature, lift)
+    return DIVERGENCES[p.divergence].rows(sides)
 
 
 def lift_for(factor: Tensor) -> Tensor:
@@ -109,29 +104,30 @@ def lift_for(factor: Tensor) -> Tensor:
     return (8 * factor.abs()).clamp(min=1)
 
 
-def soft_target_loss(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    temperature: float,
-    scale_t2: bool,
-    divergence: str,
-    reduction: str,
-    dim: int,
-) -> Tensor:
-    """`T^2 * D(p, q)` of each row, reduced."""
+def prepared(
+    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The sides, classes last, and what a sum of losses is divided by."""
     dtype = compute_dtype(student, *teachers)
-    student, *teachers = (x.to(dtype).movedim(dim, -1) for x in (student, *teachers))
-    count = student[..., 0].numel()
-    divisor = {"batchmean": count, "mean": student.numel()}.get(reduction, 1)
-    of_row = temperature if scale_t2 else 1 / temperature
-    factor = as_tensor(of_row / max(divisor, 1), dtype, student.device)
+    student, *others = (x.to(dtype).movedim(p.dim, -1) for x in (student, *teachers))
+    rows = as_tensor(student[..., 0].numel(), dtype, student.device)
+    if labels is not None:
+        ignored = labels == p.ignore_index
+        rows = (~ignored).sum().to(dtype)
+        # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
+        student, *others = (x.masked_fill(ignored[..., None], 0) for x in (student, *others))
+    of_row = {"batchmean": 1, "mean": student.shape[-1]}.get(p.reduction, 0)
+    return student, others, (rows * of_row).clamp(min=1)
+
+
+def soft_target_loss(student: Tensor, teachers: Sequence[Tensor], p: SoftTarget) -> Tensor:
+    """`soft_weight * D(p, q)` of each row, reduced."""
+    student, teachers, divisor = prepared(student, teachers, None, p)
+    factor = p.soft_weight / p.temperature / divisor
     lift = lift_for(factor)
-    rows = divergence_rows(student, teachers, weights, temperature, lift, divergence)
     # Divided before they are added up, because only the mean may be representable.
-    rows = rows * (factor / lift / LOGIT_SCALE)
-    return rows if reduction == "none" else rows.sum()
+    rows = divergence_rows(student, teachers, lift, p) * (factor / lift / LOGIT_SCALE)
+    return rows if p.reduction == "none" else rows.sum()
 
 
 def zero(x: Tensor) -> Tensor:
@@ -152,32 +148,22 @@ def teacher_gradients(
     With slopes r and `p_m` one teacher's probabilities it is `w_m/T p_m (r - sum(p_m r))`, as of a
     loss with one teacher.
     """
+    wanting = list(zip(teachers, wanted, strict=True))
     if p.soft_weight == 0 or not any(wanted):
-        return [
-            torch.zeros_like(t) if want else None for t, want in zip(teachers, wanted, strict=True)
-        ]
-    dtype = compute_dtype(student, *teachers)
-    student, *logits = (x.to(dtype).movedim(p.dim, -1) for x in (student, *teachers))
-    rows = student[..., 0].numel()
-    count = {"batchmean": rows, "mean": student.numel()}.get(p.reduction, 1)
-    factor = p.soft_weight / p.temperature * grad_output.to(dtype)[..., None]
-    if labels is None:
-        factor = factor / max(count, 1)
-    else:
-        ignored = (labels == p.ignore_index)[..., None]
-        if p.reduction == "batchmean":
-            factor = factor / (~ignored).sum().clamp(min=1)
-        # Filled first, because an ignored row may hold NaN or infinity.
-        student, *logits = (x.masked_fill(ignored, 0) for x in (student, *logits))
-        factor = factor.masked_fill(ignored, 0)
+        return [torch.zeros_like(t) if want else None for t, want in wanting]
+    student, logits, divisor = prepared(student, teachers, labels, p)
+    factor = p.soft_weight / p.temperature * grad_output.to(student.dtype)[..., None] / divisor
+    if labels is not None:
+        factor = factor.masked_fill((labels == p.ignore_index)[..., None], 0)
     sides = compared(student, logits, p.weights, p.temperature)
     slopes = DIVERGENCES[p.divergence].slopes(sides)
-    factor = factor / (p.temperature * LOGIT_SCALE)
-    found: list[Tensor | None] = []
-    for teacher, share, weight, want in zip(teachers, sides.shares, p.weights, wanted, strict=True):
-        if not want:
-            found.append(None)
-            continue
-        gradient = share * (slopes - (share * slopes).sum(-1, keepdim=True) / weight)
-        found.append((factor * gradient).movedim(-1, p.dim).to(teacher.dtype))
-    return found
+    factor = factor / sides.unit
+
+    def gradient(teacher: Tensor, share: Tensor, weight: float) -> Tensor:
+        found = share * (slopes - (share * slopes).sum(-1, keepdim=True) / weight)
+        return (factor * found).movedim(-1, p.dim).to(teacher.dtype)
+
+    return [
+        gradient(teacher, share, weight) if want else None
+        for (teacher, want), share, weight in zip(wanting, sides.shares, p.weights, strict=True)
+    ]
