@@ -16,8 +16,8 @@ enum class Distance { norm, mse };
 constexpr std::array<const char*, 2> names_of(Distance) { return {"norm", "mse"}; }
 
 // Those of a map of max_pow; other kinds have none.
-inline int32_t* winners_of(const Tensors& winners, size_t i) {
-  return i < winners.size() ? winners[i].as<int32_t>() : nullptr;
+inline int32_t* argmax_of(const Tensors& argmax, size_t i) {
+  return i < argmax.size() ? argmax[i].as<int32_t>() : nullptr;
 }
 
 struct MapParameters {

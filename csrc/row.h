@@ -53,7 +53,7 @@ struct alignas(16) RowState {
                      : weigher_by * (difference + (weigher == 0 ? A(0) : weigher * apart));
     student *= by;
     teacher *= t_by;
-    if (rates.third) hard *= rates.hard(student_max, to_student);
+    if (rates.has_hard) hard *= rates.hard(student_max, to_student);
     student_max = to_student;
     teacher_max = to_teacher;
   }
@@ -110,14 +110,14 @@ struct Factors {
   A smoothing, label;        // what is taken off every class, and off the label's
   // Whether the teacher counts: at a weight of 0 nothing that it holds may show, NaN neither. And
   // whether temperature 1 has exponentials of its own.
-  bool soft, third;
+  bool soft, has_hard;
 
   // `es`, what was kept of the class, and its exponential at temperature 1.
   template <class D, class V>
   FASTKD_ANYWHERE V gradient(V es, V kept, V eh) const {
     V g = es * student - smoothing;
     if (soft) g += D::with_teacher(es, kept, teacher);
-    if (third) g += eh * hard;
+    if (has_hard) g += eh * hard;
     return g;
   }
 };

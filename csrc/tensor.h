@@ -22,7 +22,7 @@ struct Tensor {
   char* data = nullptr;
   DType dtype = DType::f32;
   int ndim = 0;
-  bool streams = false;  // for a gradient: it is written past the cache
+  bool non_temporal = false;  // for a gradient: it is written past the cache
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxDims];  // in elements
 

@@ -136,8 +136,8 @@ def _raw_map(features, kind, p):
     magnitude = np.abs(features)
     slope = p * magnitude ** (p - 1) * np.sign(features)
     if kind == "max_pow":
-        winners = magnitude.argmax(1)[:, None]
-        slope = np.where(np.arange(features.shape[1])[:, None] == winners, slope, 0)
+        argmax = magnitude.argmax(1)[:, None]
+        slope = np.where(np.arange(features.shape[1])[:, None] == argmax, slope, 0)
         raw = magnitude.max(1) ** p
     else:
         raw = (magnitude**p).sum(1)
@@ -354,7 +354,7 @@ def similarities(students, teachers, grad_output=1.0, *, pair_weights=None):
 
 def _max_pooled(x, height, width):
     """The maxima of adaptive bins, and the function that carries a gradient of them back."""
-    pooled, winners = np.empty((*x.shape[:2], height, width)), {}
+    pooled, argmax = np.empty((*x.shape[:2], height, width)), {}
     bins = [
         [slice(i * size // to, -(-(i + 1) * size // to)) for i in range(to)]
         for size, to in zip(x.shape[2:], (height, width), strict=True)
@@ -363,13 +363,13 @@ def _max_pooled(x, height, width):
         for j, columns in enumerate(bins[1]):
             bin = x[:, :, rows, columns]
             flat = bin.reshape(*x.shape[:2], bin.shape[2] * bin.shape[3])
-            winners[i, j] = np.divmod(flat.argmax(-1), bin.shape[3])
+            argmax[i, j] = np.divmod(flat.argmax(-1), bin.shape[3])
             pooled[:, :, i, j] = flat.max(-1)
 
     def back(gradient):
         to = np.zeros_like(x)
         samples, channels = np.ogrid[: x.shape[0], : x.shape[1]]
-        for (i, j), (row, column) in winners.items():
+        for (i, j), (row, column) in argmax.items():
             at = row + bins[0][i].start, column + bins[1][j].start
             np.add.at(to, (samples, channels, *at), gradient[:, :, i, j])
         return to

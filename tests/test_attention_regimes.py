@@ -286,29 +286,29 @@ def test_repeated_calls_are_bitwise_equal(kernel_backend, kind, layout):
 
 
 def slopes_of(x):
-    """Slopes and winners such as forward might have left."""
+    """Slopes and argmax such as forward might have left."""
     slopes = torch.randn(x.shape[0], math.prod(x.shape[2:]))
     return slopes, torch.randint(x.shape[1], slopes.shape, dtype=torch.int32)
 
 
-def expected_gradient(x, slopes, winners, grad_output):
-    """Of `SUM`, or of `MAX` with winners."""
+def expected_gradient(x, slopes, argmax, grad_output):
+    """Of `SUM`, or of `MAX` with argmax."""
     shape = (x.shape[0], 1, *x.shape[2:])
     scaled = array(slopes).reshape(shape) * grad_output
-    if winners is None:
+    if argmax is None:
         return 2 * array(x) * scaled
     channels = np.arange(x.shape[1]).reshape(1, -1, *[1] * (x.ndim - 2))
-    return np.where(channels == array(winners).reshape(shape), scaled, 0.0)
+    return np.where(channels == array(argmax).reshape(shape), scaled, 0.0)
 
 
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.cropped])
 @pytest.mark.parametrize("shape", [(3, 8, 7, 7), (2, 40, 4, 9)])
 def test_gradients_and_nothing_beside_them(shape, layout):
-    """Nor are features of `max_pow` read, and zeros are written to all that is no winner."""
+    """Nor are features of `max_pow` read, and zeros are written to all that is no argmax."""
     x = layout(features(*shape))
-    slopes, winners = slopes_of(x)
+    slopes, argmax = slopes_of(x)
     kernel = kernels("native", "attention").attention_backward
-    for p, source, won in [(SUM, x, None), (MAX, torch.full_like(x, math.nan), winners)]:
+    for p, source, won in [(SUM, x, None), (MAX, torch.full_like(x, math.nan), argmax)]:
         for first in (1, 2, 4):
             memory = torch.randn(shape[0], shape[1] + 5, shape[2] + 2, shape[3] + 8)
             before = memory.clone()

@@ -33,20 +33,20 @@ def empty_map(x, dtype=torch.float32):
 
 
 def slopes_of(x):
-    """Slopes and winners such as forward might have left."""
+    """Slopes and argmax such as forward might have left."""
     slopes = torch.randn(x.shape[0], math.prod(x.shape[2:]), dtype=compute_dtype(x))
     return slopes, torch.randint(x.shape[1], slopes.shape, dtype=torch.int32)
 
 
-def expected_gradient(x, slopes, winners=None, grad_output=1.0):
-    """Of `SUM`, or of `MAX` with winners: exact for the slopes."""
+def expected_gradient(x, slopes, argmax=None, grad_output=1.0):
+    """Of `SUM`, or of `MAX` with argmax: exact for the slopes."""
     shape = (x.shape[0], 1, *x.shape[2:])
     scaled = array(slopes) * array(torch.as_tensor(grad_output)).reshape(-1, 1)
     scaled = scaled.reshape(shape)
-    if winners is None:
+    if argmax is None:
         return 2 * array(x) * scaled
     channels = np.arange(x.shape[1]).reshape(1, -1, *[1] * (x.ndim - 2))
-    return np.where(channels == array(winners).reshape(shape), scaled, 0.0)
+    return np.where(channels == array(argmax).reshape(shape), scaled, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["sum_pow", "max_pow"])
@@ -103,11 +103,11 @@ def test_the_first_nan_wins(dtype, channels):
     x[1, [1, -1], 8] = torch.tensor([-math.inf, math.inf], dtype=dtype)
     for layout in (layouts.contiguous, layouts.channels_last):
         raw = torch.empty(2, 20, dtype=compute_dtype(x))
-        winners = torch.empty_like(raw, dtype=torch.int32)
-        attention.attention_map_forward(layout(x), raw, winners, MAX)
+        argmax = torch.empty_like(raw, dtype=torch.int32)
+        attention.attention_map_forward(layout(x), raw, argmax, MAX)
         expected = x.abs().max(1)
-        assert torch.equal(winners.long(), expected.indices)
-        assert [int(winners[at]) for at in [(0, 3), (1, 7), (1, 8)]] == [1, 0, 1]
+        assert torch.equal(argmax.long(), expected.indices)
+        assert [int(argmax[at]) for at in [(0, 3), (1, 7), (1, 8)]] == [1, 0, 1]
         torch.testing.assert_close(raw, expected.values.to(raw.dtype) ** 2, equal_nan=True)
 
 
@@ -115,9 +115,9 @@ def test_the_first_nan_wins(dtype, channels):
 def test_ties_of_channels_of_other_blocks_go_to_the_lowest(layout):
     x = torch.randint(-3, 4, (2, 600, 20)).float()
     raw = torch.empty(2, 20)
-    winners = torch.empty_like(raw, dtype=torch.int32)
-    attention.attention_map_forward(layout(x), raw, winners, MAX)
-    assert torch.equal(winners.long(), x.abs().max(1).indices)
+    argmax = torch.empty_like(raw, dtype=torch.int32)
+    attention.attention_map_forward(layout(x), raw, argmax, MAX)
+    assert torch.equal(argmax.long(), x.abs().max(1).indices)
 
 
 @pytest.mark.parametrize("ndim", [4, 5])
@@ -144,11 +144,11 @@ def test_features_that_overlap():
 
 @pytest.mark.parametrize("layout", layouts.FEATURES[:-1])
 def test_gradients_and_nothing_beside_them(layout):
-    """Nor are features of `max_pow` read, and zeros are written to all that is no winner."""
+    """Nor are features of `max_pow` read, and zeros are written to all that is no argmax."""
     x = layout(features(3, 20, 7, 7))
-    slopes, winners = slopes_of(x)
+    slopes, argmax = slopes_of(x)
     memory = torch.randn(5, 24, 9, 9)
-    for kind, source, won in [(SUM, x, None), (MAX, torch.full_like(x, math.nan), winners)]:
+    for kind, source, won in [(SUM, x, None), (MAX, torch.full_like(x, math.nan), argmax)]:
         before = memory.clone()
         gradient = memory[1:-1, 2:-2, 1:-1, 1:-1]
         attention.attention_backward(
@@ -163,14 +163,14 @@ def test_gradients_and_nothing_beside_them(layout):
 def test_grad_output_of_any_dtype_and_strides(dtype):
     """Of students and then of teachers: each pair has its row."""
     sides = [features(5, 4, 3), features(5, 6, 2), features(5, 2, 3), features(5, 3, 2)]
-    slopes, winners = zip(*map(slopes_of, sides), strict=True)
+    slopes, argmax = zip(*map(slopes_of, sides), strict=True)
     for upstream in (
         features(5, 2, dtype=dtype).t(),
         layouts.stepped(features(2, 5, dtype=dtype)),
         torch.ones((), dtype=dtype).expand(2, 5),
         torch.tensor(-1.5, dtype=dtype),
     ):
-        for p, won in ((SUM, ()), (MAX, winners)):
+        for p, won in ((SUM, ()), (MAX, argmax)):
             gradients = [torch.empty_like(x) for x in sides]
             attention.attention_backward(upstream, sides, slopes, won, gradients, p)
             for j, x in enumerate(sides):
@@ -186,10 +186,10 @@ def test_slopes_of_teachers_are_not_computed_unless_wanted(kind):
     found = []
     for sides in ([student], [student, teacher]):
         slopes = [empty_map(x) for x in sides]
-        winners = [empty_map(x).int() for x in sides] if kind == "max_pow" else []
+        argmax = [empty_map(x).int() for x in sides] if kind == "max_pow" else []
         loss = torch.empty(())
         attention.attention_transfer_forward(
-            [student], [teacher], loss, slopes, winners, [], NORM, SUM._replace(kind=kind)
+            [student], [teacher], loss, slopes, argmax, [], NORM, SUM._replace(kind=kind)
         )
         assert all(x.isfinite().all() for x in slopes)
         found.append((loss, slopes[0]))
@@ -232,8 +232,8 @@ def test_offsets_beyond_31_bits(tmp_path, dim):
     for kind in ("sum_pow", "max_pow"):
         check_transfer(x, features(*shape), "triton", kind=kind)
     before = x.clone()
-    slopes, winners = slopes_of(x)
-    for p, won in ((MAX, winners), (SUM, None)):
+    slopes, argmax = slopes_of(x)
+    for p, won in ((MAX, argmax), (SUM, None)):
         attention.attention_backward(
             torch.ones(()), [before], [slopes], [] if won is None else [won], [x], p
         )

@@ -114,11 +114,11 @@ class Case:
     def dtype(self):
         return IN_CSRC.index(self.storage)
 
-    def call(self, name, memory, at, values, n, stride=1, streams=False, fill=0.0):
+    def call(self, name, memory, at, values, n, stride=1, non_temporal=False, fill=0.0):
         helper = getattr(self.helpers.Helper, name)
         return self.helpers.call(
-            self.isa, helper, self.in_double, self.dtype, memory, at, values, n, stride, streams,
-            fill,
+            self.isa, helper, self.in_double, self.dtype, memory, at, values, n, stride,
+            non_temporal, fill,
         )  # fmt: skip
 
     def alignments(self):
@@ -137,7 +137,7 @@ class Case:
         assert after == memory
         assert same(torch.from_numpy(values), expected), (at, n, stride)
 
-    def check_store(self, name, at, n, stride=1, streams=False):
+    def check_store(self, name, at, n, stride=1, non_temporal=False):
         """`n` elements, and guard bytes before, between and after them."""
         count = max(n, self.width) if name in ("store_part", "store_lanes") else n
         values = self.numbers(count, self.arithmetic)
@@ -145,13 +145,15 @@ class Case:
         length = at + ((n - 1) * stride + 1 if n else 0) * size + GUARD
         memory = self.noise[:length]
         assert len(memory) == length
-        after, _ = self.call(name, memory.numpy().tobytes(), at, values.numpy(), n, stride, streams)
+        after, _ = self.call(
+            name, memory.numpy().tobytes(), at, values.numpy(), n, stride, non_temporal
+        )
         after = torch.frombuffer(bytearray(after), dtype=torch.uint8)
         index = at + torch.arange(n)[:, None] * stride * size + torch.arange(size)
         written = after[index.flatten()].view(self.storage).double() if n else torch.empty(0)
-        assert same(written, rounded(values[:n], self.storage)), (at, n, stride, streams)
+        assert same(written, rounded(values[:n], self.storage)), (at, n, stride, non_temporal)
         after[index.flatten()] = memory[index.flatten()]
-        assert torch.equal(after, memory), (at, n, stride, streams)
+        assert torch.equal(after, memory), (at, n, stride, non_temporal)
 
 
 @pytest.fixture
@@ -208,11 +210,11 @@ def test_elements_until_a_vector_may_be_streamed(case):
             assert actual == expected
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_any_number_of_elements_is_written(case, streams):
+@pytest.mark.parametrize("non_temporal", [False, True])
+def test_any_number_of_elements_is_written(case, non_temporal):
     for at in case.alignments():
         for n in [*range(3 * case.width + 2), 5 * case.width - 1]:
-            case.check_store("write_vectors", at, n, streams=streams)
+            case.check_store("write_vectors", at, n, non_temporal=non_temporal)
 
 
 def test_stretches_are_gathered(case):
@@ -222,9 +224,9 @@ def test_stretches_are_gathered(case):
                 case.check_load("gather", at, n, stride)
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_stretches_are_scattered(case, streams):
+@pytest.mark.parametrize("non_temporal", [False, True])
+def test_stretches_are_scattered(case, non_temporal):
     for at in case.alignments():
         for n in [*range(case.width + 2), 3 * case.width + 1]:
             for stride in (1, 2, 5):
-                case.check_store("scatter", at, n, stride, streams)
+                case.check_store("scatter", at, n, stride, non_temporal)

@@ -302,8 +302,8 @@ def test_the_first_of_equal_maxima_wins(isa, layout, value):
     features = layout(torch.full(shape, value))
     for size in ((3, 7), (5, 4), (1, 3)):
         _, first = F.adaptive_max_pool2d(falling, size, return_indices=True)
-        pooled, winners = fsp.forward(features, *size, True)
-        assert torch.equal(winners.long(), first)
+        pooled, argmax = fsp.forward(features, *size, True)
+        assert torch.equal(argmax.long(), first)
         torch.testing.assert_close(pooled, torch.full_like(pooled, value), equal_nan=True)
 
 

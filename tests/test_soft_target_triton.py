@@ -209,10 +209,10 @@ def test_only_what_is_wanted_is_launched(monkeypatch):
         monkeypatch.setattr(module, "launch", launch)
     student, labels = logits(3, 4), torch.zeros(3, dtype=torch.int64)
     for args, p, kernels in [
-        ((None, torch.empty(()), None), SUM, "logits_forward conclude"),
+        ((None, torch.empty(()), None), SUM, "logits_forward finalize"),
         ((None, torch.empty(3), None), SUM._replace(reduction="none"), "logits_forward"),
-        ((labels, torch.empty(()), None), HARD, "logits_forward conclude"),
-        ((labels, torch.empty(()), student), HARD, "count logits_forward conclude"),
+        ((labels, torch.empty(()), None), HARD, "logits_forward finalize"),
+        ((labels, torch.empty(()), student), HARD, "count logits_forward finalize"),
     ]:
         launched.clear()
         labels_or_none, loss, gradient = args

@@ -40,24 +40,23 @@ void with_power(const Tensor& features, double p, const F& f) {
 
 template <class A>
 void map_sample(const Tensor& features, const Positions& where, int64_t sample, A* raw,
-                int32_t* winners, const MapParameters& p, int threads) {
+                int32_t* argmax, const MapParameters& p, int threads) {
   with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
     using S = std::remove_pointer_t<decltype(storage)>;
     const S* x = at<S>(features, sample * where.batch_stride);
     over_chunks(where.count, threads, [&](int64_t first, int n) {
-      map_chunk(x, where, p.kind, power, first, n, raw + first,
-                winners ? winners + first : nullptr);
+      map_chunk(x, where, p.kind, power, first, n, raw + first, argmax ? argmax + first : nullptr);
     });
   });
 }
 
 // Slopes by a map's positions become slopes by the features that won them.
 template <class A>
-void to_winners(const Tensor& features, const Positions& where, int64_t sample, A* slopes,
-                const int32_t* winners, const MapParameters& p) {
+void to_argmax(const Tensor& features, const Positions& where, int64_t sample, A* slopes,
+               const int32_t* argmax, const MapParameters& p) {
   with_power<A>(features, p.p, [&](auto* storage, const auto& power) {
     using S = std::remove_pointer_t<decltype(storage)>;
-    slopes_of_winners(at<S>(features, sample * where.batch_stride), where, power, slopes, winners);
+    slopes_at_argmax(at<S>(features, sample * where.batch_stride), where, power, slopes, argmax);
   });
 }
 
@@ -70,7 +69,7 @@ bool are_planes(const Positions& from, const Positions& to) {
 template <class A>
 void gradient_sample(const Tensor& features, const Positions& from, const Tensor& gradient,
                      const Positions& to, int64_t sample, const A* slopes, A factor,
-                     const int32_t* winners, const MapParameters& p, int threads,
+                     const int32_t* argmax, const MapParameters& p, int threads,
                      const Ahead& ahead) {
   constexpr int W = Simd<A>::width;
   const int64_t count = from.count, elements = from.channels * count;
@@ -84,17 +83,18 @@ void gradient_sample(const Tensor& features, const Positions& from, const Tensor
     S* g = at<S>(gradient, sample * to.batch_stride);
     if (p.kind == MapKind::max_pow)
       over_chunks(count, threads, [&](int64_t first, int n) {
-        gradient_of_winners(g, to, first, n, scaled + first, winners + first);
+        gradient_at_argmax(g, to, first, n, scaled + first, argmax + first);
       });
     else if (are_planes(from, to))
       parallel_for((elements + size - 1) / size, threads, [&](int64_t piece) {
         const int64_t begin = piece * size;
         const int64_t end = begin + size < elements ? begin + size : elements;
-        gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.streams, ahead);
+        gradient_of_planes(x, g, scaled, count, power, begin, end, gradient.non_temporal, ahead);
       });
     else
       over_chunks(count, threads, [&](int64_t first, int n) {
-        gradient_chunk(x, from, g, to, power, first, n, scaled + first, gradient.streams, ahead);
+        gradient_chunk(x, from, g, to, power, first, n, scaled + first, gradient.non_temporal,
+                       ahead);
       });
   });
 }
@@ -114,20 +114,20 @@ Ahead next_sample(const Tensor& student, const Positions& s, const Tensor& teach
 }
 
 template <class A>
-void map(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+void map(const Tensor& features, const Tensor& raw, int32_t* argmax, const MapParameters& p,
          int threads) {
   const Positions where(features, p.channel_dim);
   const Shares shares(where.batch, features.numel(), threads);
   parallel_for(where.batch, shares.outer, [&](int64_t b) {
     map_sample(features, where, b, at<A>(raw, b * where.count),
-               winners ? winners + b * where.count : nullptr, p, shares.inner);
+               argmax ? argmax + b * where.count : nullptr, p, shares.inner);
   });
 }
 
 template <class A>
 void transfer(const Tensor& student, const Tensor& teacher, double* losses,
-              const Tensor& student_slopes, int32_t* student_winners, const Tensor& teacher_slopes,
-              int32_t* teacher_winners, const Tensor& gradient, const TransferParameters& transfer,
+              const Tensor& student_slopes, int32_t* student_argmax, const Tensor& teacher_slopes,
+              int32_t* teacher_argmax, const Tensor& gradient, const TransferParameters& transfer,
               const MapParameters& p, int threads) {
   const Positions s(student, p.channel_dim), t(teacher, p.channel_dim);
   const Positions g(gradient ? gradient : student, p.channel_dim);
@@ -138,64 +138,64 @@ void transfer(const Tensor& student, const Tensor& teacher, double* losses,
     A* slopes = at<A>(student_slopes, b * count);
     // The same scratch as `gradient_sample` takes, when this map is done with.
     A* other = teacher_slopes ? at<A>(teacher_slopes, b * count) : scratch<A>(count);
-    // max_pow needs somewhere to put the teacher's winners, wanted or not.
-    Array<int32_t> unwanted(p.kind == MapKind::max_pow && !teacher_winners ? count : 0);
-    int32_t* s_winners = student_winners ? student_winners + b * count : nullptr;
-    int32_t* t_winners = teacher_winners ? teacher_winners + b * count : unwanted.data();
-    map_sample(teacher, t, b, other, t_winners, p, shares.inner);
-    map_sample(student, s, b, slopes, s_winners, p, shares.inner);
+    // max_pow needs somewhere to put the teacher's argmax, wanted or not.
+    Array<int32_t> unwanted(p.kind == MapKind::max_pow && !teacher_argmax ? count : 0);
+    int32_t* s_argmax = student_argmax ? student_argmax + b * count : nullptr;
+    int32_t* t_argmax = teacher_argmax ? teacher_argmax + b * count : unwanted.data();
+    map_sample(teacher, t, b, other, t_argmax, p, shares.inner);
+    map_sample(student, s, b, slopes, s_argmax, p, shares.inner);
     losses[b] = distance_slopes(slopes, other, count, bool(teacher_slopes), transfer, scale, p.eps);
     if (p.kind == MapKind::max_pow) {
-      to_winners(student, s, b, slopes, s_winners, p);
-      if (teacher_slopes) to_winners(teacher, t, b, other, t_winners, p);
+      to_argmax(student, s, b, slopes, s_argmax, p);
+      if (teacher_slopes) to_argmax(teacher, t, b, other, t_argmax, p);
     }
     if (gradient)
-      gradient_sample(student, s, gradient, g, b, slopes, A(1), s_winners, p, shares.inner,
+      gradient_sample(student, s, gradient, g, b, slopes, A(1), s_argmax, p, shares.inner,
                       next_sample(student, s, teacher, t, b + 1, shares));
   });
 }
 
 template <class A>
 void backward(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-              const int32_t* winners, const Tensor& gradient, const MapParameters& p, int threads) {
+              const int32_t* argmax, const Tensor& gradient, const MapParameters& p, int threads) {
   const Positions from(features, p.channel_dim), to(gradient, p.channel_dim);
   const Shares shares(from.batch, features.numel(), threads);
   const A* factors = at<A>(grad_output, 0);
   parallel_for(from.batch, shares.outer, [&](int64_t b) {
     gradient_sample(features, from, gradient, to, b, at<A>(slopes, b * from.count),
-                    factors[grad_output.ndim ? b : 0], winners ? winners + b * from.count : nullptr,
+                    factors[grad_output.ndim ? b : 0], argmax ? argmax + b * from.count : nullptr,
                     p, shares.inner, Ahead());
   });
 }
 
 // The maps' dtype is the arithmetic's.
-void map_any(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+void map_any(const Tensor& features, const Tensor& raw, int32_t* argmax, const MapParameters& p,
              int threads) {
   if (raw.dtype == DType::f64)
-    map<double>(features, raw, winners, p, threads);
+    map<double>(features, raw, argmax, p, threads);
   else
-    map<float>(features, raw, winners, p, threads);
+    map<float>(features, raw, argmax, p, threads);
 }
 
 void transfer_any(const Tensor& student, const Tensor& teacher, double* losses,
-                  const Tensor& student_slopes, int32_t* student_winners,
-                  const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
+                  const Tensor& student_slopes, int32_t* student_argmax,
+                  const Tensor& teacher_slopes, int32_t* teacher_argmax, const Tensor& gradient,
                   const TransferParameters& parameters, const MapParameters& p, int threads) {
   if (student_slopes.dtype == DType::f64)
-    transfer<double>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
-                     teacher_winners, gradient, parameters, p, threads);
+    transfer<double>(student, teacher, losses, student_slopes, student_argmax, teacher_slopes,
+                     teacher_argmax, gradient, parameters, p, threads);
   else
-    transfer<float>(student, teacher, losses, student_slopes, student_winners, teacher_slopes,
-                    teacher_winners, gradient, parameters, p, threads);
+    transfer<float>(student, teacher, losses, student_slopes, student_argmax, teacher_slopes,
+                    teacher_argmax, gradient, parameters, p, threads);
 }
 
 void backward_any(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-                  const int32_t* winners, const Tensor& gradient, const MapParameters& p,
+                  const int32_t* argmax, const Tensor& gradient, const MapParameters& p,
                   int threads) {
   if (slopes.dtype == DType::f64)
-    backward<double>(grad_output, features, slopes, winners, gradient, p, threads);
+    backward<double>(grad_output, features, slopes, argmax, gradient, p, threads);
   else
-    backward<float>(grad_output, features, slopes, winners, gradient, p, threads);
+    backward<float>(grad_output, features, slopes, argmax, gradient, p, threads);
 }
 
 }  // namespace

@@ -89,12 +89,12 @@ struct Best {
 };
 
 template <class A, class S>
-void max_planar(const S* x, int64_t channels, int64_t stride, int n, A* to, int32_t* winners) {
+void max_planar(const S* x, int64_t channels, int64_t stride, int n, A* to, int32_t* argmax) {
   constexpr int W = Simd<A>::width;
   typedef int32_t indices __attribute__((vector_size(W * sizeof(int32_t))));
   for (int i = 0; i < n; ++i) {
     to[i] = -1;
-    winners[i] = 0;
+    argmax[i] = 0;
   }
   for (int64_t c = 0; c < channels; c += kAtOnce) {
     const int some = channels - c < kAtOnce ? int(channels - c) : kAtOnce;
@@ -102,21 +102,21 @@ void max_planar(const S* x, int64_t channels, int64_t stride, int n, A* to, int3
       for (int k = 0; k < some; ++k) fetch(x + (c + kAtOnce + k) * stride + i, W);
       Best<A> best;
       indices found = {};
-      std::memcpy(&found, winners + i, lanes * sizeof(int32_t));
+      std::memcpy(&found, argmax + i, lanes * sizeof(int32_t));
       best.value = load_lanes<A>(to + i, lanes, A(0));
       best.channel = __builtin_convertvector(found, mask_t<A>);
       for (int k = 0; k < some; ++k)
         best.see(load_lanes<A>(x + (c + k) * stride + i, lanes, A(0)), mask_t<A>{} + int(c + k));
       store_lanes<A>(best.value, to + i, lanes);
       found = __builtin_convertvector(best.channel, indices);
-      std::memcpy(winners + i, &found, lanes * sizeof(int32_t));
+      std::memcpy(argmax + i, &found, lanes * sizeof(int32_t));
     });
   }
 }
 
 // At a tie between lanes, the lowest channel: never one past the last, whose 0 beats nothing.
 template <class A, class S>
-void max_interleaved(const S* x, int64_t channels, A* to, int32_t* winner) {
+void max_interleaved(const S* x, int64_t channels, A* to, int32_t* argmax) {
   constexpr int W = Simd<A>::width;
   mask_t<A> at;
   for (int k = 0; k < W; ++k) at[k] = k;
@@ -130,19 +130,19 @@ void max_interleaved(const S* x, int64_t channels, A* to, int32_t* winner) {
   const bool any_nan = fold(is_nan, [](auto a, auto b) { return a | b; });
   const mask_t<A> attains = any_nan ? is_nan : best.value == largest;
   const mask_t<A> never = mask_t<A>{} + std::numeric_limits<int32_t>::max();
-  *winner =
+  *argmax =
       int32_t(fold(attains ? best.channel : never, [](auto a, auto b) { return a < b ? a : b; }));
   *to = any_nan ? A(NAN) : largest;
 }
 
 template <class A, class S>
-void max_scattered(const S* x, int64_t channels, int64_t stride, A* to, int32_t* winner) {
+void max_scattered(const S* x, int64_t channels, int64_t stride, A* to, int32_t* argmax) {
   A best = -1;
   for (int64_t c = 0; c < channels; ++c) {
     const A a = std::fabs(A(widen(x[c * stride])));
     if (a > best || (a != a && best == best)) {
       best = a;
-      *winner = int32_t(c);
+      *argmax = int32_t(c);
     }
   }
   *to = best;
@@ -150,22 +150,22 @@ void max_scattered(const S* x, int64_t channels, int64_t stride, A* to, int32_t*
 
 // ---- One chunk of positions of one sample ------------------------------------------------------
 
-// The unnormalised map. `winners` is for max_pow only.
+// The unnormalised map. `argmax` is for max_pow only.
 template <class A, class S, int halves>
 void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, halves>& power,
-               int64_t first, int n, A* to, int32_t* winners) {
+               int64_t first, int n, A* to, int32_t* argmax) {
   const Layout layout = where.layout();
   const int64_t step = where.position_stride;
   if (kind == MapKind::max_pow) {
     if (layout == Layout::planar)
-      max_planar(x + first, where.channels, where.channel_stride, n, to, winners);
+      max_planar(x + first, where.channels, where.channel_stride, n, to, argmax);
     else if (layout == Layout::interleaved)
       for (int i = 0; i < n; ++i)
-        max_interleaved(x + (first + i) * step, where.channels, to + i, winners + i);
+        max_interleaved(x + (first + i) * step, where.channels, to + i, argmax + i);
     else
       for (int i = 0; i < n; ++i)
         max_scattered(x + where.offset(first + i), where.channels, where.channel_stride, to + i,
-                      winners + i);
+                      argmax + i);
     constexpr int W = Simd<A>::width;
     for (int i = 0; i < n; i += W) {
       const int lanes = n - i < W ? n - i : W;
@@ -199,10 +199,10 @@ void map_chunk(const S* x, const Positions& where, MapKind kind, const Power<A, 
 // may begin at any and no plane has an edge.
 template <class A, class S, int halves>
 void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
-                        const Power<A, halves>& power, int64_t begin, int64_t end, bool streams,
-                        const Ahead& ahead) {
+                        const Power<A, halves>& power, int64_t begin, int64_t end,
+                        bool non_temporal, const Ahead& ahead) {
   int64_t position = begin % positions;
-  write_vectors<A>(g + begin, end - begin, streams, [&](int64_t i, auto lanes) {
+  write_vectors<A>(g + begin, end - begin, non_temporal, [&](int64_t i, auto lanes) {
     ahead.step((begin + i) * int64_t(sizeof(S)));
     const auto gradient = load_lanes<A>(slopes + position, lanes, A(0)) *
                           power.derivative(load_lanes<A>(x + begin + i, lanes, A(0)));
@@ -216,7 +216,7 @@ void gradient_of_planes(const S* x, S* g, const A* slopes, int64_t positions,
 template <class A, class S, int halves>
 void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to,
                     const Power<A, halves>& power, int64_t first, int n, const A* slopes,
-                    bool streams, const Ahead& ahead) {
+                    bool non_temporal, const Ahead& ahead) {
   const Layout layout = from.layout() == to.layout() ? from.layout() : Layout::scattered;
   const int64_t channels = from.channels;
   if (layout == Layout::planar) {
@@ -232,14 +232,14 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
   } else if (layout == Layout::interleaved) {
     // Every position begins where a vector may be streamed to, or none is.
     const int64_t step = to.count > 1 ? to.position_stride : channels;
-    streams = streams && step % All<A>::value == 0 && until_aligned<A>(g, 1) == 0;
+    non_temporal = non_temporal && step % All<A>::value == 0 && until_aligned<A>(g, 1) == 0;
     for (int i = 0; i < n; ++i) {
       const S* source = x + (first + i) * from.position_stride;
       S* target = g + (first + i) * to.position_stride;
       over_vectors<A>(channels, [&](int64_t c, auto lanes) {
         ahead.step(((first + i) * channels + c) * int64_t(sizeof(S)));
         const auto gradient = slopes[i] * power.derivative(load_lanes<A>(source + c, lanes, A(0)));
-        if (streams && lanes == All<A>::value)
+        if (non_temporal && lanes == All<A>::value)
           stream(gradient, target + c);
         else
           store_lanes<A>(gradient, target + c, lanes);
@@ -257,20 +257,20 @@ void gradient_chunk(const S* x, const Positions& from, S* g, const Positions& to
   }
 }
 
-// Of one sample of max_pow: from slopes by the map to slopes by the winning features.
+// Of one sample of max_pow: from slopes by the map to slopes by the features at the argmax.
 template <class A, class S, int halves>
-void slopes_of_winners(const S* x, const Positions& where, const Power<A, halves>& power, A* slopes,
-                       const int32_t* winners) {
+void slopes_at_argmax(const S* x, const Positions& where, const Power<A, halves>& power, A* slopes,
+                      const int32_t* argmax) {
   for (int64_t i = 0; i < where.count; ++i) {
-    const A value = A(widen(x[where.offset(i) + winners[i] * where.channel_stride]));
+    const A value = A(widen(x[where.offset(i) + argmax[i] * where.channel_stride]));
     slopes[i] *= power.derivative(splat<A>(value))[0];
   }
 }
 
-// One chunk of positions of max_pow: all goes to the winners.
+// One chunk of positions of max_pow: all goes to the feature at the argmax.
 template <class A, class S>
-void gradient_of_winners(S* g, const Positions& to, int64_t first, int n, const A* slopes,
-                         const int32_t* winners) {
+void gradient_at_argmax(S* g, const Positions& to, int64_t first, int n, const A* slopes,
+                        const int32_t* argmax) {
   const bool planar = to.layout() == Layout::planar;
   // Zeros first, along whichever of channels and positions lies side by side.
   for (int64_t c = 0; planar && c < to.channels; ++c)
@@ -281,7 +281,7 @@ void gradient_of_winners(S* g, const Positions& to, int64_t first, int n, const 
       std::memset(target, 0, to.channels * sizeof(S));
     else if (!planar)
       for (int64_t c = 0; c < to.channels; ++c) narrow(A(0), target + c * to.channel_stride);
-    narrow(slopes[i], target + winners[i] * to.channel_stride);
+    narrow(slopes[i], target + argmax[i] * to.channel_stride);
   }
 }
 

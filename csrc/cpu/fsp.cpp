@@ -100,7 +100,7 @@ struct Shape {
         channels(features.sizes[1]),
         rows(features.sizes[2], pooled.sizes[2]),
         columns(features.sizes[3], pooled.sizes[3]) {}
-  // Where the maxima and the winners of a row of bins begin.
+  // Where the maxima and the argmax of a row of bins begin.
   int64_t bins(int64_t b, int64_t channel, int64_t i) const {
     return ((b * channels + channel) * rows.count + i) * columns.count;
   }
@@ -108,7 +108,7 @@ struct Shape {
 
 // One channel of a sample, some rows of bins at a time.
 template <class S, class A>
-void pool_plane(const Tensor& features, A* pooled, int32_t* winners, const Shape& shape, int64_t b,
+void pool_plane(const Tensor& features, A* pooled, int32_t* argmax, const Shape& shape, int64_t b,
                 int64_t channel) {
   const Bins &rows = shape.rows, &columns = shape.columns;
   const int64_t group = (thresholds.bins + columns.count - 1) / columns.count;
@@ -127,10 +127,10 @@ void pool_plane(const Tensor& features, A* pooled, int32_t* winners, const Shape
       }
     const int64_t to = shape.bins(b, channel, first);
     for (int64_t i = 0; i < count * columns.count; ++i) pooled[to + i] = best.values[i];
-    for (int64_t i = 0; winners != nullptr && i < count; ++i)
+    for (int64_t i = 0; argmax != nullptr && i < count; ++i)
       for (int64_t j = 0; j < columns.count; ++j) {
         const int64_t k = i * columns.count + j;
-        winners[to + k] =
+        argmax[to + k] =
             best.places[k] + int32_t(rows.begin(first + i) * columns.size + columns.begin(j));
       }
   }
@@ -138,7 +138,7 @@ void pool_plane(const Tensor& features, A* pooled, int32_t* winners, const Shape
 
 // A row of bins of a sample, all channels.
 template <class A>
-void pool_row(const Tensor& features, A* pooled, int32_t* winners, const Shape& shape, int64_t b,
+void pool_row(const Tensor& features, A* pooled, int32_t* argmax, const Shape& shape, int64_t b,
               int64_t i) {
   const int64_t n = shape.channels;
   const Best<A> best(n);
@@ -153,12 +153,12 @@ void pool_row(const Tensor& features, A* pooled, int32_t* winners, const Shape& 
       }
     for (int64_t k = 0; k < n; ++k) {
       pooled[shape.bins(b, k, i) + j] = best.values[k];
-      if (winners != nullptr) winners[shape.bins(b, k, i) + j] = best.places[k];
+      if (argmax != nullptr) argmax[shape.bins(b, k, i) + j] = best.places[k];
     }
   }
 }
 
-void pool(const Tensor& features, const Tensor& pooled, int32_t* winners, int available) {
+void pool(const Tensor& features, const Tensor& pooled, int32_t* argmax, int available) {
   const Shape shape(features, pooled);
   const int threads = threads_for(features.numel(), available);
   const bool across = is_channels_last(features);
@@ -167,14 +167,14 @@ void pool(const Tensor& features, const Tensor& pooled, int32_t* winners, int av
     using S = std::remove_pointer_t<decltype(storage)>;
     using A = decltype(widen(S()));
     parallel_for(shape.batch * parts, threads, [&](int64_t work) {
-      (across ? pool_row<A> : pool_plane<S, A>)(features, at<A>(pooled, 0), winners, shape,
+      (across ? pool_row<A> : pool_plane<S, A>)(features, at<A>(pooled, 0), argmax, shape,
                                                 work / parts, work % parts);
     });
   });
 }
 
 template <class A>
-void unpool_as(const Tensor& grad_output, const int32_t* winners, const Tensor& gradient,
+void unpool_as(const Tensor& grad_output, const int32_t* argmax, const Tensor& gradient,
                int available) {
   const Shape shape(gradient, grad_output);
   const int64_t rows = shape.rows.size, columns = shape.columns.size;
@@ -188,7 +188,7 @@ void unpool_as(const Tensor& grad_output, const int32_t* winners, const Tensor& 
     std::fill(sums, sums + rows * columns * count, A(0));
     for (int64_t k = 0; k < count; ++k)
       for (int64_t i = 0; i < shape.rows.count; ++i) {
-        const int32_t* won = winners + shape.bins(b, first + k, i);
+        const int32_t* won = argmax + shape.bins(b, first + k, i);
         const A* from = at<A>(grad_output, offset_of(grad_output, b, first + k, i, 0));
         for (int64_t j = 0; j < shape.columns.count; ++j)
           sums[won[j] * count + k] += from[j * grad_output.strides[3]];
@@ -205,10 +205,9 @@ void unpool_as(const Tensor& grad_output, const int32_t* winners, const Tensor& 
   });
 }
 
-void unpool(const Tensor& grad_output, const int32_t* winners, const Tensor& gradient,
-            int threads) {
+void unpool(const Tensor& grad_output, const int32_t* argmax, const Tensor& gradient, int threads) {
   const bool in_double = grad_output.dtype == DType::f64;
-  (in_double ? unpool_as<double> : unpool_as<float>)(grad_output, winners, gradient, threads);
+  (in_double ? unpool_as<double> : unpool_as<float>)(grad_output, argmax, gradient, threads);
 }
 
 }  // namespace

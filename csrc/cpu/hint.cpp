@@ -57,7 +57,7 @@ struct Runs {
 // coefficient · (student − teacher) where `write`.
 template <class A, class S, class T, class G>
 inline vec_t<A> squares(const S* s, const T* t, G* g, int n, A coefficient, bool write,
-                        bool streams) {
+                        bool non_temporal) {
   constexpr int W = Simd<A>::width;
   vec_t<A> first = {}, second = {};
   const auto some = [&](int i, int lanes) {
@@ -66,13 +66,13 @@ inline vec_t<A> squares(const S* s, const T* t, G* g, int n, A coefficient, bool
     if (write) store_part(a * coefficient, g + i, lanes);
   };
   int i = 0;
-  if (streams) some(0, i = until_aligned<A>(g, n));
+  if (non_temporal) some(0, i = until_aligned<A>(g, n));
   for (; i + 2 * W <= n; i += 2 * W) {
     const auto a = load_as<A>(s + i) - load_as<A>(t + i);
     const auto b = load_as<A>(s + i + W) - load_as<A>(t + i + W);
     first += a * a;
     second += b * b;
-    if (streams) {
+    if (non_temporal) {
       stream(a * coefficient, g + i);
       stream(b * coefficient, g + i + W);
     } else if (write) {
@@ -111,7 +111,7 @@ double stretch(const Tensor& student, const Tensor& teacher, const Tensor* gradi
     using T = std::remove_pointer_t<decltype(other)>;
     S* g = gradient ? at<S>(*gradient, offset[2]) : nullptr;
     total = sum<A>(squares(at<S>(student, offset[0]), at<T>(teacher, offset[1]), g, n, coefficient,
-                           gradient != nullptr, gradient && gradient->streams));
+                           gradient != nullptr, gradient && gradient->non_temporal));
   };
   if (contiguous && with_storages<A>(student.dtype, teacher.dtype, in_place)) return total;
   alignas(64) A s[kMostStretch], t[kMostStretch], g[kMostStretch];

@@ -28,18 +28,18 @@ struct SoftTargetKernels {
 };
 
 struct AttentionKernels {
-  // The unnormalised map (B, positions), and the winning channels of max_pow.
-  void (*map)(const Tensor& features, const Tensor& raw, int32_t* winners, const MapParameters& p,
+  // The unnormalised map (B, positions), and the argmax over channels of max_pow.
+  void (*map)(const Tensor& features, const Tensor& raw, int32_t* argmax, const MapParameters& p,
               int threads);
   // losses: one per sample. Slopes of the teacher and the gradient may be absent. Those of max_pow
-  // are by the winning features.
+  // are by the features at the argmax.
   void (*transfer)(const Tensor& student, const Tensor& teacher, double* losses,
-                   const Tensor& student_slopes, int32_t* student_winners,
-                   const Tensor& teacher_slopes, int32_t* teacher_winners, const Tensor& gradient,
+                   const Tensor& student_slopes, int32_t* student_argmax,
+                   const Tensor& teacher_slopes, int32_t* teacher_argmax, const Tensor& gradient,
                    const TransferParameters& transfer, const MapParameters& p, int threads);
-  // grad_output is a scalar, or one per sample. With winners the features are not read.
+  // grad_output is a scalar, or one per sample. With an argmax the features are not read.
   void (*backward)(const Tensor& grad_output, const Tensor& features, const Tensor& slopes,
-                   const int32_t* winners, const Tensor& gradient, const MapParameters& p,
+                   const int32_t* argmax, const Tensor& gradient, const MapParameters& p,
                    int threads);
 };
 
@@ -74,8 +74,8 @@ struct SimilarityKernels {
 // The maxima, contiguous, of bins of a layer's positions; and where in their plane they were, which
 // may be absent.
 struct FspKernels {
-  void (*pool)(const Tensor& features, const Tensor& pooled, int32_t* winners, int threads);
-  void (*unpool)(const Tensor& grad_output, const int32_t* winners, const Tensor& gradient,
+  void (*pool)(const Tensor& features, const Tensor& pooled, int32_t* argmax, int threads);
+  void (*unpool)(const Tensor& grad_output, const int32_t* argmax, const Tensor& gradient,
                  int threads);
 };
 

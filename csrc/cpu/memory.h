@@ -43,7 +43,7 @@ inline void scatter(const A* from, int64_t n, const Tensor& to, int64_t offset, 
       for (int64_t i = 0; i < n; ++i) narrow(from[i], p + i * stride);
       return;
     }
-    write_vectors<A>(p, n, to.streams,
+    write_vectors<A>(p, n, to.non_temporal,
                      [&](int64_t i, auto lanes) { return load_lanes<A>(from + i, lanes, A(0)); });
   });
 }

@@ -24,7 +24,7 @@ int64_t bytes_of(const Tensor& t) { return t ? t.numel() * size_of(t.dtype) : 0;
 void expect_writing(Tensor& gradient, int64_t total) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.data);
   // Memory that is not aligned to the dtype never is to a vector.
-  gradient.streams =
+  gradient.non_temporal =
       total >= thresholds.past_cache && begin % uintptr_t(size_of(gradient.dtype)) == 0;
 #if defined(__linux__)
   const uintptr_t huge = uintptr_t(thresholds.huge_page);
@@ -64,7 +64,7 @@ Labels check_labels(const Tensor& tensor, const Tensor& logits, const Place& pla
   return {labels, kept};
 }
 
-// Winners are numbered in 32 bits.
+// Argmax are numbered in 32 bits.
 void check_channels(const Tensor& features, const MapParameters& p) {
   const int64_t channels = features.sizes[p.channel_dim + (p.channel_dim < 0 ? features.ndim : 0)];
   if (p.kind == MapKind::max_pow && channels > INT32_MAX)
@@ -125,14 +125,14 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
 }
 
 void attention_map_forward(const Place& place, const Tensor& features, const Tensor& raw,
-                           const Tensor& winners, const MapParameters& p) {
+                           const Tensor& argmax, const MapParameters& p) {
   check_channels(features, p);
-  kernels().attention.map(features, raw, winners.as<int32_t>(), p, place.threads());
+  kernels().attention.map(features, raw, argmax.as<int32_t>(), p, place.threads());
 }
 
 void attention_transfer_forward(const Place& place, const Tensors& students,
                                 const Tensors& teachers, const Tensor& loss, const Tensors& slopes,
-                                const Tensors& winners, const Tensors& gradients, const Tensor&,
+                                const Tensors& argmax, const Tensors& gradients, const Tensor&,
                                 const TransferParameters& transfer, const MapParameters& p) {
   for (const Tensors* side : {&students, &teachers})
     for (const Tensor& features : *side) check_channels(features, p);
@@ -145,8 +145,8 @@ void attention_transfer_forward(const Place& place, const Tensors& students,
   for (size_t j = 0; j < pairs; ++j) {
     const bool both = slopes.size() > pairs;
     kernels().attention.transfer(students[j], teachers[j], losses.data(), slopes[j],
-                                 winners_of(winners, j), both ? slopes[pairs + j] : Tensor{},
-                                 both ? winners_of(winners, pairs + j) : nullptr,
+                                 argmax_of(argmax, j), both ? slopes[pairs + j] : Tensor{},
+                                 both ? argmax_of(argmax, pairs + j) : nullptr,
                                  to.empty() ? Tensor{} : to[j], transfer, p, place.threads());
     for (int64_t b = 0; b < batch; ++b) {
       total += losses[size_t(b)];
@@ -158,7 +158,7 @@ void attention_transfer_forward(const Place& place, const Tensors& students,
 }
 
 void attention_backward(const Place& place, const Tensor& grad_output, const Tensors& features,
-                        const Tensors& slopes, const Tensors& winners, const Tensors& gradients,
+                        const Tensors& slopes, const Tensors& argmax, const Tensors& gradients,
                         const MapParameters& p) {
   Tensors to = gradients;
   expect_writing(to);
@@ -166,7 +166,7 @@ void attention_backward(const Place& place, const Tensor& grad_output, const Ten
   const size_t pairs = grad_output.ndim == 2 ? size_t(grad_output.sizes[0]) : features.size();
   for (size_t j = 0; j < features.size(); ++j)
     kernels().attention.backward(of_pair(grad_output, j, pairs), features[j], slopes[j],
-                                 winners_of(winners, j), to[j], p, place.threads());
+                                 argmax_of(argmax, j), to[j], p, place.threads());
 }
 
 void hint_forward(const Place& place, const Tensors& students, const Tensors& teachers,
@@ -175,7 +175,7 @@ void hint_forward(const Place& place, const Tensors& students, const Tensors& te
   Tensors to = gradients;
   expect_writing(to);
   // A gradient in its student's place is written where the cache has just read.
-  for (size_t j = 0; j < to.size(); ++j) to[j].streams &= to[j].data != students[j].data;
+  for (size_t j = 0; j < to.size(); ++j) to[j].non_temporal &= to[j].data != students[j].data;
   double total = 0;
   for (size_t j = 0; j < students.size(); ++j) {
     const int64_t batch = students[j].sizes[0];
@@ -237,15 +237,15 @@ void similarity(const Place& place, const Tensor& student, const Tensor& teacher
 }
 
 void max_pool(const Place& place, const Tensor& features, const Tensor& pooled,
-              const Tensor& winners) {
-  kernels().fsp.pool(features, pooled, winners.as<int32_t>(), place.threads());
+              const Tensor& argmax) {
+  kernels().fsp.pool(features, pooled, argmax.as<int32_t>(), place.threads());
 }
 
-void max_pool_backward(const Place& place, const Tensor& grad_output, const Tensor& winners,
+void max_pool_backward(const Place& place, const Tensor& grad_output, const Tensor& argmax,
                        const Tensor& gradient) {
   Tensor to = gradient;
   expect_writing(to, bytes_of(to));
-  kernels().fsp.unpool(grad_output, winners.as<int32_t>(), to, place.threads());
+  kernels().fsp.unpool(grad_output, argmax.as<int32_t>(), to, place.threads());
 }
 
 void multiply(const Place& place, const Tensors& gradients, const Tensor& grad_output) {

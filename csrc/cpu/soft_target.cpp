@@ -77,10 +77,10 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
     for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
     for (int i = 0; i < n; i += W) {
       const vec s = load(student + i) * scale - s_shift, t = load(teacher + i) * scale - t_shift;
-      const vec e = a.softened(s), p = a.softened(t), apart = t - s;
+      const vec e = a.exp_soft(s), p = a.exp_soft(t), apart = t - s;
       store(e, es + i);
       store(D::kept(e, p, apart), kept + i);
-      if (k.third) store(a.sharp(s), eh + i);
+      if (k.has_hard) store(a.exp_hard(s), eh + i);
       if (a.to_teacher) {
         const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
         const vec wanted = load(teacher + i) == -INFINITY ? zero : g;

@@ -17,7 +17,7 @@ enum { kStudent, kToStudent, kToTeacher, kTeacher };
 // What brings an exponential from one maximum to another.
 struct Rates {
   double inverse;  // 1 / T, as the exponentials have it
-  bool third;      // the cross-entropy has exponentials of its own, at temperature 1
+  bool has_hard;   // the cross-entropy has exponentials of its own, at temperature 1
 
   static double moving(double from, double to, double rate) {
     return from == to ? 1 : from == -INFINITY ? 0 : std::exp((from - to) * rate);
@@ -37,11 +37,11 @@ struct Arguments {
   const SoftTargetParameters& p;
   const Rows& rows;
   int64_t classes, teachers;
-  bool to_student, to_teacher;     // whether these gradients are wanted
-  const int64_t* labels;           // one a row, or absent
-  const A* grad_output;            // a scalar, or one per row; absent for 1
-  Exp<A> softened, sharp;          // exp(x / T), exp(x), of scaled logits
-  Exp<A> raw_softened, raw_sharp;  // and of logits as they are
+  bool to_student, to_teacher;        // whether these gradients are wanted
+  const int64_t* labels;              // one a row, or absent
+  const A* grad_output;               // a scalar, or one per row; absent for 1
+  Exp<A> exp_soft, exp_hard;          // exp(x / T), exp(x), of scaled logits
+  Exp<A> raw_exp_soft, raw_exp_hard;  // and of logits as they are
   Rates rates;
   double divisor;  // of the reduction
   Weights weights;
@@ -59,11 +59,11 @@ struct Arguments {
         to_teacher(to_teacher),
         labels(of.labels),
         grad_output(grad_output.as<A>()),
-        softened(1 / p.temperature / kLogitScale),
-        sharp(1 / kLogitScale),
-        raw_softened(1 / p.temperature),
-        raw_sharp(1),
-        rates{softened.rate * kLogitScale, labels != nullptr && p.temperature != 1} {
+        exp_soft(1 / p.temperature / kLogitScale),
+        exp_hard(1 / kLogitScale),
+        raw_exp_soft(1 / p.temperature),
+        raw_exp_hard(1),
+        rates{exp_soft.rate * kLogitScale, labels != nullptr && p.temperature != 1} {
     divisor = p.reduction == Reduction::batchmean ? double(of.kept)
               : p.reduction == Reduction::mean    ? double(of.kept) * double(classes)
                                                   : 1;
@@ -82,18 +82,18 @@ struct Arguments {
 
   // The sum of exponentials at temperature 1.
   double hard_sum(double student, double hard) const {
-    return labels == nullptr ? 0 : rates.third ? hard : student;
+    return labels == nullptr ? 0 : rates.has_hard ? hard : student;
   }
 
   template <class F>
   Factors<A, F> factors(SoftFactors<F> soft, F hard, const Weights& by) const {
-    return {rates.third ? soft.student : soft.student + hard,
+    return {rates.has_hard ? soft.student : soft.student + hard,
             soft.teacher,
             hard,
             A(by.hard * p.label_smoothing / double(classes)),
             A(by.hard * (1 - p.label_smoothing)),
             by.soft != 0,
-            rates.third};
+            rates.has_hard};
   }
 
   // The results of a row. Where a label is ignored all are 0.
@@ -139,7 +139,7 @@ struct Exponentials {
   template <class D, class F, class Load>
   auto gradient(const Factors<A, F>& k, const Load& load) const {
     const auto es = load(student);
-    return k.template gradient<D>(es, load(kept), k.third ? load(hard) : decltype(es){});
+    return k.template gradient<D>(es, load(kept), k.has_hard ? load(hard) : decltype(es){});
   }
 };
 

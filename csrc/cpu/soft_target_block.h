@@ -62,8 +62,8 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
   constexpr int W = All<A>::value;
   const A lowest = -INFINITY, scale = A(kLogitScale);
   // Copies, which the stores below cannot change: they stay in registers.
-  const Exp<A> softened = a.raw_softened, sharp = a.raw_sharp;
-  const bool third = a.rates.third, smooths = a.p.label_smoothing > 0;
+  const Exp<A> exp_soft = a.raw_exp_soft, exp_hard = a.raw_exp_hard;
+  const bool has_hard = a.rates.has_hard, smooths = a.p.label_smoothing > 0;
   const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
   const auto step = [&](int i, auto lanes) {
@@ -71,14 +71,14 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
     fetch(teacher + i, W, kAhead);
     const vec s = load_lanes<A>(student + i, lanes, lowest) - s_origin;
     const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_origin;
-    const vec es = softened(s), et = softened(t);
+    const vec es = exp_soft(s), et = exp_soft(t);
     s_sum += es;
     t_sum += et;
     difference += keep<A>(D::term(es, D::kept(es, et, t - s), t - s), lanes);
     store(es, to.student + i);
     store(D::kept(es, et, t * scale - s * scale), to.kept + i);
-    if (third) {
-      const vec eh = sharp(s);
+    if (has_hard) {
+      const vec eh = exp_hard(s);
       hard_sum += eh;
       store(eh, to.hard + i);
     }
@@ -124,9 +124,9 @@ double difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift,
 // The gradient of a block. Flattened, so that what it is made of stays in registers.
 template <class D, class A, class S>
 [[gnu::flatten]] void combine(const Exponentials<A>& from, const Factors<A> k, int n, S* to,
-                              bool streams) {
+                              bool non_temporal) {
   const Exponentials<A> of = from;
-  write_vectors<A>(to, n, streams, [=](int i, auto lanes) {
+  write_vectors<A>(to, n, non_temporal, [=](int i, auto lanes) {
     return of.template gradient<D>(k,
                                    [=](const A* e) { return load_lanes<A>(e + i, lanes, A(0)); });
   });

@@ -33,7 +33,7 @@ void teacher_lanes(A* t, const Arguments<A>& a, double weight, bool is_first, A*
   over_classes(a.classes, [&](int64_t c, int64_t last) {
     vec_t<A> part = {};
     for (; c < last; ++c) {
-      const vec_t<A> e = exponentials_of<A>(load(t + c * W), shift, a.softened);
+      const vec_t<A> e = exponentials_of<A>(load(t + c * W), shift, a.exp_soft);
       part += e;
       store(e, t + c * W);
     }
@@ -75,15 +75,15 @@ void forward_lanes(const Exponentials<A>& of, vec_t<A> teacher_max, const F& tar
     for (; c < last; ++c) {
       const vec logits = load(s + c * W), x = logits * scale - shift;
       const Target<A> y = target(load(t + c * W));
-      const vec es = a.softened(x), apart = y.logits - x, kept = D::kept(es, y.e, apart);
+      const vec es = a.exp_soft(x), apart = y.logits - x, kept = D::kept(es, y.e, apart);
       student += es;
       teacher += y.e;
       difference += term_of<D>(es, kept, apart, logits == -INFINITY, y.is_excluded);
       shifted += x;
       store(es, s + c * W);
       store(kept, t + c * W);
-      if (a.rates.third) {
-        const vec eh = a.sharp(x);
+      if (a.rates.has_hard) {
+        const vec eh = a.exp_hard(x);
         hard += eh;
         store(eh, h + c * W);
       }
@@ -164,7 +164,7 @@ void forward_columns(const Arguments<A>& a, int threads) {
         const vec_t<A> shift = maximum * A(kLogitScale);
         const auto target = [&](vec_t<A> logits) {
           const vec_t<A> y = logits * A(kLogitScale) - shift;
-          return Target<A>{a.softened(y), y, logits == -INFINITY};
+          return Target<A>{a.exp_soft(y), y, logits == -INFINITY};
         };
         forward_lanes<D>(of, maximum, target, a, row + i, lanes);
       } else {

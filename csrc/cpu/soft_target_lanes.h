@@ -27,7 +27,7 @@ Factors<A, vec_t<A>> finish(const Lanes<A>& rows, const Arguments<A>& a, int64_t
   double divergence[W], log_hard[W] = {};
   store(rows.student, student);
   store(rows.teacher, teacher);
-  store(a.rates.third ? rows.hard : rows.student, hard);
+  store(a.rates.has_hard ? rows.hard : rows.student, hard);
   store(rows.difference, difference);
   for (int i = 0; i < W; ++i) {
     const double zs = student[i], zt = teacher[i];

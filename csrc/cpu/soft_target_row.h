@@ -57,7 +57,7 @@ struct RowMemory {
       : blocks((a.classes + width - 1) / width),
         step(keeps ? width : 0),
         capacity(keeps ? blocks * width : width) {
-    const int kept = a.rates.third ? 3 : 2;
+    const int kept = a.rates.has_hard ? 3 : 2;
     exponentials = scratch<A>(kept * capacity + 2 * blocks);
     student_max = exponentials + kept * capacity;
     teacher_max = student_max + blocks;
@@ -103,7 +103,7 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
     const int n = int(a.classes - first < memory.width ? a.classes - first : memory.width);
     const double s_max = memory.student_max[b], t_max = memory.teacher_max[b];
     const double by_s = a.rates.soft(s_max, sums.student_max);
-    const double by_hard = a.rates.third ? a.rates.hard(s_max, sums.student_max) : by_s;
+    const double by_hard = a.rates.has_hard ? a.rates.hard(s_max, sums.student_max) : by_s;
     const auto moved = D::moved(soft, by_s, a.rates.soft(t_max, sums.teacher_max),
                                 moved_apart(s_max, sums.student_max, t_max, sums.teacher_max));
     const Factors<A> k =
@@ -112,7 +112,7 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
     if (stride == 1) {
       with_storage(to.dtype, [&](auto* storage) {
         using S = std::remove_pointer_t<decltype(storage)>;
-        combine<D>(from, k, n, at<S>(to, offset + first), to.streams);
+        combine<D>(from, k, n, at<S>(to, offset + first), to.non_temporal);
       });
     } else {
       combine<D>(from, k, n, computed, false);

@@ -13,7 +13,7 @@ template <class D, class S, class A>
 [[gnu::flatten]] void forward_rows(const Arguments<A>& a, int64_t first, int count) {
   constexpr int W = Simd<A>::width;
   const auto& sides = a.rows.sides;
-  const int n = int(a.classes), kept = a.rates.third ? 3 : 2;
+  const int n = int(a.classes), kept = a.rates.has_hard ? 3 : 2;
   const int64_t capacity = (n + W - 1) / W * W;
   A* memory = scratch<A>(kept * capacity * count);
   const auto exponentials = [&](int i) {
@@ -54,7 +54,7 @@ template <class D, class S, class A>
   lanes.student = sums<A>(student);
   lanes.teacher = sums<A>(teacher);
   lanes.difference = sums<A>(difference);
-  if (a.rates.third) lanes.hard = sums<A>(hard);
+  if (a.rates.has_hard) lanes.hard = sums<A>(hard);
   if (a.p.label_smoothing > 0) lanes.shifted = sums<A>(shifted);
   for (int i = 0; i < count; ++i) {
     if (!std::isfinite(lanes.difference[i]))
@@ -66,7 +66,7 @@ template <class D, class S, class A>
   const auto k = finish<D>(lanes, a, first, count);
   if (!a.to_student) return;
   const Tensor& gradient = *sides[kToStudent].tensor;
-  const auto write = [&](auto third) {
+  const auto write = [&](auto has_hard) {
     for (int i = 0; i < count; ++i) {
       S* to = at<S>(gradient, a.rows.offset(sides[kToStudent], first + i));
       if (a.ignores(first + i)) {
@@ -74,8 +74,8 @@ template <class D, class S, class A>
         continue;
       }
       const Factors<A> of_row{k.student[i], k.teacher[i], k.hard[i], k.smoothing,
-                              k.label,      k.soft,       third};
-      combine<D>(exponentials(i), of_row, n, to, gradient.streams);
+                              k.label,      k.soft,       has_hard};
+      combine<D>(exponentials(i), of_row, n, to, gradient.non_temporal);
       if (a.labels) {
         const int64_t label = a.labels[first + i];
         narrow(label_gradient<D>(exponentials(i), of_row, label), to + label);
@@ -83,7 +83,7 @@ template <class D, class S, class A>
     }
   };
   // A constant, which leaves no branch in a loop over so few classes.
-  k.third ? write(std::true_type{}) : write(std::false_type{});
+  k.has_hard ? write(std::true_type{}) : write(std::false_type{});
 }
 
 }  // namespace fastkd::FASTKD_ISA

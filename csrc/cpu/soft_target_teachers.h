@@ -14,8 +14,8 @@ namespace fastkd::FASTKD_ISA {
 // A teacher's exponentials. Those of a class that it excludes are -0, which sums preserve only
 // where no teacher has anything else: so a class that all exclude is told from one that underflows.
 template <class A>
-vec_t<A> exponentials_of(vec_t<A> logits, vec_t<A> shift, const Exp<A>& softened) {
-  return logits == -INFINITY ? (vec_t<A>)sign_bits<A>() : softened(logits * A(kLogitScale) - shift);
+vec_t<A> exponentials_of(vec_t<A> logits, vec_t<A> shift, const Exp<A>& exp_soft) {
+  return logits == -INFINITY ? (vec_t<A>)sign_bits<A>() : exp_soft(logits * A(kLogitScale) - shift);
 }
 
 // Where every teacher excludes a class.
@@ -63,7 +63,7 @@ struct Part {
 // The exponentials of a teacher's block take the place of the teacher's before, whose `share` goes
 // into the mean. `earlier` is how many came before: none, one, or more.
 template <int earlier, class A, class S>
-Part take_teacher(const S* from, int n, Exp<A> softened, A share, const Exponentials<A>& to) {
+Part take_teacher(const S* from, int n, Exp<A> exp_soft, A share, const Exponentials<A>& to) {
   const A maximum = maximum_of<A>(from, n), by = shift(maximum);
   A *e = to.student, *mean = to.kept;
   vec_t<A> total = {};
@@ -71,7 +71,7 @@ Part take_teacher(const S* from, int n, Exp<A> softened, A share, const Exponent
     if constexpr (earlier == 1) store(load(e + i) * share, mean + i);
     if constexpr (earlier == 2) store(load(mean + i) + load(e + i) * share, mean + i);
     const vec_t<A> logits = load_lanes<A>(from + i, lanes, A(-INFINITY));
-    const vec_t<A> exponential = exponentials_of<A>(logits, splat<A>(by), softened);
+    const vec_t<A> exponential = exponentials_of<A>(logits, splat<A>(by), exp_soft);
     total += exponential;
     store(exponential, e + i);
   });
@@ -85,16 +85,16 @@ RowState<double> take_student(const S* from, int n, const Arguments<A>& a, A sha
                               const Exponentials<A>& to) {
   using vec = vec_t<A>;
   const A maximum = maximum_of<A>(from, n), by = shift(maximum);
-  const Exp<A> softened = a.softened, sharp = a.sharp;
+  const Exp<A> exp_soft = a.exp_soft, exp_hard = a.exp_hard;
   const A scale = A(kLogitScale), temperature = A(1 / a.rates.inverse * kLogitScale);
-  const bool third = a.rates.third, smooths = a.p.label_smoothing > 0;
+  const bool has_hard = a.rates.has_hard, smooths = a.p.label_smoothing > 0;
   const bool has_terms = a.losses || D::kTakesMean;
   A *e = to.student, *mean = to.kept, *hard = to.hard;
   vec sum_e = {}, mass = {}, sum_hard = {}, difference = {}, shifted = {};
   over_vectors<A>(n, [&](int i, auto lanes) {
     const vec logits = load_lanes<A>(from + i, lanes, A(-INFINITY)), s = logits * scale - by;
     const vec u = keep<A>(load(mean + i) + load(e + i) * share, lanes);
-    const vec es = softened(s);
+    const vec es = exp_soft(s);
     mass += u;
     sum_e += es;
     vec kept = u;
@@ -106,8 +106,8 @@ RowState<double> take_student(const S* from, int n, const Arguments<A>& a, A sha
     }
     store(kept, mean + i);
     store(es, e + i);
-    if (third) {
-      const vec eh = sharp(s);
+    if (has_hard) {
+      const vec eh = exp_hard(s);
       sum_hard += eh;
       store(eh, hard + i);
     }
@@ -149,7 +149,7 @@ void mean_row(const Arguments<A>& a, int64_t row) {
       const auto take = m == 0   ? take_teacher<0, A, S>
                         : m == 1 ? take_teacher<1, A, S>
                                  : take_teacher<2, A, S>;
-      const Part part = take(from, n, a.softened, m == 0 ? A(0) : share(b), memory.block(b));
+      const Part part = take(from, n, a.exp_soft, m == 0 ? A(0) : share(b), memory.block(b));
       const double both = part.maximum > highest ? part.maximum : highest;
       total = total * a.rates.soft(highest, both) + part.sum * a.rates.soft(part.maximum, both);
       highest = both;

@@ -279,20 +279,20 @@ inline void over_vectors(I n, const F& f) {
   if (i < n) f(i, int(n - i));
 }
 
-// Writes n elements, f(i, lanes) being the vector that begins at i; past the cache if `streams`,
-// from the first element that may begin a vector there. f is called in order.
+// Writes n elements, f(i, lanes) being the vector that begins at i; past the cache if
+// `non_temporal`, from the first element that may begin a vector there. f is called in order.
 template <class A, class S, class I, class F>
-inline void write_vectors(S* to, I n, bool streams, const F& f) {
+inline void write_vectors(S* to, I n, bool non_temporal, const F& f) {
   constexpr int W = All<A>::value;
   I first = 0;
-  if (streams) {
+  if (non_temporal) {
     const int head = until_aligned<A>(to, int(n < W ? n : W));
     if (head > 0) store_part(f(I(0), head), to, head);
     first = head;
   }
   over_vectors<A>(n - first, [&](I i, auto lanes) {
     const auto v = f(first + i, lanes);
-    if (streams && lanes == W)
+    if (non_temporal && lanes == W)
       stream(v, to + first + i);
     else
       store_lanes<A>(v, to + first + i, lanes);

@@ -20,14 +20,14 @@ namespace {
 constexpr int kStreams = 16;
 constexpr size_t kMostCounters = 8192;
 __device__ unsigned counters_of_streams[kStreams][kMostCounters];
-enum Counter { kTicket, kConcluded, kOfSamples };
+enum Counter { kTicket, kFinalized, kOfSamples };
 enum SampleCounter { kMapsDone, kSumsDone, kPerSample };
 
 constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
 
 struct Shared {
-  MapRoom map;
-  DistanceRoom distance;
+  MapShared map;
+  DistanceShared distance;
   double squares[kMapWarps][1];
   unsigned ticket;
 };
@@ -98,14 +98,14 @@ __device__ void map_unit(const Pair& pair, const Axis* axes, const Work& work, b
   const Pass& pass = pair.maps[side];
   const int64_t first = int64_t(work.sample) * pair.positions;
   A* const kept = reinterpret_cast<A*>(pair.slopes[side]) + first;
-  int32_t* const winners = pair.winners[side];
+  int32_t* const argmax = pair.argmax[side];
   double squares[1] = {};
   fold_unit<A, Fold>(pass, axes, work.sample, work.unit, power, shared.map,
                      [&](uint32_t position, const Fold& fold) {
                        const A map = Fold::map(fold.value, power);
                        kept[position] = is_map ? map : fold.value;
-                       if constexpr (Fold::kHasWinner)
-                         if (winners != nullptr) winners[first + position] = fold.channel;
+                       if constexpr (Fold::kHasArgmax)
+                         if (argmax != nullptr) argmax[first + position] = fold.channel;
                        squares[0] += double(map) * double(map);
                      });
   if (is_map) return;
@@ -118,17 +118,17 @@ __device__ void map_unit(const Pair& pair, const Axis* axes, const Work& work, b
 // Sums of a part; and, where it is the only one, all that follows from them.
 template <class A, class Fold>
 __device__ void distance_unit(const Pair& pair, const Work& work, const Call<A>& call,
-                              const typename Fold::Raise& power, DistanceRoom& room) {
-  const SampleMaps<A, Fold> maps(pair, work.sample, call.transfer, room);
+                              const typename Fold::Raise& power, DistanceShared& shared) {
+  const SampleMaps<A, Fold> maps(pair, work.sample, call.transfer, shared);
   Meeting<A> meets{call.transfer.measure, A(call.transfer.order), A(0)};
   double* const parts = pair.sums + int64_t(work.sample) * pair.parts * kSumCount;
   double largest = 0;
   Sums sums{};
   if (work.stage == kSums) {
     if (meets.measure == Measure::any || meets.measure == Measure::infinity)
-      largest = maps.largest(pair, work.unit, power, room);
+      largest = maps.largest(pair, work.unit, power, shared);
     meets.largest = A(largest);
-    sums = maps.sums(pair, work.unit, power, meets, room);
+    sums = maps.sums(pair, work.unit, power, meets, shared);
     if (pair.parts > 1) {
       if (threadIdx.x > 0) return;
       parts[work.unit * kSumCount] = sums.term;
@@ -163,7 +163,7 @@ __device__ __forceinline__ bool is_last(unsigned* counter, uint32_t all, Shared&
 
 // By the last block that finds slopes.
 template <class A>
-__device__ __forceinline__ void conclude(unsigned* counters, const Call<A>& call, Shared& shared) {
+__device__ __forceinline__ void finalize(unsigned* counters, const Call<A>& call, Shared& shared) {
   const uint32_t all = kOfSamples + kPerSample * call.samples;
   for (uint32_t i = threadIdx.x; i < all; i += kMapThreads) counters[i] = 0;
   if (call.by_sample) return;
@@ -190,7 +190,7 @@ __device__ __forceinline__ void do_work(const Pair& pair, const Axis* axes, cons
              are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
     distance_unit<A, Fold>(pair, work, call, power, shared.distance);
     if (are_sums && pair.parts > 1) return count(done + kSumsDone);
-    if (is_last(counters + kConcluded, call.parts, shared)) conclude(counters, call, shared);
+    if (is_last(counters + kFinalized, call.parts, shared)) finalize(counters, call, shared);
   }
 }
 
@@ -234,9 +234,9 @@ void set_lags(Pair& pair, int64_t blocks) {
 }
 
 // Takes what a call needs out of one piece of memory.
-class Room {
+class Arena {
  public:
-  explicit Room(void* memory) : begin_(static_cast<char*>(memory)) {}
+  explicit Arena(void* memory) : begin_(static_cast<char*>(memory)) {}
   template <class T>
   T* take(int64_t count) {
     const size_t at = used_;
@@ -258,19 +258,19 @@ struct Workspace {
 };
 
 // Laid out by shapes alone.
-Workspace lay_out(Room& room, const Tensors& slopes, size_t pairs) {
+Workspace lay_out(Arena& arena, const Tensors& slopes, size_t pairs) {
   Workspace w;
   int64_t samples = 0;
   for (size_t j = 0; j < pairs; ++j) {
     const int64_t batch = slopes[j].sizes[0], positions = slopes[j].sizes[1];
     samples += batch;
     if (slopes.size() == pairs)
-      w.teachers.push_back(room.take<char>(batch * positions * size_of(slopes[j].dtype)));
-    w.squares.push_back(room.take<double>(batch * 2 * (positions / kLeastPositions + 1)));
-    w.sums.push_back(room.take<double>(batch * (positions / kPart + 1) * kSumCount));
+      w.teachers.push_back(arena.take<char>(batch * positions * size_of(slopes[j].dtype)));
+    w.squares.push_back(arena.take<double>(batch * 2 * (positions / kLeastPositions + 1)));
+    w.sums.push_back(arena.take<double>(batch * (positions / kPart + 1) * kSumCount));
   }
-  w.losses = room.take<double>(samples);
-  w.counters = room.take<unsigned>(int64_t(counters_for(samples)));
+  w.losses = arena.take<double>(samples);
+  w.counters = arena.take<unsigned>(int64_t(counters_for(samples)));
   return w;
 }
 
@@ -312,13 +312,13 @@ void forward(const Plan<Pair>& plan, const Call<A>& call, const MapParameters& p
 }  // namespace
 
 size_t attention_scratch_bytes(const Tensors& slopes, size_t pairs) {
-  Room room(nullptr);
-  lay_out(room, slopes, pairs);
-  return room.used();
+  Arena arena(nullptr);
+  lay_out(arena, slopes, pairs);
+  return arena.used();
 }
 
 void attention_map_forward(const Place& place, const Tensor& features, const Tensor& raw,
-                           const Tensor& winners, const MapParameters& p) {
+                           const Tensor& argmax, const MapParameters& p) {
   if (features.sizes[0] == 0) return;
   const Stream stream(place);
   Plan<Pair> plan;
@@ -326,7 +326,7 @@ void attention_map_forward(const Place& place, const Tensor& features, const Ten
   pair.maps[0] = PassBuilder(features, Tensor{},
                              Cut({features}, p.channel_dim, raw.dtype == DType::f64), plan.axes);
   pair.slopes[0] = raw.data;
-  pair.winners[0] = winners.as<int32_t>();
+  pair.argmax[0] = argmax.as<int32_t>();
   pair.batch = uint32_t(features.sizes[0]);
   pair.positions = pair.maps[0].positions;
   pair.units[kStudentMap] = pair.maps[0].units;
@@ -341,7 +341,7 @@ void attention_map_forward(const Place& place, const Tensor& features, const Ten
 
 void attention_transfer_forward(const Place& place, const Tensors& students,
                                 const Tensors& teachers, const Tensor& loss, const Tensors& slopes,
-                                const Tensors& winners, const Tensors&, const Tensor& scratch,
+                                const Tensors& argmax, const Tensors&, const Tensor& scratch,
                                 const TransferParameters& transfer, const MapParameters& p) {
   const Stream stream(place);
   const size_t pairs = students.size();
@@ -354,8 +354,8 @@ void attention_transfer_forward(const Place& place, const Tensors& students,
   }
   const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
   const Measure measure = measure_of(transfer);
-  Room room(scratch.data);
-  const Workspace workspace = lay_out(room, slopes, pairs);
+  Arena arena(scratch.data);
+  const Workspace workspace = lay_out(arena, slopes, pairs);
   Plan<Pair> plan;
   for (size_t j = 0; j < pairs; ++j) {
     Pair pair{};
@@ -366,8 +366,8 @@ void attention_transfer_forward(const Place& place, const Tensors& students,
     pair.wants_teacher = slopes.size() > pairs;
     pair.slopes[0] = slopes[j].data;
     pair.slopes[1] = pair.wants_teacher ? slopes[pairs + j].data : workspace.teachers[j];
-    pair.winners[0] = winners_of(winners, j);
-    pair.winners[1] = pair.wants_teacher ? winners_of(winners, pairs + j) : nullptr;
+    pair.argmax[0] = argmax_of(argmax, j);
+    pair.argmax[1] = pair.wants_teacher ? argmax_of(argmax, pairs + j) : nullptr;
     pair.squares = workspace.squares[j];
     pair.sums = workspace.sums[j];
     pair.batch = uint32_t(batch);

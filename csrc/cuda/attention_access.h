@@ -143,7 +143,7 @@ template <int N>
 constexpr uint32_t kAtOnce = N > 1 ? 4 : 8;
 
 // What the threads of a block have of a map: float32 of 8 columns each at most, or float64 of one.
-struct MapRoom {
+struct MapShared {
   alignas(double) char values[kMapThreads * 8 * sizeof(float)];
   int channels[kMapThreads * 8];
 };
@@ -152,7 +152,7 @@ struct MapRoom {
 template <int N, class S, class A, class Fold, class Keep>
 __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample,
                                              uint32_t unit, const typename Fold::Raise& power,
-                                             MapRoom& room, const Keep& keep) {
+                                             MapShared& shared, const Keep& keep) {
   const Column column(pass, unit);
   const uint64_t policy = eviction(pass.is_once);
   const uint32_t planes = pass.planes, positions = pass.positions;
@@ -181,15 +181,15 @@ __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes,
     }
   }
   // By groups, and within one as the columns lie.
-  A* const found = reinterpret_cast<A*>(room.values);
+  A* const found = reinterpret_cast<A*>(shared.values);
   const uint32_t row = pass.width * N;
   if (column.first < column.groups) {
     A* const values = found + column.first * row + column.in_unit * N;
-    int* const channels = room.channels + column.first * row + column.in_unit * N;
+    int* const channels = shared.channels + column.first * row + column.in_unit * N;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       values[e] = folds[e].value;
-      if constexpr (Fold::kHasWinner) {
+      if constexpr (Fold::kHasArgmax) {
         const bool saw = folds[e].channel != INT32_MAX;
         const uint32_t plane = planes > 1 ? (column.index * N + e) / positions : 0;
         channels[e] = saw ? folds[e].channel * int(planes) + int(plane) : INT32_MAX;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes,
       for (uint32_t g = 0; g < column.groups; ++g) {
         Fold other;
         other.value = found[g * row + i];
-        if constexpr (Fold::kHasWinner) other.channel = room.channels[g * row + i];
+        if constexpr (Fold::kHasArgmax) other.channel = shared.channels[g * row + i];
         fold.merge(other);
       }
     keep(begin + q, fold);
@@ -255,11 +255,11 @@ __device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uin
   }
 }
 
-// What a position's features are multiplied with, or the winning one is set to.
+// What a position's features are multiplied with, or the one at the argmax is set to.
 template <class A>
 struct Slopes {
   const A* values;  // of the sample
-  const int32_t* winners;
+  const int32_t* argmax;
   A factor;
   __device__ __forceinline__ A at(uint32_t position) const { return values[position] * factor; }
 };
@@ -273,15 +273,15 @@ __device__ __forceinline__ void gradient_of_columns(const Pass& pass, const Axis
   if (column.periods == 0) return;
   const uint32_t planes = pass.planes;
   A of[N];
-  uint32_t winners[N];  // periods
+  uint32_t argmax[N];  // periods
 #pragma unroll
   for (int e = 0; e < N; ++e) {
     const uint32_t plane = planes > 1 ? (column.index * N + e) / pass.positions : 0;
     const uint32_t position = column.index * N + e - plane * pass.positions;
     of[e] = slopes.at(position);
-    if constexpr (Fold::kHasWinner) {
-      const uint32_t from = uint32_t(slopes.winners[position]) - plane, period = from / planes;
-      winners[e] = period * planes == from ? period : UINT32_MAX;
+    if constexpr (Fold::kHasArgmax) {
+      const uint32_t from = uint32_t(slopes.argmax[position]) - plane, period = from / planes;
+      argmax[e] = period * planes == from ? period : UINT32_MAX;
     }
   }
   int64_t start[2];
@@ -294,7 +294,7 @@ __device__ __forceinline__ void gradient_of_columns(const Pass& pass, const Axis
   const int64_t g_step = column.groups * planes * pass.channel[1];
   for (uint32_t k = column.first; k < column.periods; k += kAtOnce<N> * column.groups) {
     Raw<S, N> raw[kAtOnce<N>];
-    if constexpr (!Fold::kHasWinner) {
+    if constexpr (!Fold::kHasArgmax) {
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
         if (k + i * column.groups < column.periods) raw[i].fetch(x);
@@ -305,11 +305,11 @@ __device__ __forceinline__ void gradient_of_columns(const Pass& pass, const Axis
     for (uint32_t i = 0; i < kAtOnce<N>; ++i) {
       const uint32_t at = k + i * column.groups;
       A values[N];
-      if constexpr (!Fold::kHasWinner) raw[i].widen_to(values, x);
+      if constexpr (!Fold::kHasArgmax) raw[i].widen_to(values, x);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        if constexpr (Fold::kHasWinner)
-          values[e] = at == winners[e] ? of[e] : A(0);
+        if constexpr (Fold::kHasArgmax)
+          values[e] = at == argmax[e] ? of[e] : A(0);
         else
           values[e] = of[e] * power.derivative(values[e]);
       }
@@ -330,13 +330,13 @@ __device__ __forceinline__ void gradient_of_rows(const Pass& pass, uint32_t samp
   for (uint32_t first = unit * pass.width + threadIdx.x / lanes; first < end;
        first += kRows * slots) {
     A of[kRows];
-    uint32_t winners[kRows];
+    uint32_t argmax[kRows];
 #pragma unroll
     for (uint32_t i = 0; i < kRows; ++i) {
       const uint32_t position = first + i * slots;
       if (position >= end) continue;
       of[i] = slopes.at(position);
-      if constexpr (Fold::kHasWinner) winners[i] = uint32_t(slopes.winners[position]);
+      if constexpr (Fold::kHasArgmax) argmax[i] = uint32_t(slopes.argmax[position]);
     }
     const Cells<S> x_row(pass.data[0], pass.dtype,
                          sample * pass.sample[0] + first * pass.position[0]);
@@ -345,7 +345,7 @@ __device__ __forceinline__ void gradient_of_rows(const Pass& pass, uint32_t samp
     for (uint32_t c = lane * N; c < channels; c += lanes * N) {
       Raw<S, N> raw[kRows];
       Cells<S> x = x_row.from(c), g = g_row.from(c);
-      if constexpr (!Fold::kHasWinner) {
+      if constexpr (!Fold::kHasArgmax) {
 #pragma unroll
         for (uint32_t i = 0; i < kRows; ++i) {
           if (first + i * slots < end) raw[i].fetch(x);
@@ -355,11 +355,11 @@ __device__ __forceinline__ void gradient_of_rows(const Pass& pass, uint32_t samp
 #pragma unroll
       for (uint32_t i = 0; i < kRows; ++i) {
         A values[N];
-        if constexpr (!Fold::kHasWinner) raw[i].widen_to(values, x);
+        if constexpr (!Fold::kHasArgmax) raw[i].widen_to(values, x);
 #pragma unroll
         for (int e = 0; e < N; ++e) {
-          if constexpr (Fold::kHasWinner)
-            values[e] = c + e == winners[i] ? of[i] : A(0);
+          if constexpr (Fold::kHasArgmax)
+            values[e] = c + e == argmax[i] ? of[i] : A(0);
           else
             values[e] = of[i] * power.derivative(values[e]);
         }
@@ -393,12 +393,12 @@ __device__ __forceinline__ void with_accesses(const Pass& pass, const F& f) {
 template <class A, class Fold, class Keep>
 __device__ __forceinline__ void fold_unit(const Pass& pass, const Axis* axes, uint32_t sample,
                                           uint32_t unit, const typename Fold::Raise& power,
-                                          MapRoom& room, const Keep& keep) {
+                                          MapShared& shared, const Keep& keep) {
   with_accesses<A>(pass, [&](auto* storage, auto length) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int N = decltype(length)::value;
     if (pass.access == Access::planes)
-      fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, room, keep);
+      fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, shared, keep);
     else
       fold_rows<N, S, A, Fold>(pass, sample, unit, power, keep);
   });

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
   const uint32_t sample = (unit - side.first_unit) / side.gradient.units;
   const int64_t first = int64_t(sample) * side.gradient.positions;
   const Slopes<A> slopes{reinterpret_cast<const A*>(side.slopes) + first,
-                         Fold::kHasWinner ? side.winners + first : nullptr,
+                         Fold::kHasArgmax ? side.argmax + first : nullptr,
                          grad_output[by_sample ? side.first_row + sample : 0]};
   gradient_unit<A, Fold>(side.gradient, table.axes, sample,
                          unit - side.first_unit - sample * side.gradient.units, power, slopes);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
 }  // namespace
 
 void attention_backward(const Place& place, const Tensor& grad_output, const Tensors& features,
-                        const Tensors& slopes, const Tensors& winners, const Tensors& gradients,
+                        const Tensors& slopes, const Tensors& argmax, const Tensors& gradients,
                         const MapParameters& p) {
   const int64_t batch = features[0].sizes[0];
   if (batch == 0) return;
@@ -44,10 +44,10 @@ void attention_backward(const Place& place, const Tensor& grad_output, const Ten
   Plan<Side> plan;
   for (size_t j = 0; j < features.size(); ++j) {
     Side side{};
-    // The winners' features are not read: the gradient's layout alone decides.
+    // The features at the argmax are not read: the gradient's layout alone decides.
     side.gradient = PassBuilder(is_max ? gradients[j] : features[j], gradients[j], cut, plan.axes);
     side.slopes = slopes[j].data;
-    side.winners = winners_of(winners, j);
+    side.argmax = argmax_of(argmax, j);
     side.first_row = uint32_t(j % pairs * size_t(batch));
     plan.add(side, uint64_t(batch) * side.gradient.units);
   }

@@ -21,7 +21,7 @@ struct Transfer {
   double order, beta, scale, eps;  // scale: of a sample in the loss
 };
 
-struct DistanceRoom {
+struct DistanceShared {
   double warps[kMapWarps][kSumCount];
   double largest[kMapWarps];
 };
@@ -125,20 +125,21 @@ struct SampleMaps {
   using Raise = typename Fold::Raise;
   Normalised<A, Fold> student, teacher;
 
-  __device__ SampleMaps(const Pair& pair, uint32_t sample, const Transfer& p, DistanceRoom& room)
-      : SampleMaps(pair, sample, p, norms(pair, sample, room)) {}
+  __device__ SampleMaps(const Pair& pair, uint32_t sample, const Transfer& p,
+                        DistanceShared& shared)
+      : SampleMaps(pair, sample, p, norms(pair, sample, shared)) {}
 
   __device__ double largest(const Pair& pair, uint32_t part, const Raise& power,
-                            DistanceRoom& room) const {
+                            DistanceShared& shared) const {
     double found = 0;
     over_part(pair, part, [&](uint32_t i) {
       found = larger(found, double(magnitude(student.at(i, power) - teacher.at(i, power))));
     });
-    return block_largest(found, room.largest);
+    return block_largest(found, shared.largest);
   }
 
   __device__ Sums sums(const Pair& pair, uint32_t part, const Raise& power, const Meeting<A>& meets,
-                       DistanceRoom& room) const {
+                       DistanceShared& shared) const {
     double found[kSumCount] = {};
     over_part(pair, part, [&](uint32_t i) {
       const A s = student.at(i, power), t = teacher.at(i, power);
@@ -147,7 +148,7 @@ struct SampleMaps {
       found[1] += double(s) * double(u);
       found[2] += double(t) * double(u);
     });
-    block_sums(found, room.warps);
+    block_sums(found, shared.warps);
     return {found[0], found[1], found[2]};
   }
 
@@ -180,7 +181,7 @@ struct SampleMaps {
     return reinterpret_cast<A*>(pair.slopes[side]) + int64_t(sample) * pair.positions;
   }
 
-  __device__ static Norms norms(const Pair& pair, uint32_t sample, DistanceRoom& room) {
+  __device__ static Norms norms(const Pair& pair, uint32_t sample, DistanceShared& shared) {
     const uint32_t of_student = pair.units[kStudentMap];
     const uint32_t all = of_student + pair.units[kTeacherMap];
     const double* const squares = pair.squares + int64_t(sample) * all;
@@ -190,7 +191,7 @@ struct SampleMaps {
       found[0] += i < of_student ? squares[i] : 0;
       found[1] += i < of_student ? 0 : squares[i];
     }
-    block_sums(found, room.warps);
+    block_sums(found, shared.warps);
     return {{sqrt(found[0]), sqrt(found[1])}};
   }
 };

@@ -58,8 +58,8 @@ enum Stage { kStudentMap, kTeacherMap, kSums, kSlopes, kStages };
 
 struct Pair {
   Pass maps[2];
-  char* slopes[2];  // before, the maps; of max_pow, the winning features
-  int32_t* winners[2];
+  char* slopes[2];  // before, the maps; of max_pow, the features at the argmax
+  int32_t* argmax[2];
   double* squares;  // of a map's units, by samples
   double* sums;     // of a map's parts, by samples, if there are several
   uint32_t batch, positions, parts;
@@ -85,7 +85,7 @@ struct Pair {
 struct Side {
   Pass gradient;
   const char* slopes;
-  const int32_t* winners;
+  const int32_t* argmax;
   uint32_t first_unit, last_unit;
   uint32_t first_row;  // in a grad_output of one number a sample
 };

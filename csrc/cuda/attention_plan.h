@@ -12,9 +12,9 @@ template <class Fold>
 constexpr bool kIsCommon = std::is_same_v<typename Fold::Raise, Simple<float>>;
 
 // Blocks on a multiprocessor: 96 registers are left to a thread; or 128, for a call keeps more, and
-// so do winners.
+// so do the argmax.
 template <class Fold>
-constexpr int kBlocksTogether = kIsCommon<Fold> && !Fold::kHasWinner ? 5 : 4;
+constexpr int kBlocksTogether = kIsCommon<Fold> && !Fold::kHasArgmax ? 5 : 4;
 
 template <class Job>
 struct Plan {

@@ -86,7 +86,7 @@ struct General {
 template <class A, class Raise_>
 struct SumOf {
   using Raise = Raise_;
-  static constexpr bool kHasWinner = false;
+  static constexpr bool kHasArgmax = false;
   A value = 0;
 
   __device__ __forceinline__ void see(A x, int, const Raise& power) { value += power(x); }
@@ -105,7 +105,7 @@ struct SumOf {
 template <class A, class Raise_>
 struct LargestOf {
   using Raise = Raise_;
-  static constexpr bool kHasWinner = true;
+  static constexpr bool kHasArgmax = true;
   A value = 0;
   int channel = INT32_MAX;
 

@@ -53,7 +53,7 @@ struct Call {
 
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
   // Whether temperature 1 has exponentials of its own.
-  constexpr bool has_third() const { return labels != nullptr && temperature != 1; }
+  constexpr bool has_hard() const { return labels != nullptr && temperature != 1; }
 };
 
 // exp2, within 2 ulp; what would leave float's normal range is 0.
@@ -80,12 +80,12 @@ __device__ __forceinline__ A shifted(A logit, A shift) {
 template <class A>
 struct Rates {
   A at_temperature, at_one;  // log2(e) / T and log2(e), of scaled logits
-  bool third;
+  bool has_hard;
 
   __device__ explicit Rates(const Call& call)
       : at_temperature(sizeof(A) == 8 ? A(kLog2E / call.temperature / kLogitScale) : A(call.rate)),
         at_one(A(kLog2E / kLogitScale)),
-        third(call.has_third()) {}
+        has_hard(call.has_hard()) {}
 
   __device__ __forceinline__ A exp_soft(A x) const { return exp2_of(x * at_temperature); }
   __device__ __forceinline__ A exp_hard(A x) const { return exp2_of(x * at_one); }

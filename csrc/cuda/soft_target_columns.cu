@@ -72,7 +72,7 @@ struct Columns {
       const float of_student = rates.exp_soft(x);
       es[k * kWarp] = of_student;
       kept[k * kWarp] = add_class<D>(own, x, y, of_student, rates.exp_soft(y));
-      if (rates.third) {
+      if (rates.has_hard) {
         const float of_hard = rates.exp_hard(x);
         own.hard += of_hard;
         eh[k * kWarp] = of_hard;
@@ -111,7 +111,7 @@ struct Columns {
         float g = 0;
         if (by.any)
           g = by.template of_kept<D>(es[k * kWarp], kept[k * kWarp],
-                                     rates.third ? eh[k * kWarp] : 0, k == label);
+                                     rates.has_hard ? eh[k * kWarp] : 0, k == label);
         to.store(k * stride, g);
       });
       return;
@@ -178,7 +178,7 @@ template <class D, class S, class T>
 void launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Stream& stream) {
   constexpr auto kernel = soft_target_columns_kernel<D, S, T>;
   Grid grid{1, kThreads, kHeader<Shared>};
-  const size_t places = size_t(call.classes) * kWarp * sizeof(float) * (call.has_third() ? 3 : 2);
+  const size_t places = size_t(call.classes) * kWarp * sizeof(float) * (call.has_hard() ? 3 : 2);
   const int capacity = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream);
   const bool is_kept = grid.shared_bytes + places <= size_t(capacity);
   if (is_kept) grid.shared_bytes += places;

@@ -95,7 +95,7 @@ struct MergeMeanLanes {
   template <int kLanes>
   __device__ __forceinline__ void over(RowState<A>& row) const {
     move(row, over_lanes_max<kLanes>(row.student_max));
-    add_over_lanes<kLanes>(row, rates.third, with_logits);
+    add_over_lanes<kLanes>(row, rates.has_hard, with_logits);
   }
   __device__ __forceinline__ void move(RowState<A>& row, A to) const {
     const A by = rates.soft(row.student_max, to);
@@ -103,7 +103,7 @@ struct MergeMeanLanes {
                       (shift(to) - shift(row.student_max));
     if (!D::kByTeacher) row.difference *= by;
     row.student *= by;
-    if (rates.third) row.hard *= rates.hard(row.student_max, to);
+    if (rates.has_hard) row.hard *= rates.hard(row.student_max, to);
     row.student_max = to;
   }
 };

@@ -86,7 +86,7 @@ struct Passes {
       for (int k = 0; k < N; ++k) {
         const A below = shifted(x[k], shift(maximum));
         sum += rates.exp_soft(below);
-        if (kIsStudent && rates.third) hard += rates.exp_hard(below);
+        if (kIsStudent && rates.has_hard) hard += rates.exp_hard(below);
         if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes)
           row.logits += double(x[k] * A(kLogitScale));
       }
@@ -150,7 +150,7 @@ struct Passes {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const A x = shifted(s[k], s_shift);
-        const A eh = rates.third ? rates.exp_hard(x) : A(0), es = rates.exp_soft(x);
+        const A eh = rates.has_hard ? rates.exp_hard(x) : A(0), es = rates.exp_soft(x);
         const A kept = add_mean<D>(here, es, p[k], x, rates);
         s[k] = by.template of_kept<D>(es, kept, eh, i + k == label);
       }

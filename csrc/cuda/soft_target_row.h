@@ -24,11 +24,11 @@ __device__ __forceinline__ void over_lanes_sum(A& x) {
 
 // States that are relative to the same maxima; with the sum of logits or without.
 template <int kLanes, class A>
-__device__ __forceinline__ void add_over_lanes(RowState<A>& row, bool third, bool with_logits) {
+__device__ __forceinline__ void add_over_lanes(RowState<A>& row, bool has_hard, bool with_logits) {
   over_lanes_sum<kLanes>(row.student);
   over_lanes_sum<kLanes>(row.teacher);
   over_lanes_sum<kLanes>(row.difference);
-  if (third) over_lanes_sum<kLanes>(row.hard);
+  if (has_hard) over_lanes_sum<kLanes>(row.hard);
   if (with_logits) over_lanes_sum<kLanes>(row.logits);
 }
 
@@ -42,7 +42,7 @@ struct MergeLanes {
   __device__ __forceinline__ void over(RowState<A>& row) const {
     const A student_max = over_lanes_max<kLanes>(row.student_max);
     row.template move<D>(student_max, over_lanes_max<kLanes>(row.teacher_max), rates);
-    add_over_lanes<kLanes>(row, rates.third, with_logits);
+    add_over_lanes<kLanes>(row, rates.has_hard, with_logits);
   }
 };
 
@@ -100,7 +100,7 @@ __device__ __forceinline__ void add(RowState<A>& row, const A (&s)[N], const A (
   for (int k = 0; k < N; ++k) {
     const A x = shifted(s[k], s_shift), y = shifted(t[k], t_shift);
     add_class<D>(these, x, y, rates.exp_soft(x), rates.exp_soft(y));
-    if (rates.third) these.hard += rates.exp_hard(x);
+    if (rates.has_hard) these.hard += rates.exp_hard(x);
     if (with_logits && k >= first && k < last) these.logits += double(s[k] * A(kLogitScale));
   }
   row.take(these);
@@ -119,7 +119,7 @@ __device__ Losses losses_of(RowState<A> row, const Rates<A>& rates, const Call& 
   losses.cross_entropy =
       label == kWrongLabel
           ? double(NAN)
-          : cross_entropy(log(double(rates.third ? row.hard : row.student)) * kLogitScale,
+          : cross_entropy(log(double(rates.has_hard ? row.hard : row.student)) * kLogitScale,
                           double(row.student_max) * kLogitScale, label_logit * kLogitScale,
                           row.logits * call.share, call.smoothing);
   return losses;
@@ -158,9 +158,9 @@ struct RowFactors : Factors<A> {
     this->smoothing = label == kWrongLabel ? A(NAN) : weights.smoothing;
     this->label = weights.label;
     this->soft = weights.soft != 0;
-    this->third = rates.third;
+    this->has_hard = rates.has_hard;
     any = this->soft || weights.hard != 0;
-    if (rates.third)
+    if (rates.has_hard)
       this->hard = weights.hard / row.hard;
     else
       this->student += weights.hard / row.student;
@@ -183,7 +183,7 @@ struct RowFactors : Factors<A> {
                  unit * moved_apart(student_max, row.student_max, teacher_max, row.teacher_max));
     this->student = by.student;
     this->teacher = by.teacher;
-    if (rates.third) this->hard *= rates.hard(student_max, row.student_max);
+    if (rates.has_hard) this->hard *= rates.hard(student_max, row.student_max);
   }
 
   // The gradient of a class from what was kept of it, or from its logits relative to the maxima.
@@ -197,7 +197,7 @@ struct RowFactors : Factors<A> {
     if (!any) return 0;
     const A es = rates.exp_soft(x);
     const A kept = this->soft ? D::kept(es, rates.exp_soft(y), y - x) : A(0);
-    return of_kept<D>(es, kept, rates.third ? rates.exp_hard(x) : A(0), is_label);
+    return of_kept<D>(es, kept, rates.has_hard ? rates.exp_hard(x) : A(0), is_label);
   }
 };
 

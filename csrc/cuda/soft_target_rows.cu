@@ -15,8 +15,8 @@ struct Shared : TeamShared {
   double logits[kMostWarps];  // for label smoothing
 };
 
-// A stage has the vectors of both sides. The third exponentials take the place of what was
-// computed.
+// A stage has the vectors of both sides. The exponentials at temperature 1 take the place of what
+// was computed.
 template <class S, class T>
 constexpr int kPlanes = planes_of<S>(kVector<S, T>) + planes_of<T>(kVector<S, T>);
 
@@ -35,7 +35,7 @@ struct Rows {
   const bool with_logits;
 
   __device__ __forceinline__ Stage stage(int which) const {
-    return team.stage(rates.third ? which : 0);
+    return team.stage(rates.has_hard ? which : 0);
   }
   __device__ __forceinline__ static Stage of_student(const Stage& stage, int v) {
     return stage.plane(v * kPlanes<S, T>);
@@ -69,7 +69,7 @@ struct Rows {
 #pragma unroll 1
     for (int v = 0; v < V; ++v) {
       if (v * team.threads + team.thread < team.vectors_here()) continue;
-      for (int which = 0; which < (rates.third ? 2 : 1); ++which)
+      for (int which = 0; which < (rates.has_hard ? 2 : 1); ++which)
         fetch_elements(team.stage(which), v, Start<>{}, 0, 0);
     }
   }
@@ -99,14 +99,14 @@ struct Rows {
       const double logits = warp_sum(team.sum_of(s, start_of<N>(call, row).phase));
       if (team.lane == 0) shared.logits[team.warp] = logits;
     }
-    if (rates.third) own.hard = team.exp_hard(s, s_shift, rates, at);
+    if (rates.has_hard) own.hard = team.exp_hard(s, s_shift, rates, at);
 #pragma unroll
     for (int j = 0; j < V * N; ++j) {
       const float x = shifted(s[j], s_shift), y = shifted(t[j], t_shift);
       s[j] = rates.exp_soft(x);
       t[j] = add_class<D>(own, x, y, s[j], rates.exp_soft(y));
     }
-    add_over_lanes<kWarp>(own, rates.third, false);
+    add_over_lanes<kWarp>(own, rates.has_hard, false);
     if (team.lane == 0 && with_logits) own.logits = shared.logits[team.warp];
     return own;
   }

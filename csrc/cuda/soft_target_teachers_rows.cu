@@ -122,7 +122,7 @@ struct Rows {
     own.student_max = max_of(s);
     const float s_shift = shift(own.student_max);
     if (with_logits) own.logits = team.sum_of(s, start_of(row).phase);
-    if (rates.third) own.hard = team.exp_hard(s, s_shift, rates, team.stage(1));
+    if (rates.has_hard) own.hard = team.exp_hard(s, s_shift, rates, team.stage(1));
 #pragma unroll
     for (int j = 0; j < V * N; ++j) {
       const float x = shifted(s[j], s_shift);
@@ -130,7 +130,7 @@ struct Rows {
       own.student += s[j];
       p[j] = add_mean<D>(own, s[j], p[j], x, rates);
     }
-    add_over_lanes<kWarp>(own, rates.third, with_logits);
+    add_over_lanes<kWarp>(own, rates.has_hard, with_logits);
     return own;
   }
   __device__ __forceinline__ void emit(uint32_t row, const RowState<float>& state, float own_max,

@@ -215,7 +215,7 @@ struct Team {
                                                  const RowFactors<float>& by, int label) const {
     over_vectors(start.phase, [&](int v, int i) {
       float g[N] = {};
-      if (by.third) of_hard.plane(v * kPlanes).template load_to<float, N>(DType::f32, g);
+      if (by.has_hard) of_hard.plane(v * kPlanes).template load_to<float, N>(DType::f32, g);
 #pragma unroll
       for (int k = 0; k < N; ++k)
         g[k] = by.template gradient<D>(es[v * N + k], kept[v * N + k], g[k]);
@@ -242,7 +242,7 @@ bool launch_team(void (*kernel)(C, Share, Tickets), const C& argument, const Cal
   if (of_block > int64_t(kScope == Scope::warp ? kWarp : threads) * V) return false;
   if (kScope != Scope::warp) threads = int((of_block + V * kWarp - 1) / (V * kWarp)) * kWarp;
   const size_t stage = size_t(threads) * V * kPlanes * kAccess;
-  Grid grid{1, threads, kHeader<Shared> + (call.has_third() ? 2 : 1) * stage, cluster};
+  Grid grid{1, threads, kHeader<Shared> + (call.has_hard() ? 2 : 1) * stage, cluster};
   const int64_t resident = resident_clusters(kernel, grid, stream);
   if (resident == 0) return false;
   const int64_t teams = kScope == Scope::warp ? threads / kWarp : 1;

@@ -71,9 +71,9 @@ def soft_target_backward(
     )
 
 
-def attention_map_forward(features: Tensor, raw: Tensor, winners: Tensor, p: Map) -> None:
-    """Fill the unnormalised map, and the winners of max_pow."""
-    loaded().attention_map_forward(place_of(raw), features, raw, winners, struct_of(p))
+def attention_map_forward(features: Tensor, raw: Tensor, argmax: Tensor, p: Map) -> None:
+    """Fill the unnormalised map, and the argmax of max_pow."""
+    loaded().attention_map_forward(place_of(raw), features, raw, argmax, struct_of(p))
 
 
 def attention_transfer_forward(
@@ -81,15 +81,15 @@ def attention_transfer_forward(
     teachers: Sequence[Tensor],
     loss: Tensor,
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     gradients: Sequence[Tensor],
     transfer: Transfer,
     p: Map,
 ) -> None:
-    """Fill the loss, slopes and winners, and the gradients if there are any."""
+    """Fill the loss, slopes and argmax, and the gradients if there are any."""
     place = place_of(loss)
     memory = scratch(place, loss, "attention", slopes, len(students))
-    outputs = loss, slopes, winners, gradients
+    outputs = loss, slopes, argmax, gradients
     loaded().attention_transfer_forward(
         place, students, teachers, *outputs, memory, struct_of(transfer), struct_of(p)
     )
@@ -99,7 +99,7 @@ def attention_backward(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: Map,
 ) -> None:
@@ -107,7 +107,7 @@ def attention_backward(
     grad_output = as_buffer(grad_output, slopes[0].dtype)
     place = place_of(grad_output)
     loaded().attention_backward(
-        place, grad_output, features, slopes, winners, gradients, struct_of(p)
+        place, grad_output, features, slopes, argmax, gradients, struct_of(p)
     )
 
 
@@ -175,15 +175,15 @@ def similarity(student: Tensor, teacher: Tensor, loss: Tensor, slopes: Tensor | 
     loaded().similarity(place, student, teacher, loss, slopes, memory)
 
 
-def max_pool(features: Tensor, pooled: Tensor, winners: Tensor | None) -> None:
+def max_pool(features: Tensor, pooled: Tensor, argmax: Tensor | None) -> None:
     """Fill the maxima of as many bins as `pooled` has positions, and where they were if wanted."""
-    loaded().max_pool(place_of(features), features, pooled, winners)
+    loaded().max_pool(place_of(features), features, pooled, argmax)
 
 
-def max_pool_backward(grad_output: Tensor, winners: Tensor, gradient: Tensor) -> None:
-    """Fill the gradient of the features that `winners` were among."""
+def max_pool_backward(grad_output: Tensor, argmax: Tensor, gradient: Tensor) -> None:
+    """Fill the gradient of the features that were pooled."""
     grad_output = grad_output.to(compute_dtype(gradient))
-    loaded().max_pool_backward(place_of(gradient), grad_output, winners, gradient)
+    loaded().max_pool_backward(place_of(gradient), grad_output, argmax, gradient)
 
 
 def multiply(gradients: Sequence[Tensor], grad_output: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Forward reads each feature map once and keeps its *slopes*: the loss's derivative with respect to
 each position of the unnormalised map, `(B, positions)`. Backward turns slopes into the features'
-gradient with one more read. `max_pow` keeps the winning channel of each position as well, and its
-slopes are by the winning features: backward then reads no features.
+gradient with one more read. `max_pow` keeps the argmax over channels of each position as well, and
+its slopes are by the features at the argmax: backward then reads no features.
 """
 
 import math
@@ -37,7 +37,7 @@ _MAP, _TRANSFER = in_schema(Map), in_schema(Transfer)
 def _new_maps(
     features: Sequence[Tensor], p: Map, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Room for a number per position of each, and for the winners of `max_pow`."""
+    """Room for a number per position of each, and for the argmax of `max_pow`."""
     shapes = []
     for x in features:
         batch, *inner = x.shape
@@ -52,20 +52,20 @@ def _new_maps(
 
 
 def _map_outputs(features: Tensor, p: Map) -> tuple[Tensor, Tensor]:
-    maps, winners = _new_maps([features], p, compute_dtype(features))
-    return maps[0], winners[0] if winners else features.new_empty(0, dtype=torch.int32)
+    maps, argmax = _new_maps([features], p, compute_dtype(features))
+    return maps[0], argmax[0] if argmax else features.new_empty(0, dtype=torch.int32)
 
 
 @define(
-    f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor winners)",
+    f"attention_map_forward(Tensor features, {_MAP}) -> (Tensor map, Tensor argmax)",
     _map_outputs,
     Map,
 )
 def map_forward(features: Tensor, p: Map) -> tuple[Tensor, Tensor]:
     """The unnormalised map and, for `max_pow`, the winning channels."""
-    raw, winners = _map_outputs(features, p)
-    kernels(p.backend, "attention").attention_map_forward(features, raw, winners, p)
-    return raw, winners
+    raw, argmax = _map_outputs(features, p)
+    kernels(p.backend, "attention").attention_map_forward(features, raw, argmax, p)
+    return raw, argmax
 
 
 def _transfer_outputs(
@@ -87,7 +87,7 @@ def _transfer_outputs(
 @define(
     "attention_transfer_forward(Tensor[] students, Tensor[] teachers, bool with_gradients, "
     f"bool with_teachers, {_TRANSFER}, {_MAP}) "
-    "-> (Tensor loss, Tensor[] slopes, Tensor[] winners, Tensor[] gradients)",
+    "-> (Tensor loss, Tensor[] slopes, Tensor[] argmax, Tensor[] gradients)",
     _transfer_outputs,
     Transfer,
     Map,
@@ -100,7 +100,7 @@ def transfer_forward(
     transfer: Transfer,
     p: Map,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The loss; slopes and winners of students, and of teachers after them if asked for."""
+    """The loss; slopes and argmax of students, and of teachers after them if asked for."""
     outputs = _transfer_outputs(students, teachers, with_gradients, with_teachers, transfer, p)
     kernels(p.backend, "attention").attention_transfer_forward(
         students, teachers, *outputs, transfer, p
@@ -108,7 +108,7 @@ def transfer_forward(
     return outputs
 
 
-_BACKWARD = f"Tensor grad_output, Tensor[] features, Tensor[] slopes, Tensor[] winners, {_MAP}"
+_BACKWARD = f"Tensor grad_output, Tensor[] features, Tensor[] slopes, Tensor[] argmax, {_MAP}"
 
 
 @define(
@@ -120,7 +120,7 @@ def backward(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     p: Map,
 ) -> list[Tensor]:
     """The gradients of features, `grad_output · slope · dF/dA`, for `max_pow` without `dF/dA`.
@@ -129,14 +129,14 @@ def backward(
     """
     gradients = [torch.empty_like(f) for f in features]
     kernels(p.backend, "attention").attention_backward(
-        grad_output, features, slopes, winners, gradients, p
+        grad_output, features, slopes, argmax, gradients, p
     )
     return gradients
 
 
 @define(
     "attention_rescale(Tensor(a!)[] gradients, Tensor grad_output, Tensor[] features, "
-    f"Tensor[] slopes, Tensor[] winners, {_MAP}) -> ()",
+    f"Tensor[] slopes, Tensor[] argmax, {_MAP}) -> ()",
     lambda *_: None,
     Map,
 )
@@ -145,20 +145,20 @@ def rescale(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     p: Map,
 ) -> None:
     """Forward's gradients for another scalar `grad_output`, computed again."""
     kernels(p.backend, "attention").attention_backward(
-        grad_output, features, slopes, winners, gradients, p
+        grad_output, features, slopes, argmax, gradients, p
     )
 
 
-def by_winners(slopes: Tensor, features: Tensor, winners: Tensor, p: Map) -> Tensor:
+def by_winners(slopes: Tensor, features: Tensor, argmax: Tensor, p: Map) -> Tensor:
     """Slopes by a map of `max_pow` as slopes by the features that won: times `d|A|^p/dA`."""
     dim = p.channel_dim % features.ndim
     shape = [*features.shape[:dim], 1, *features.shape[dim + 1 :]]
-    won = features.gather(dim, winners.long().view(shape)).view(slopes.shape).to(slopes.dtype)
+    won = features.gather(dim, argmax.long().view(shape)).view(slopes.shape).to(slopes.dtype)
     return slopes * (p.p * won.abs().pow(operand(p.p - 1, won)) * won.sign())
 
 
@@ -175,20 +175,20 @@ class AttentionMap(Fused):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, p: Map) -> Tensor:
-        raw, winners = map_forward(features, p)
-        ctx.save_for_backward(*savable(features, winners))
+        raw, argmax = map_forward(features, p)
+        ctx.save_for_backward(*savable(features, argmax))
         ctx.parameters = p
         return raw
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         check_grad_output("attention_map", grad_output)
-        features, winners = ctx.saved_tensors
+        features, argmax = ctx.saved_tensors
         with no_grad():
             one, slopes, p = grad_output.new_ones(()), grad_output.contiguous(), ctx.parameters
             if p.kind == "max_pow":
-                slopes = by_winners(slopes, features, winners, p)
-            gradients = backward(one, [features], [slopes], [winners], p)
+                slopes = by_winners(slopes, features, argmax, p)
+            gradients = backward(one, [features], [slopes], [argmax], p)
         return (*differentiate_once("attention_map", (gradients[0],), (features,)), None)
 
 
@@ -208,7 +208,7 @@ class AttentionTransfer(Fused):
             and eager_gradient(*students)
             and gradient_follows(students, p)
         )
-        loss, slopes, winners, gradients = transfer_forward(
+        loss, slopes, argmax, gradients = transfer_forward(
             students, teachers, with_gradients, with_teachers, transfer, p
         )
         kept = features if with_teachers else students
@@ -216,7 +216,7 @@ class AttentionTransfer(Fused):
         if scaled:
             ctx.save_for_backward(*kept, *gradients)
         else:
-            ctx.save_for_backward(*savable(*kept, *gradients, *slopes, *winners))
+            ctx.save_for_backward(*savable(*kept, *gradients, *slopes, *argmax))
         ctx.parameters, ctx.kept, ctx.with_gradients = p, len(kept), with_gradients
         return loss
 
@@ -229,17 +229,17 @@ class AttentionTransfer(Fused):
             return (None, None, *gradients, *[None] * kept)
         check_grad_output("attention_transfer_loss", grad_output)
         others = tensors[kept + len(gradients) :]
-        slopes, winners = others[:kept], others[kept:]
+        slopes, argmax = others[:kept], others[kept:]
         needed = ctx.needs_input_grad[2:]
         with no_grad():
             if not ctx.with_gradients:
-                to = backward(grad_output, features, slopes, winners, p)
+                to = backward(grad_output, features, slopes, argmax, p)
             else:
                 to = for_grad_output(
                     gradients,
                     grad_output,
                     p.backend,
-                    lambda to, _: rescale(to, grad_output, features, slopes, winners, p),
+                    lambda to, _: rescale(to, grad_output, features, slopes, argmax, p),
                 )
         found = of_wanted(to, needed)
         return (None, None, *differentiate_once("attention_transfer_loss", found, features))

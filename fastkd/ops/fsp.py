@@ -24,7 +24,7 @@ def _outputs(
 
 @define(
     "max_pool_forward(Tensor features, SymInt height, SymInt width, bool with_winners) "
-    "-> (Tensor pooled, Tensor winners)",
+    "-> (Tensor pooled, Tensor argmax)",
     _outputs,
 )
 def forward(features: Tensor, height: int, width: int, with_winners: bool) -> tuple[Tensor, Tensor]:
@@ -32,9 +32,9 @@ def forward(features: Tensor, height: int, width: int, with_winners: bool) -> tu
 
     At ties the first in memory wins.
     """
-    pooled, winners = _outputs(features, height, width, with_winners)
-    kernels("native", "fsp").max_pool(features, pooled, winners if with_winners else None)
-    return pooled, winners
+    pooled, argmax = _outputs(features, height, width, with_winners)
+    kernels("native", "fsp").max_pool(features, pooled, argmax if with_winners else None)
+    return pooled, argmax
 
 
 class Layout(NamedTuple):
@@ -46,9 +46,9 @@ class Layout(NamedTuple):
     dtype: torch.dtype
 
 
-def _gradient(grad_output: Tensor, winners: Tensor, layout: Layout) -> Tensor:
+def _gradient(grad_output: Tensor, argmax: Tensor, layout: Layout) -> Tensor:
     return torch.empty(
-        (*winners.shape[:2], layout.height, layout.width),
+        (*argmax.shape[:2], layout.height, layout.width),
         dtype=layout.dtype,
         device=grad_output.device,
         memory_format=torch.channels_last if layout.channels_last else torch.contiguous_format,
@@ -56,15 +56,15 @@ def _gradient(grad_output: Tensor, winners: Tensor, layout: Layout) -> Tensor:
 
 
 @define(
-    "max_pool_backward(Tensor grad_output, Tensor winners, SymInt height, SymInt width, "
+    "max_pool_backward(Tensor grad_output, Tensor argmax, SymInt height, SymInt width, "
     "bool channels_last, ScalarType dtype) -> Tensor",
     _gradient,
     Layout,
 )
-def backward(grad_output: Tensor, winners: Tensor, layout: Layout) -> Tensor:
-    """What the winners receive, summed before it is rounded."""
-    to = _gradient(grad_output, winners, layout)
-    kernels("native", "fsp").max_pool_backward(grad_output, winners, to)
+def backward(grad_output: Tensor, argmax: Tensor, layout: Layout) -> Tensor:
+    """What the elements at the argmax receive, summed before it is rounded."""
+    to = _gradient(grad_output, argmax, layout)
+    kernels("native", "fsp").max_pool_backward(grad_output, argmax, to)
     return to
 
 
@@ -73,8 +73,8 @@ class MaxPool(Fused):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, height: int, width: int) -> Tensor:
-        pooled, winners = forward(features, height, width, True)
-        ctx.save_for_backward(winners)
+        pooled, argmax = forward(features, height, width, True)
+        ctx.save_for_backward(argmax)
         is_contiguous = features.is_contiguous()
         channels_last = features.is_contiguous(memory_format=torch.channels_last)
         rows, columns = features.shape[2:]
@@ -91,7 +91,7 @@ class MaxPool(Fused):
 
 
 def has_kernels(backend: str, features: Sequence[Tensor]) -> bool:
-    """Whether `max_pool` takes all of these; winners are numbered in 32 bits."""
+    """Whether `max_pool` takes all of these; the argmax is numbered in 32 bits."""
     if backend != "native" or not features[0].is_cpu:
         return False
     return all([x.shape[2] * x.shape[3] < 2**31 for x in features])

@@ -62,7 +62,7 @@ void write(const Call& call, S* to) {
       return stream(vector_of<A>(call.values), to);
     case Helper::write_vectors: {
       auto values = array_of<A>(call.values, call.n);
-      return write_vectors<A>(to, call.n, call.streams, [&](int64_t i, auto lanes) {
+      return write_vectors<A>(to, call.n, call.non_temporal, [&](int64_t i, auto lanes) {
         return load_lanes<A>(values.data() + i, lanes, A(0));
       });
     }
@@ -81,7 +81,7 @@ void call_helper(const Call& call) {
     Tensor tensor;
     tensor.data = call.memory;
     tensor.dtype = call.dtype;
-    tensor.streams = call.streams;
+    tensor.non_temporal = call.non_temporal;
     S* memory = at<S>(tensor, 0);
     if (call.helper == Helper::gather) {
       std::vector<A> to(size_t(call.n));

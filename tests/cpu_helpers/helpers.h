@@ -27,7 +27,7 @@ struct Call {
   char* memory;
   double* values;  // as many as a vector has, or `n` where the helper takes any number
   int64_t n, stride;
-  bool streams;
+  bool non_temporal;
   double fill;
 };
 

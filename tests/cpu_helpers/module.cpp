@@ -49,11 +49,11 @@ using Values = py::array_t<double, py::array::c_style | py::array::forcecast>;
 // What memory and values are after one call; `at` is where in memory its first element is.
 py::tuple call(const std::string& isa, Helper helper, bool in_double, int dtype,
                const std::string& bytes, int64_t at, const Values& values, int64_t n,
-               int64_t stride, bool streams, double fill) {
+               int64_t stride, bool non_temporal, double fill) {
   Memory memory(bytes);
   Values after(values.size(), values.data());
   helpers_of(isa).call({helper, in_double, DType(dtype), memory.at(at), after.mutable_data(), n,
-                        stride, streams, fill});
+                        stride, non_temporal, fill});
   return py::make_tuple(memory.bytes(), after);
 }
 

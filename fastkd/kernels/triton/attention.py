@@ -33,11 +33,11 @@ _SEVERAL = TILE // 4
 _LOSSES = 1024
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["to", "winners"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["to", "argmax"])
 def channel_map(
     features,
-    to,  # the map, or of max_pow the features that won if there are winners and it is not RAISED
-    winners,  # or None
+    to,  # the map, or of max_pow the features at the argmax if there is one and it is not RAISED
+    argmax,  # or None
     p: tl.float64,
     count,  # of positions of all samples
     units,  # of channels
@@ -57,13 +57,13 @@ def channel_map(
     inner, outer, position, exists = rows.tile_of_rows(count, sizes, ROWS, SIDE_BY_SIDE)
     channel = tl.arange(0, CHANNELS)[None, :]
     at = features + rows.locate(inner, outer, sizes, strides, UNIT)
-    found = tl.full([ROWS, CHANNELS], 0 if winners is None else -1, COMPUTE)
+    found = tl.full([ROWS, CHANNELS], 0 if argmax is None else -1, COMPUTE)
     which = tl.zeros([ROWS, CHANNELS], tl.int32)
     for first in range(0, channels, CHANNELS):
         k = first + channel
         mask = exists & (k < channels)
         x = tl.load(at + k.to(tl.int64) * channel_stride, mask=mask, other=0).to(COMPUTE)
-        if winners is None:
+        if argmax is None:
             found += power(x, p, P)
         else:
             # NaN wins, as it does in torch, and then stays. What is past the last channel is 0 and
@@ -72,16 +72,16 @@ def channel_map(
             wins = (a > found) | ((a != a) & (found == found))
             found = tl.where(wins, a, found)
             which = tl.where(wins, k, which)
-    if winners is None:
+    if argmax is None:
         total = tl.sum(found, 1, keep_dims=True)
     else:
         is_nan = found != found
         has_nan = tl.max(is_nan.to(tl.int32), 1, keep_dims=True) != 0
         largest = tl.max(tl.where(is_nan, -1, found), 1, keep_dims=True)
         attains = tl.where(has_nan, is_nan, found == largest)
-        winner = tl.min(tl.where(attains, which, channels), 1, keep_dims=True)
-        tl.store(winners + position, winner, mask=exists)
-        at += winner.to(tl.int64) * channel_stride
+        argmax = tl.min(tl.where(attains, which, channels), 1, keep_dims=True)
+        tl.store(argmax + position, argmax, mask=exists)
+        at += argmax.to(tl.int64) * channel_stride
         total = tl.load(at, mask=exists, other=0).to(COMPUTE)
         if RAISED:
             total = power(total, p, P)
@@ -116,14 +116,14 @@ def at_position(place, sizes, strides, CHANNELS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["grad_output_stride", "tiles", "parts"],
-    do_not_specialize_on_alignment=["grad_output", "slopes", "winners"],
+    do_not_specialize_on_alignment=["grad_output", "slopes", "argmax"],
 )
 def channel_gradient(
     grad_output,  # one number, or one a sample
     grad_output_stride,
     features,
     slopes,
-    winners,  # or None
+    argmax,  # or None
     gradient,
     p: tl.float64,
     tiles,
@@ -141,7 +141,7 @@ def channel_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradient of one tile after another: of winners their slopes, else times d|x|^p/dx."""
+    """Gradient of one tile after another: at an argmax its slope, else times d|x|^p/dx."""
     upstream = tl.full((), 1, COMPUTE)
     if not BY_SAMPLE:
         upstream = tl.load(grad_output).to(COMPUTE)
@@ -152,19 +152,19 @@ def channel_gradient(
         if BY_SAMPLE:
             of_sample = grad_output + place[2] * grad_output_stride
             slope *= tl.load(of_sample, mask=place[2] < sizes[2], other=0).to(COMPUTE)
-        if winners is None:
+        if argmax is None:
             x = tl.load(features + offsets(place, sizes, feature_strides), mask=mask, other=0)
             g = slope * derivative(x.to(COMPUTE), p, P)
         else:
-            winner = tl.load(winners + at, mask=exists, other=0)
-            g = tl.where(channel == winner, slope, 0)
+            argmax = tl.load(argmax + at, mask=exists, other=0)
+            g = tl.where(channel == argmax, slope, 0)
         to = gradient + offsets(place, sizes, gradient_strides)
         tl.store(to, g.to(gradient.dtype.element_ty), mask=mask)
 
 
-def attention_map_forward(features: Tensor, raw: Tensor, winners: Tensor, p: Map) -> None:
-    """Fill the unnormalised map, and the winners of max_pow."""
-    _map(features, raw, winners if p.kind == "max_pow" else None, True, p)
+def attention_map_forward(features: Tensor, raw: Tensor, argmax: Tensor, p: Map) -> None:
+    """Fill the unnormalised map, and the argmax of max_pow."""
+    _map(features, raw, argmax if p.kind == "max_pow" else None, True, p)
 
 
 def attention_transfer_forward(
@@ -172,12 +172,12 @@ def attention_transfer_forward(
     teachers: Sequence[Tensor],
     loss: Tensor,
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     gradients: Sequence[Tensor],  # none: backward computes them
     transfer: Transfer,
     p: Map,
 ) -> None:
-    """Fill the loss, slopes and winners."""
+    """Fill the loss, slopes and argmax."""
     pairs, batch = len(students), len(students[0])
     by_sample = transfer.reduction == "none"
     parts = 1 if by_sample else pairs * batch
@@ -188,9 +188,9 @@ def attention_transfer_forward(
         maps = slopes[j], torch.empty_like(slopes[j]) if to_teacher is None else to_teacher
         for side, (features, raw) in enumerate(zip(both, maps, strict=True)):
             at = side * pairs + j
-            won = winners[at] if at < len(winners) else None
+            won = argmax[at] if at < len(argmax) else None
             if won is None and p.kind == "max_pow":
-                won = torch.empty_like(winners[j])
+                won = torch.empty_like(argmax[j])
             _map(features, raw, won, False, p)
         _compare(maps, slopes[j], to_teacher, some, transfer, p)
     if parts != 1:
@@ -201,7 +201,7 @@ def attention_backward(
     grad_output: Tensor,
     features: Sequence[Tensor],
     slopes: Sequence[Tensor],
-    winners: Sequence[Tensor],
+    argmax: Sequence[Tensor],
     gradients: Sequence[Tensor],
     p: Map,
 ) -> None:
@@ -209,7 +209,7 @@ def attention_backward(
     by_sample = grad_output.ndim > 0
     for j, (x, slope, gradient) in enumerate(zip(features, slopes, gradients, strict=True)):
         upstream = grad_output[j % len(grad_output)] if by_sample else grad_output
-        won = winners[j] if p.kind == "max_pow" else None
+        won = argmax[j] if p.kind == "max_pow" else None
         source = gradient if won is not None else x
         shape = list(x.shape)
         shape[p.channel_dim] = 1
@@ -267,7 +267,7 @@ def _walk(shape: tuple[int, ...], strides: tuple[int, ...], dim: int, dtype: tor
     )
 
 
-def _map(features: Tensor, to: Tensor, winners: Tensor | None, raised: bool, p: Map) -> None:
+def _map(features: Tensor, to: Tensor, argmax: Tensor | None, raised: bool, p: Map) -> None:
     walk = _walk(features.shape, features.stride(), p.channel_dim, to.dtype)
     launch(
         channel_map,
@@ -275,11 +275,11 @@ def _map(features: Tensor, to: Tensor, winners: Tensor | None, raised: bool, p: 
         features,
         features,
         to,
-        winners,
+        argmax,
         min(p.p, MOST),
         *walk.args,
         COMPUTE=COMPUTE[to.dtype],
-        P=known(p.p) if raised or winners is None else None,
+        P=known(p.p) if raised or argmax is None else None,
         RAISED=raised,
         **walk.tile,
     )

@@ -43,7 +43,7 @@ def count(labels, counts, ignore_index, rows, LABELS: tl.constexpr):
     do_not_specialize=["programs"],
     do_not_specialize_on_alignment=["sums", "loss", "parts", "kept"],
 )
-def conclude(
+def finalize(
     sums,  # of cross-entropies, divergences and rows that count, one a program each
     loss,
     parts,  # or None
@@ -92,7 +92,7 @@ def reduce(
 ) -> None:
     """Fill the loss, and those that are wanted of its parts and the number of rows that count."""
     launch(
-        conclude,
+        finalize,
         1,
         loss,
         *(sums, loss, parts, kept),
@@ -144,10 +144,9 @@ def constants(
     plan: Plan, labels: Tensor | None, dtype: torch.dtype, p: SoftTarget
 ) -> dict[str, Any]:
     """What kernels are compiled for."""
-    sharp = labels is not None and p.temperature != 1
     return {
         "COMPUTE": COMPUTE[dtype],
-        "SHARP": sharp,
+        "HAS_HARD": labels is not None and p.temperature != 1,
         "DIVERGENCE": p.divergence,
         **plan.tile,
     }

@@ -77,7 +77,7 @@ def logits_forward(
     class_strides,
     upstream_strides,
     COMPUTE: tl.constexpr,
-    SHARP: tl.constexpr,  # whether temperature 1 takes exponentials of its own
+    HAS_HARD: tl.constexpr,  # whether temperature 1 takes exponentials of its own
     DIVERGENCE: tl.constexpr,
     SMOOTHS: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -112,17 +112,17 @@ def logits_forward(
             s_at, t_ats, column, class_strides, counts & (column < classes), mean, rate
         )
         pivot = shift(s_max)
-        x, es, eh = exponentials(s, s_max, rate, SHARP)
+        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
         apart = between(et, y, x, rate, mean)
         difference = divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         s_sum, t_sum, hard_sum, pivoted = es, et, eh, tl.where(column < classes, x, 0)
     else:
         pivot, s_max, s_sum, hard_sum, pivoted, t_max, shares, t_sum, difference = first_pass(
             *(s_at, t_ats, class_strides, counts, column, classes, mean, rate),
-            *(SHARP, SMOOTHS, AT_ONCE, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, AT_ONCE, DIVERGENCE),
         )
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
-    hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if SHARP else s_sum
+    hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if HAS_HARD else s_sum
     outputs = losses, parts, sums, rows, row, is_row, counts
     kl, ce = tl.zeros_like(s_sum), tl.zeros_like(s_sum)
     if not AT_ONCE:
@@ -149,18 +149,18 @@ def logits_forward(
         t_sum = tl.full([1, 1], 1, COMPUTE) if SEVERAL else t_sum
         of = factors(
             *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl, unit),
-            *(SHARP, DIVERGENCE),
+            *(HAS_HARD, DIVERGENCE),
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
         if WHOLE:
-            g = student_gradient(es, et, eh, apart, column, label, of, SHARP, DIVERGENCE)
+            g = student_gradient(es, et, eh, apart, column, label, of, HAS_HARD, DIVERGENCE)
             mask = is_row & (column < classes)
             store(g_at, column, class_strides[1], mask, tl.where(lives, g, 0))
         else:
             seen = counts if SEVERAL else lives
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max, shares, rate),
-                *(mean, g_at, label, is_row, lives, of, SHARP, DIVERGENCE),
+                *(mean, g_at, label, is_row, lives, of, HAS_HARD, DIVERGENCE),
             )
     if AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)

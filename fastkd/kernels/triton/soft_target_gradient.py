@@ -25,7 +25,7 @@ def factors(
     hard_sum,
     kl,
     unit,
-    SHARP: tl.constexpr,
+    HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """Of what a student's gradient times `by` is made of, and whether the teacher has a say.
@@ -39,7 +39,7 @@ def factors(
         soft * by, s_sum, t_sum, kl / SCALE, log_ratio, unit, DIVERGENCE
     )
     of_hard = of_label / hard_sum
-    if not SHARP:
+    if not HAS_HARD:
         of_student += of_hard
     of_class, of_label = of_label * smoothing / classes, of_label * (1 - smoothing)
     return of_student, of_teacher, of_hard, of_class, of_label, soft != 0
@@ -47,12 +47,12 @@ def factors(
 
 @triton.jit
 def student_gradient(
-    es, et, eh, apart, k, label, of, SHARP: tl.constexpr, DIVERGENCE: tl.constexpr
+    es, et, eh, apart, k, label, of, HAS_HARD: tl.constexpr, DIVERGENCE: tl.constexpr
 ):
     """Of the student's logits; where the soft term is off nothing shows that the teacher holds."""
     with_teacher = divergence.with_teacher(es, et, apart, of[1], DIVERGENCE)
     gradient = es * of[0] + tl.where(of[5], with_teacher, 0)
-    if SHARP:
+    if HAS_HARD:
         gradient += eh * of[2]
     return gradient - of[3] - tl.where(k == label, of[4], 0)
 
@@ -75,7 +75,7 @@ def last_pass(
     is_row,
     lives,
     of,
-    SHARP: tl.constexpr,
+    HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """The gradient of rows of any length; of several teachers the target's sum and the terms."""
@@ -86,13 +86,13 @@ def last_pass(
         k = block * column.shape[1] + column
         s = load(s_at, k, strides[0], seen & (k < classes), rate.dtype)
         et, y, t_excluded = target(t_ats, k, strides, seen & (k < classes), maxima, shares, rate)
-        x, es, eh = exponentials(s, s_max, rate, SHARP)
+        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
         apart = between(et, y, x, rate, mean)
         if len(t_ats) > 1:
             mass += et
             difference += divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         if g_at is not None:
-            g = student_gradient(es, et, eh, apart, k, label, of, SHARP, DIVERGENCE)
+            g = student_gradient(es, et, eh, apart, k, label, of, HAS_HARD, DIVERGENCE)
             store(g_at, k, strides[1], is_row & (k < classes), tl.where(lives, g, 0))
     return mass, difference
 
@@ -122,7 +122,7 @@ def logits_backward(
     class_strides,
     upstream_strides,
     COMPUTE: tl.constexpr,
-    SHARP: tl.constexpr,
+    HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -160,16 +160,16 @@ def logits_backward(
     unit = rate * SCALE
     of = factors(
         *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl, unit),
-        *(SHARP, DIVERGENCE),
+        *(HAS_HARD, DIVERGENCE),
     )
     for first in range(0, classes, CLASSES):
         k = first + column
         mask = is_row & (k < classes)
         s = load(s_at, k, class_strides[0], lives & mask, COMPUTE)
         et, y, excluded = target(t_ats, k, class_strides, lives & mask, (t_max,), (), rate)
-        x, es, eh = exponentials(s, s_max, rate, SHARP)
+        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
         if to_student is not None:
-            g = student_gradient(es, et, eh, y - x, k, label, of, SHARP, DIVERGENCE)
+            g = student_gradient(es, et, eh, y - x, k, label, of, HAS_HARD, DIVERGENCE)
             g_at = to_student + locate(inner, outer, sizes, row_strides[1], UNIT)
             store(g_at, k, class_strides[1], mask, tl.where(lives, g, 0))
         if to_teacher is not None:

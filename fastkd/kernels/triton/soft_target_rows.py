@@ -78,7 +78,7 @@ def first_pass(
     classes,
     mean,
     rate,
-    SHARP: tl.constexpr,
+    HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -92,7 +92,7 @@ def first_pass(
     if len(t_ats) == 1:
         s_max, s_sum, hard_sum, pivoted, t_max, t_sum, difference = in_blocks(
             *(s_at, t_ats[0], strides, counts, column, classes, pivot, rate),
-            *(SHARP, SMOOTHS, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, DIVERGENCE),
         )
         maxima, shares = (t_max,), ()
     else:
@@ -105,7 +105,7 @@ def first_pass(
             maxima = maxima + (t_max,)  # type: ignore[assignment]  # noqa: RUF005
             shares = shares + (share,)  # type: ignore[assignment]  # noqa: RUF005
         s_max, s_sum, hard_sum, pivoted = normalisers(
-            s_at, strides[0], counts, column, classes, pivot, rate, SHARP, SMOOTHS
+            s_at, strides[0], counts, column, classes, pivot, rate, HAS_HARD, SMOOTHS
         )
         t_sum, difference = s_sum, s_sum
         if not AT_ONCE:

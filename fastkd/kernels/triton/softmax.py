@@ -13,7 +13,7 @@ from fastkd.kernels.triton import divergence
 from fastkd.kernels.triton.divergence import INFINITY, LOGIT_SCALE, SCALE
 from fastkd.kernels.triton.rows import load, locate
 
-SHARP_RATE = tl.constexpr(1 / math.log(2) / LOGIT_SCALE)  # of exponentials at temperature 1
+HARD_RATE = tl.constexpr(1 / math.log(2) / LOGIT_SCALE)  # of exponentials at temperature 1
 
 # What a probability that underflows is taken for, so that 0 means that every teacher excludes it.
 _LEAST_32 = tl.constexpr(2.0**-126)
@@ -29,14 +29,14 @@ def shift(maximum):
 
 
 @triton.jit
-def exponentials(logits, maximum, rate, SHARP: tl.constexpr = False):
+def exponentials(logits, maximum, rate, HAS_HARD: tl.constexpr = False):
     """Logits relative to their maximum, scaled; their exponentials at T, and at 1."""
     x = logits * SCALE - shift(maximum)
     e = tl.exp2(x * rate)
-    sharp = e
-    if SHARP:
-        sharp = tl.exp2(x * SHARP_RATE)
-    return x, e, sharp
+    eh = e
+    if HAS_HARD:
+        eh = tl.exp2(x * HARD_RATE)
+    return x, e, eh
 
 
 @triton.jit
@@ -116,17 +116,17 @@ def whole(s_at, t_ats, column, strides, mask, mean, rate):
 
 
 @triton.jit
-def grow(total, sharp, logits, maximum, higher, rate, SHARP: tl.constexpr = False):
+def grow(total, hard, logits, maximum, higher, rate, HAS_HARD: tl.constexpr = False):
     """Sums of exponentials, with a block's, relative to a maximum that is no lower.
 
     Also the block's logits and exponentials, and what brings an exponential to that maximum.
     """
-    x, e, eh = exponentials(logits, higher, rate, SHARP)
+    x, e, eh = exponentials(logits, higher, rate, HAS_HARD)
     fading = maximum * SCALE - shift(higher)
     by = tl.exp2(fading * rate)
-    if SHARP:
-        sharp = sharp * tl.exp2(fading * SHARP_RATE) + eh
-    return total * by + e, sharp, x, e, by
+    if HAS_HARD:
+        hard = hard * tl.exp2(fading * HARD_RATE) + eh
+    return total * by + e, hard, x, e, by
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def normalisers(
     classes,
     pivot,
     rate,
-    SHARP: tl.constexpr = False,
+    HAS_HARD: tl.constexpr = False,
     SMOOTHS: tl.constexpr = False,
 ):
     """The maximum of rows of any length, and sums in as many parts as a block has.
@@ -147,16 +147,16 @@ def normalisers(
     """
     maximum = tl.full(at.shape, -INFINITY, rate.dtype)
     soft = tl.zeros([at.shape[0], column.shape[1]], rate.dtype)
-    sharp, pivoted = soft, soft
+    hard, pivoted = soft, soft
     for first in range(0, classes, column.shape[1]):
         k = first + column
         x = load(at, k, stride, counts & (k < classes), rate.dtype)
         higher = tl.maximum(maximum, tl.max(x, 1, keep_dims=True))
-        soft, sharp, _, _, _ = grow(soft, sharp, x, maximum, higher, rate, SHARP)
+        soft, hard, _, _, _ = grow(soft, hard, x, maximum, higher, rate, HAS_HARD)
         if SMOOTHS:
             pivoted += tl.where(k < classes, x * SCALE - pivot, 0)
         maximum = higher
-    return maximum, soft, sharp, pivoted
+    return maximum, soft, hard, pivoted
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def in_blocks(
     classes,
     pivot,
     rate,
-    SHARP: tl.constexpr,
+    HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
@@ -185,7 +185,7 @@ def in_blocks(
         s_next = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
         t_next = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
         mass = divergence.weigher(s_sum, t_sum, DIVERGENCE)
-        s_sum, hard_sum, x, es, s_by = grow(s_sum, hard_sum, s, s_max, s_next, rate, SHARP)
+        s_sum, hard_sum, x, es, s_by = grow(s_sum, hard_sum, s, s_max, s_next, rate, HAS_HARD)
         t_sum, _, y, et, t_by = grow(t_sum, t_sum, t, t_max, t_next, rate)
         # Differences are relative to the maxima, and move with them. An infinite one stays so,
         # whatever becomes of its class's mass.

@@ -35,13 +35,13 @@ def _transfer(features: Tensor, kind: str, p: float, order: float) -> Callable[[
     """Of features with themselves, with the teacher's slopes."""
     dtype = compute_dtype(features)
     slopes = [_map_sized(features, 1, dtype)] * 2
-    winners = [_map_sized(features, 1, torch.int32)] * 2 if kind == "max_pow" else []
+    argmax = [_map_sized(features, 1, torch.int32)] * 2 if kind == "max_pow" else []
     return lambda: attention.attention_transfer_forward(
         [features],
         [features],
         features.new_empty((), dtype=dtype),
         slopes,
-        winners,
+        argmax,
         [],
         Transfer("norm", order, 1.0, "mean"),
         Map(kind, p, 1e-12, 1, "triton"),
@@ -52,17 +52,17 @@ def _uses_of_features(features: Tensor, channel_dim: int) -> list[Regime]:
     """Maps and gradients of any kind; each is named after the use."""
     dtype = compute_dtype(features)
     slopes = _map_sized(features, channel_dim, dtype)
-    winners = _map_sized(features, channel_dim, torch.int32)
+    argmax = _map_sized(features, channel_dim, torch.int32)
     scalar, row = (features.new_empty(x, dtype=dtype) for x in ((), (1, len(features))))
     uses = []
     for kind, p in _POWERS:
         parameters = Map(kind, p, 1e-12, channel_dim, "triton")
-        gradient = [features], [slopes], [winners], [torch.empty_like(features)], parameters
+        gradient = [features], [slopes], [argmax], [torch.empty_like(features)], parameters
         backward = functools.partial(attention.attention_backward, scalar, *gradient)
         forward = functools.partial(
-            attention.attention_map_forward, features, slopes, winners, parameters
+            attention.attention_map_forward, features, slopes, argmax, parameters
         )
-        # Narrow is what there is one of a position: the map, winners and their features, slopes.
+        # Narrow is what there is one of a position: the map, argmax and their features, slopes.
         is_max = kind == "max_pow"
         uses += [
             Regime(f"map of {kind} {p}", forward, Narrow(4, 8) if is_max else Narrow(0, 4)),
