@@ -62,6 +62,14 @@ def test_unknown_instruction_set():
         compiled.load().set_isa("mmx")
 
 
+@pytest.mark.parametrize("temperature", [1e-35, 1e35])
+def test_temperatures_at_the_ends_of_float32(isa, temperature):
+    """The largest logit alone counts, or all count the same."""
+    for size in SIZES:
+        pair = [logits(16, size) for _ in range(2)]
+        check_soft_target(*pair, "native", temperature=temperature, teachers=False)
+
+
 @pytest.mark.parametrize("layout", [contiguous, sliced])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_targets(isa, dtype, layout):

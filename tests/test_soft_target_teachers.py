@@ -87,6 +87,12 @@ def test_mixed_dtypes(backend, dtypes):
     check_soft_target(student, sides, backend, teacher_weights=(1, 2))
 
 
+def test_a_grad_output_for_each_row(backend):
+    for shape, dim in [((40, 30), -1), ((3, 6, 70), 1)]:
+        tensors = logits(*shape), teachers(2, *shape)
+        check_soft_target(*tensors, backend, dim=dim, reduction="none", temperature=2.0)
+
+
 @pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 6, 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_excluded_classes(backend, dtype, shape):

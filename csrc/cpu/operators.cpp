@@ -250,13 +250,13 @@ void max_pool_backward(const Place& place, const Tensor& grad_output, const Tens
 
 void multiply(const Place& place, const Tensors& gradients, const Tensor& grad_output) {
   for (const Tensor& gradient : gradients) {
-    const bool is_double = gradient.dtype == DType::f64;
-    if (grad_output.dtype == DType::f64)
-      is_double ? scale(gradient.as<double>(), *grad_output.as<double>(), gradient, place)
-                : scale(gradient.as<float>(), float(*grad_output.as<double>()), gradient, place);
+    if (gradient.dtype == DType::f64)  // so was the loss
+      scale(gradient.as<double>(), *grad_output.as<double>(), gradient, place);
     else
-      is_double ? scale(gradient.as<double>(), double(*grad_output.as<float>()), gradient, place)
-                : scale(gradient.as<float>(), *grad_output.as<float>(), gradient, place);
+      scale(gradient.as<float>(),
+            grad_output.dtype == DType::f64 ? float(*grad_output.as<double>())
+                                            : *grad_output.as<float>(),
+            gradient, place);
   }
 }
 
