@@ -87,10 +87,11 @@ def test_mixed_dtypes(backend, dtypes):
     check_soft_target(student, sides, backend, teacher_weights=(1, 2))
 
 
-def test_a_grad_output_for_each_row(backend):
-    for shape, dim in [((40, 30), -1), ((3, 6, 70), 1)]:
-        tensors = logits(*shape), teachers(2, *shape)
-        check_soft_target(*tensors, backend, dim=dim, reduction="none", temperature=2.0)
+@pytest.mark.parametrize("shape", [(40, 30), (3, 5, 70), (2, 5, 9, 8), (1, 4, 33), (5, 3, 24)])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32)])
+def test_a_grad_output_for_each_row(backend, shape, dtypes):
+    student, sides = logits(*shape, dtype=dtypes[0]), teachers(2, *shape, dtype=dtypes[1])
+    check_soft_target(student, sides, backend, dim=1, reduction="none", temperature=2.0)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 6, 9)])
