@@ -15,10 +15,13 @@ FASTKD_ANYWHERE A shift(A maximum) {
   return maximum == A(-INFINITY) ? A(0) : maximum * A(kLogitScale);
 }
 
-// What other maxima add to what is between the sides, scaled.
-template <class A>
-FASTKD_ANYWHERE A moved_apart(A student, A to_student, A teacher, A to_teacher) {
-  return (shift(teacher) - shift(to_teacher)) - (shift(student) - shift(to_student));
+// What other maxima add to what is between the sides. `rates.origin(maximum)` is what is subtracted
+// from a logit as the rates' arithmetic has it.
+template <class A, class Rates>
+FASTKD_ANYWHERE A moved_apart(A student, A to_student, A teacher, A to_teacher,
+                              const Rates& rates) {
+  return (rates.origin(teacher) - rates.origin(to_teacher)) -
+         (rates.origin(student) - rates.origin(to_student));
 }
 
 // The term of a class that a side may exclude. Where there are vectors the last two are masks.
@@ -45,7 +48,7 @@ struct alignas(16) RowState {
   FASTKD_ANYWHERE void move(A to_student, A to_teacher, const Rates& rates) {
     const A by = rates.soft(student_max, to_student);
     const A t_by = rates.soft(teacher_max, to_teacher);
-    const A apart = moved_apart(student_max, to_student, teacher_max, to_teacher);
+    const A apart = moved_apart(student_max, to_student, teacher_max, to_teacher, rates);
     const A weigher = D::kByTeacher ? teacher : student, weigher_by = D::kByTeacher ? t_by : by;
     // An infinite difference stays so, whatever the mass of its class.
     difference = weigher_by == 0

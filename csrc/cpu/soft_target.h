@@ -24,6 +24,7 @@ struct Rates {
   }
   double soft(double from, double to) const { return moving(from, to, inverse); }
   double hard(double from, double to) const { return moving(from, to, 1); }
+  static double origin(double maximum) { return shift(maximum); }
 };
 
 // The weights of q − p and of q₁ − target in a row's gradient.

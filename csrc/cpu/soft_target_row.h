@@ -104,8 +104,9 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
     const double s_max = memory.student_max[b], t_max = memory.teacher_max[b];
     const double by_s = a.rates.soft(s_max, sums.student_max);
     const double by_hard = a.rates.has_hard ? a.rates.hard(s_max, sums.student_max) : by_s;
-    const auto moved = D::moved(soft, by_s, a.rates.soft(t_max, sums.teacher_max),
-                                moved_apart(s_max, sums.student_max, t_max, sums.teacher_max));
+    const auto moved =
+        D::moved(soft, by_s, a.rates.soft(t_max, sums.teacher_max),
+                 moved_apart(s_max, sums.student_max, t_max, sums.teacher_max, a.rates));
     const Factors<A> k =
         a.factors(SoftFactors<A>{A(moved.student), A(moved.teacher)}, A(hard * by_hard), by);
     const Exponentials<A> from = memory.block(b);

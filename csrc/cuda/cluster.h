@@ -28,44 +28,46 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 #endif
 
-// Where each block of a cluster receives one message from every block in each round. Whoever sends
-// in a round has received that of the round before; so two rounds' messages have a place.
+// Where each block of a cluster receives the messages of all blocks in each round. Whoever sends in
+// a round has received those of the round before; so two rounds' messages have a place.
 //
 // A message's arrival is counted by the block that receives it: unlike a barrier of the cluster
 // this waits for nothing else that is under way, neither gradients that are being written nor the
 // next row.
-template <class Message, int kBlocks>
+template <class Message, int kMost>
 struct ClusterExchange {
-  Message messages[2][kBlocks];
+  Message messages[2][kMost];
   uint64_t arrivals[2];
 
   // By every thread of every block, before anything else.
   __device__ void open();
-  // By one thread of each block, in each round, before it sends.
-  __device__ void expect(int round);
-  __device__ void send(const Message& message, unsigned to, int round);
-  // By any of the block's threads: the messages, in the order of the blocks.
-  __device__ const Message* receive(int round);
+  // By one thread of each block, in each round, before it sends: so many messages will come.
+  __device__ void expect(unsigned count, int round);
+  // To the place `at` in a block.
+  __device__ void send(const Message& message, unsigned at, unsigned to, int round);
+  // By any of the block's threads: the messages in their places, when all of them are there.
+  __device__ const Message* receive(unsigned count, int round);
 };
 
 #ifndef __CUDACC__
-template <class Message, int kBlocks>
-void ClusterExchange<Message, kBlocks>::open() {
+template <class Message, int kMost>
+void ClusterExchange<Message, kMost>::open() {
   if (threadIdx.x == 0) arrivals[0] = arrivals[1] = 0;
   cuda_on_host::cluster_sync();
 }
-template <class Message, int kBlocks>
-void ClusterExchange<Message, kBlocks>::expect(int) {}
-template <class Message, int kBlocks>
-void ClusterExchange<Message, kBlocks>::send(const Message& message, unsigned to, int round) {
-  *cuda_on_host::map_shared(&messages[round % 2][cluster_rank()], to) = message;
+template <class Message, int kMost>
+void ClusterExchange<Message, kMost>::expect(unsigned, int) {}
+template <class Message, int kMost>
+void ClusterExchange<Message, kMost>::send(const Message& message, unsigned at, unsigned to,
+                                           int round) {
+  *cuda_on_host::map_shared(&messages[round % 2][at], to) = message;
   auto* const arrival = reinterpret_cast<unsigned*>(&arrivals[round % 2]);
   cuda_on_host::raise(cuda_on_host::map_shared(arrival, to));
 }
-template <class Message, int kBlocks>
-const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
+template <class Message, int kMost>
+const Message* ClusterExchange<Message, kMost>::receive(unsigned count, int round) {
   cuda_on_host::wait_for(reinterpret_cast<unsigned*>(&arrivals[round % 2]),
-                         cluster_size() * unsigned(round / 2 + 1));
+                         count * unsigned(round / 2 + 1));
   return messages[round % 2];
 }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -80,8 +82,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank)
   return mapped;
 }
 
-template <class Message, int kBlocks>
-__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::open() {
+template <class Message, int kMost>
+__device__ __forceinline__ void ClusterExchange<Message, kMost>::open() {
   if (threadIdx.x == 0) {
     for (const uint64_t& one : arrivals)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&one)) : "memory");
@@ -91,21 +93,22 @@ __device__ __forceinline__ void ClusterExchange<Message, kBlocks>::open() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-template <class Message, int kBlocks>
-__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::expect(int round) {
+template <class Message, int kMost>
+__device__ __forceinline__ void ClusterExchange<Message, kMost>::expect(unsigned count, int round) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(&arrivals[round % 2])),
-               "r"(unsigned(sizeof(Message)) * cluster_size())
+               "r"(unsigned(sizeof(Message)) * count)
                : "memory");
 }
 
-template <class Message, int kBlocks>
-__device__ __forceinline__ void ClusterExchange<Message, kBlocks>::send(const Message& message,
-                                                                        unsigned to, int round) {
+template <class Message, int kMost>
+__device__ __forceinline__ void ClusterExchange<Message, kMost>::send(const Message& message,
+                                                                      unsigned at, unsigned to,
+                                                                      int round) {
   static_assert(sizeof(Message) % sizeof(uint4) == 0 && alignof(Message) >= sizeof(uint4));
   uint4 words[sizeof(Message) / sizeof(uint4)];
   memcpy(words, &message, sizeof message);
-  const unsigned place = shared_address(&messages[round % 2][cluster_rank()], to);
+  const unsigned place = shared_address(&messages[round % 2][at], to);
   const unsigned arrival = shared_address(&arrivals[round % 2], to);
 #pragma unroll
   for (unsigned i = 0; i < sizeof(Message) / sizeof(uint4); ++i)
@@ -116,8 +119,9 @@ __device__ __forceinline__ void ClusterExchange<Message, kBlocks>::send(const Me
         : "memory");
 }
 
-template <class Message, int kBlocks>
-__device__ __forceinline__ const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
+template <class Message, int kMost>
+__device__ __forceinline__ const Message* ClusterExchange<Message, kMost>::receive(
+    [[maybe_unused]] unsigned count, int round) {
   const unsigned arrival = shared_address(&arrivals[round % 2]);
   unsigned is_complete;
   do {
@@ -134,14 +138,14 @@ __device__ __forceinline__ const Message* ClusterExchange<Message, kBlocks>::rec
   return messages[round % 2];
 }
 #else
-template <class Message, int kBlocks>
-__device__ void ClusterExchange<Message, kBlocks>::open() {}
-template <class Message, int kBlocks>
-__device__ void ClusterExchange<Message, kBlocks>::expect(int) {}
-template <class Message, int kBlocks>
-__device__ void ClusterExchange<Message, kBlocks>::send(const Message&, unsigned, int) {}
-template <class Message, int kBlocks>
-__device__ const Message* ClusterExchange<Message, kBlocks>::receive(int) {
+template <class Message, int kMost>
+__device__ void ClusterExchange<Message, kMost>::open() {}
+template <class Message, int kMost>
+__device__ void ClusterExchange<Message, kMost>::expect(unsigned, int) {}
+template <class Message, int kMost>
+__device__ void ClusterExchange<Message, kMost>::send(const Message&, unsigned, unsigned, int) {}
+template <class Message, int kMost>
+__device__ const Message* ClusterExchange<Message, kMost>::receive(unsigned, int) {
   return messages[0];
 }
 #endif

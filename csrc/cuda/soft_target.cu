@@ -204,7 +204,8 @@ void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const S
 void run(const Call& call, const Plan& plan, const Scratch& scratch, const Stream& stream) {
   if (plan.are_columns)
     launch_columns(call, scratch, stream);
-  else if (call.is_double || !launch_rows(call, scratch, stream))
+  else if (call.is_double ||
+           !(launch_rows(call, scratch, stream) || launch_long_rows(call, scratch, stream)))
     launch_stream(call, scratch, stream);
 }
 

@@ -93,6 +93,7 @@ struct Rates {
   // What brings such exponentials from one maximum to another.
   __device__ __forceinline__ A soft(A from, A to) const { return moving(from, to, at_temperature); }
   __device__ __forceinline__ A hard(A from, A to) const { return moving(from, to, at_one); }
+  __device__ __forceinline__ static A origin(A maximum) { return shift(maximum); }
 
  private:
   __device__ __forceinline__ static A moving(A from, A to, A rate) {

@@ -21,6 +21,7 @@ struct Scratch {
 // call.
 void launch_columns(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream);
+bool launch_long_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_stream(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_backward(const Call& call, bool are_columns, const Stream& stream);
 

@@ -147,9 +147,9 @@ struct RowFactors : Factors<A> {
   bool any;
 
   RowFactors() = default;
-  template <class D>
+  template <class D, class R>
   __device__ __forceinline__ RowFactors(D, const RowState<A>& row, double mean, double inverse,
-                                        const Rates<A>& rates, const Weights<A>& weights,
+                                        const R& rates, const Weights<A>& weights,
                                         int64_t label = kNoLabels) {
     const auto by = D::factors(weights.soft, row.student, row.teacher, A(mean), A(inverse));
     this->student = by.student;
@@ -166,21 +166,21 @@ struct RowFactors : Factors<A> {
       this->student += weights.hard / row.student;
   }
 
-  template <class D>
+  template <class D, class R>
   __device__ __forceinline__ RowFactors(D divergence, const RowState<A>& row, double inverse,
-                                        const Rates<A>& rates, const Weights<A>& weights,
+                                        const R& rates, const Weights<A>& weights,
                                         int64_t label = kNoLabels)
       : RowFactors(divergence, row, mean_of<D>(row, inverse), inverse, rates, weights, label) {}
 
   // For exponentials relative to other maxima than the row's; `unit` is that of what is between the
   // sides.
-  template <class D>
+  template <class D, class R>
   __device__ __forceinline__ void move(A student_max, A teacher_max, const RowState<A>& row,
-                                       const Rates<A>& rates, A unit = 1) {
-    const auto by =
-        D::moved(SoftFactors<A>{this->student, this->teacher},
-                 rates.soft(student_max, row.student_max), rates.soft(teacher_max, row.teacher_max),
-                 unit * moved_apart(student_max, row.student_max, teacher_max, row.teacher_max));
+                                       const R& rates, A unit = 1) {
+    const auto by = D::moved(
+        SoftFactors<A>{this->student, this->teacher}, rates.soft(student_max, row.student_max),
+        rates.soft(teacher_max, row.teacher_max),
+        unit * moved_apart(student_max, row.student_max, teacher_max, row.teacher_max, rates));
     this->student = by.student;
     this->teacher = by.teacher;
     if (rates.has_hard) this->hard *= rates.hard(student_max, row.student_max);

@@ -182,14 +182,14 @@ __global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, 
 template <class D, class S, class T>
 bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Stream& stream) {
   constexpr int N = kVector<S, T>, held = std::is_same_v<S, Any> ? kMixedHeld : kHeld;
-  constexpr int of_block = (std::is_same_v<S, float> ? kFloatHeld : held) / N;
-  return launch_smallest<kFew / N, held / N, of_block>([&](auto scope, auto v, int threads,
-                                                           int cluster) {
-    constexpr Scope kScope = decltype(scope)::value;
+  const auto attempt = [&](auto v) {
     constexpr int V = decltype(v)::value;
-    return launch_team<Shared, kScope, V, N, kPlanes<S, T>>(
-        soft_target_rows_kernel<D, kScope, S, T, V>, call, call, threads, cluster, scratch, stream);
-  });
+    return launch_team<Shared, Scope::warp, V, N, kPlanes<S, T>>(
+        soft_target_rows_kernel<D, Scope::warp, S, T, V>, call, call, kWarpRowThreads, 1, scratch,
+        stream);
+  };
+  return attempt(std::integral_constant<int, kFew / N>()) ||
+         attempt(std::integral_constant<int, held / N>());
 }
 
 }  // namespace

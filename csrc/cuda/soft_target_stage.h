@@ -33,6 +33,12 @@ struct Stage {
     reinterpret_cast<E*>(data + k / kWidth * plane_bytes)[k % kWidth] = x;
   }
 
+  template <class E>
+  __device__ __forceinline__ E get(int k) const {
+    constexpr int kWidth = kAccess / sizeof(E);
+    return reinterpret_cast<const E*>(data + k / kWidth * plane_bytes)[k % kWidth];
+  }
+
   // Starts to copy a vector that lies in the row as a whole.
   template <class S, int N>
   __device__ __forceinline__ void fetch_whole(const Tensor& from, int64_t row, int i) const {

@@ -196,11 +196,12 @@ struct Team {
     }
     if constexpr (kIsCluster) {
       if (warp == 0) {
-        if (lane == 0) shared.of_blocks.expect(step);
-        if (lane < share.blocks) shared.of_blocks.send(row, unsigned(lane), step);
+        if (lane == 0) shared.of_blocks.expect(unsigned(share.blocks), step);
+        if (lane < share.blocks) shared.of_blocks.send(row, cluster_rank(), unsigned(lane), step);
       }
       if (kInAll || warp == 0) {
-        const RowState<float>* const received = shared.of_blocks.receive(step);
+        const RowState<float>* const received =
+            shared.of_blocks.receive(unsigned(share.blocks), step);
         const int other = lane % kMostCluster;
         row = other < share.blocks ? received[other] : RowState<float>();
         merge.template over<kMostCluster>(row);

@@ -114,6 +114,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
   return cuda_on_host::shuffle(cuda_on_host::Primitive::shfl_xor, mask, value, lanes, width);
 }
 
+// Of all lanes of the mask, which must be those of a warp.
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int lanes = warpSize / 2; lanes > 0; lanes /= 2) {
+    const int other = __shfl_xor_sync(mask, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 inline void __threadfence() { cuda_on_host::maybe_switch(); }
 inline void __threadfence_block() { cuda_on_host::maybe_switch(); }
 inline void __threadfence_system() { cuda_on_host::maybe_switch(); }
