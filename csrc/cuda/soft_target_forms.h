@@ -14,7 +14,9 @@ namespace fastkd::cuda::logits {
 // The memory that a launch brings: for the partial sums of its blocks, and a ticket counter.
 struct Scratch {
   unsigned* counter;
-  Tickets tickets(const Stream& stream) const { return cuda::tickets(stream, counter); }
+  Tickets tickets(const Call& call, const Stream& stream) const {
+    return call.sums_losses() ? grid_counters.take(stream, counter) : Tickets{};
+  }
 };
 
 // The columns form knows no float64, and neither do rows, which return whether they have served the

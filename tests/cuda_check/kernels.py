@@ -94,6 +94,9 @@ class Kernel(NamedTuple):
     spills: int  # bytes, of which so many are stored and loaded again
     loads: int  # of 16 bytes at a time
     stores: int
+    fences: int = 0  # sequentially consistent ones, which wait for all of the thread's memory
+    tickets: int = 0  # atomics that find the last block,
+    acquires: int = 0  # and what lets such a block see what the others wrote
 
 
 class Chip(NamedTuple):
@@ -140,6 +143,10 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
     met = set()
     for kernel in kernels:
         found += memory_problems(kernel.name, kernel.stack, kernel.spills)
+        if kernel.fences:
+            found.append(f"{kernel.name}: {kernel.fences} sequentially consistent fences")
+        if kernel.acquires < kernel.tickets:
+            found.append(f"{kernel.name}: the last block does not acquire what others wrote")
         demand = demand_of(source, kernel.name)
         if demand is None:
             found.append(f"{kernel.name}: tests/cuda_check/kernels.py does not speak of it")
