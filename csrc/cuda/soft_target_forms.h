@@ -19,9 +19,10 @@ struct Scratch {
   }
 };
 
-// The columns form knows no float64, and neither do rows, which return whether they have served the
-// call.
+// The columns form knows no float64, and neither do rows. Rows return whether they have served the
+// call, and so do few classes, which are rows as well.
 void launch_columns(const Call& call, const Scratch& scratch, const Stream& stream);
+bool launch_few(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_stream(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_backward(const Call& call, bool are_columns, const Stream& stream);

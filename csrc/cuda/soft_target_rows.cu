@@ -195,7 +195,8 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
 }  // namespace
 
 bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream) {
-  bool done = false;
+  bool done = launch_few(call, scratch, stream);
+  if (done) return true;
   with_types_of(call, [&](auto divergence, auto* one, auto* other) {
     done = launch_typed(divergence, one, other, call, scratch, stream);
   });

@@ -42,6 +42,8 @@ DEMANDS = {
         Demand("soft_target_rows_kernel<ForwardKl, (Scope)2", loads=2, stores=4, since=90),
         Demand("soft_target_rows_kernel<", loads=2, stores=1),
     ],
+    # Each side's vector, and one of the gradient or of zeros.
+    "soft_target_few": [Demand("soft_target_few_kernel<", loads=2, stores=2)],
     "soft_target_stream": [
         Demand("soft_target_stream_kernel<ForwardKl, double"),
         Demand("soft_target_stream_kernel<", loads=4, stores=1),
