@@ -151,7 +151,7 @@ struct Rows {
 template <class D, Scope kScope, class S, class T, int V>
 __global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, V* kVector<S, T>))
     soft_target_rows_kernel(const __grid_constant__ Call call, const Share share,
-                            const Tickets tickets) {
+                            const __grid_constant__ Tickets tickets) {
   if constexpr (kScope == Scope::cluster && !kHasClusters) return;
   Shared& shared = shared_memory<Shared>();
   const Rows<D, kScope, S, T, V> rows{
