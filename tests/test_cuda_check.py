@@ -60,6 +60,11 @@ SASS = """\
         /*0090*/                   LDS.128 R8, [R2] ;
         /*00a0*/                   STG.E desc[UR4][R6.64], R4 ;
         /*00b0*/                   STS.128 [R6], R4 ;
+        /*00c0*/                   MEMBAR.SC.GPU ;
+        /*00d0*/                   MEMBAR.ALL.GPU ;
+        /*00e0*/                   ATOMG.E.INC.STRONG.GPU PT, R4, desc[UR4][R2.64], R5 ;
+        /*00f0*/                   ATOMG.E.ADD.STRONG.GPU PT, R4, desc[UR4][R2.64], R5 ;
+        /*0100*/                   CCTL.IVALL ;
 """
 
 
@@ -101,6 +106,13 @@ def test_accesses():
     }
 
 
+def test_ordering():
+    assert listings.ordering(SASS) == {
+        "_Z4goodPf": dict(fences=0, tickets=0, acquires=0),
+        "_Z6narrowPf": dict(fences=1, tickets=1, acquires=1),
+    }
+
+
 DOUBLE = kernel("row<double>", loads=0, stores=0)
 
 
@@ -115,6 +127,11 @@ def test_a_good_kernel_has_no_problem():
         ({"spills": 8}, "row<float>: spills (8)"),
         ({"loads": 3}, "row<float>: 3 loads of 16 bytes, not 4"),
         ({"stores": 0}, "row<float>: 0 stores of 16 bytes, not 2"),
+        ({"fences": 2}, "row<float>: 2 sequentially consistent fences"),
+        (
+            {"tickets": 2, "acquires": 1},
+            "row<float>: the last block does not acquire what others wrote",
+        ),
     ],
 )
 def test_problems(changes, problem):

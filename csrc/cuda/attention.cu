@@ -17,9 +17,7 @@ namespace {
 
 // Of a launch: the tickets that were taken and the parts of samples whose slopes are there; and for
 // each sample the units of its maps and of its sums that are done. The last block leaves them at 0.
-constexpr int kStreams = 16;
-constexpr size_t kMostCounters = 8192;
-__device__ unsigned counters_of_streams[kStreams][kMostCounters];
+__device__ unsigned counters_of_units[kAttentionCounters.all()];
 enum Counter { kTicket, kFinalized, kOfSamples };
 enum SampleCounter { kMapsDone, kSumsDone, kPerSample };
 
@@ -199,7 +197,7 @@ __global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
     attention_forward_kernel(const __grid_constant__ Table table, const Call<A> call,
                              const typename Fold::Raise power, Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
-  unsigned* const counters = tickets.slot < 0 ? tickets.own : counters_of_streams[tickets.slot];
+  unsigned* const counters = tickets.in(counters_of_units);
   uint32_t unit = blockIdx.x;
   if (!call.is_map) {
     if (threadIdx.x == 0) shared.ticket = atomicAdd(counters + kTicket, 1);
@@ -295,8 +293,7 @@ void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned
     if (part.by_sample) part.loss += first_sample;
     grid.blocks = table.jobs[table.count - 1].last_unit;
     const Tickets counts =
-        call.is_map ? Tickets{}
-                    : tickets(stream, own, counters_for(part.samples), kMostCounters, kStreams);
+        call.is_map ? Tickets{} : attention_counters.take(stream, own, counters_for(part.samples));
     launch(kernel, grid, stream, table, part, typename Fold::Raise(p), counts);
   });
 }

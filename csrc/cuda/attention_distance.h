@@ -22,7 +22,8 @@ struct Transfer {
 };
 
 struct DistanceShared {
-  double warps[kMapWarps][kSumCount];
+  double squares[kMapWarps][2];
+  double sums[kMapWarps][kSumCount];
   double largest[kMapWarps];
 };
 
@@ -148,7 +149,7 @@ struct SampleMaps {
       found[1] += double(s) * double(u);
       found[2] += double(t) * double(u);
     });
-    block_sums(found, shared.warps);
+    block_sums(found, shared.sums);
     return {found[0], found[1], found[2]};
   }
 
@@ -185,13 +186,13 @@ struct SampleMaps {
     const uint32_t of_student = pair.units[kStudentMap];
     const uint32_t all = of_student + pair.units[kTeacherMap];
     const double* const squares = pair.squares + int64_t(sample) * all;
-    double found[kSumCount] = {};
+    double found[2] = {};
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < all; i += kMapThreads) {
       found[0] += i < of_student ? squares[i] : 0;
       found[1] += i < of_student ? 0 : squares[i];
     }
-    block_sums(found, shared.warps);
+    block_sums(found, shared.squares);
     return {{sqrt(found[0]), sqrt(found[1])}};
   }
 };

@@ -91,6 +91,21 @@ __device__ __forceinline__ unsigned count_up_and_tell(unsigned* counter) {
 #endif
 }
 
+// The same on a counter that `last` takes back to 0.
+__device__ __forceinline__ unsigned count_up_to(unsigned* counter, unsigned last) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+  return before;
+#else
+  __threadfence();
+  return atomicInc(counter, last);
+#endif
+}
+
 constexpr int kAccess = 16;  // bytes that one lane moves at a time
 
 // N elements that are read and written together, 16 bytes at a time.

@@ -14,8 +14,7 @@ constexpr int kBlocksTogether = 5;  // on a multiprocessor: 102 registers are le
 
 struct Shared {
   Square squares[kWarps];
-  double warps[kWarps];
-  bool is_last;
+  SharedSums<1, kWarps> sums;
 };
 
 // What every job of a launch has in common. grad_output is 1 where it is absent; the loss is absent
@@ -119,14 +118,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
   for (int j = 0; j < table.count; ++j)
     total += do_job<S, T>(table.jobs[j], table.axes, call, unit, shared.squares[warp]);
   if (call.by_row || call.loss == nullptr) return;
-  total = block_sum(total, shared.warps);
-  if (threadIdx.x == 0) call.partial[blockIdx.x] = total;
-  if (!is_last_block(tickets, shared.is_last)) return;
-  total = 0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
-    total += call.partial[block];
-  total = block_sum(total, shared.warps);
-  if (threadIdx.x == 0) *call.loss = A(total) + (adds ? *call.loss : A(0));
+  double sums[1] = {total};
+  if (grid_sums(sums, call.partial, tickets, shared.sums) && threadIdx.x == 0)
+    *call.loss = A(sums[0]) + (adds ? *call.loss : A(0));
 }
 
 // The losses of rows that were several units: one warp a row, of all jobs.
@@ -159,8 +153,8 @@ void launch_jobs(const Table& table, const Call<A>& call, bool in_place, unsigne
   grid.blocks = std::min(
       {(units + kWarps - 1) / kWarps, resident_clusters(kernel, grid, stream), kMostBlocks});
   const bool sums = call.loss != nullptr && !call.by_row;
-  launch(kernel, grid, stream, table, call, in_place, sums ? tickets(stream, counter) : Tickets{},
-         adds);
+  launch(kernel, grid, stream, table, call, in_place,
+         sums ? grid_counters.take(stream, counter) : Tickets{}, adds);
   int64_t rows = 0;
   bool are_split = false;
   for (int j = 0; j < table.count; ++j) {

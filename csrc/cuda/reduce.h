@@ -1,11 +1,7 @@
 // Sums over a warp, a block and a grid, in an order that does not change from run to run.
 #pragma once
 
-#include <mutex>
-#include <unordered_map>
-
-#include "device.h"
-#include "launch.h"
+#include "tickets.h"
 
 namespace fastkd::cuda {
 
@@ -15,76 +11,76 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// The sum over the block, in every thread. `warps` has one element for each warp of the block, and
-// is free again when the last thread has returned and the next barrier is passed.
-__device__ __forceinline__ double block_sum(double x, double* warps) {
-  x = warp_sum(x);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+// The sums over the block of what lane 0 of each warp has, in every thread. The block has up to
+// kWarps warps. `warps` is in use until the next barrier.
+template <int N, int kWarps>
+__device__ __forceinline__ void sums_of_warps(double (&x)[N], double (&warps)[kWarps][N]) {
+  static_assert(kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0);
+  if (threadIdx.x % kWarp == 0)
+#pragma unroll
+    for (int i = 0; i < N; ++i) warps[threadIdx.x / kWarp][i] = x[i];
   __syncthreads();
-  double sum = 0;
-#pragma unroll 1
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += warps[warp];
-  return sum;
-}
-
-// The same of several numbers at a time; `warps` may be in use until now.
-template <int N>
-__device__ __forceinline__ void block_sums(double (&x)[N], double (*warps)[N]) {
-  __syncthreads();
+  const unsigned warp = threadIdx.x % kWarps;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    x[i] = warp_sum(x[i]);
-    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = x[i];
-    x[i] = 0;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp)
+    x[i] = warp < blockDim.x / kWarp ? warps[warp][i] : 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] += warps[warp][i];
-}
-
-// Ticket counters, by which a grid finds its last block. Kernels of one stream follow one another,
-// so they share a counter, which the last block resets for the next kernel.
-constexpr int kCounters = 1024;
-static __device__ unsigned counters[kCounters];
-
-// Where a launch counts: a stream's counters, or memory of its own where slot is negative.
-struct Tickets {
-  int slot;
-  unsigned* own;
-};
-
-// A captured graph may be replayed beside anything, so its launches count in memory of their own,
-// which is set to 0 each time. cudaStreamPerThread is one handle for many streams. `count` counters
-// are needed, and there are `most` for each of `streams`.
-inline Tickets tickets(const Stream& stream, unsigned* own, size_t count = 1, size_t most = 1,
-                       int streams = kCounters) {
-  static std::mutex mutex;
-  static std::unordered_map<cudaStream_t, int> slots;
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream.handle, &capture), "asking for a capture");
-  if (capture == cudaStreamCaptureStatusNone && stream.handle != cudaStreamPerThread &&
-      count <= most) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const int slot = slots.try_emplace(stream.handle, int(slots.size())).first->second;
-    if (slot < streams) return {slot, nullptr};
+    for (int lanes = kWarps / 2; lanes > 0; lanes /= 2)
+      x[i] += __shfl_xor_sync(kAllLanes, x[i], lanes);
   }
-  check(cudaMemsetAsync(own, 0, count * sizeof(unsigned), stream.handle), "clearing counters");
-  return {-1, own};
 }
+
+// The same of what every thread has.
+template <int N, int kWarps>
+__device__ __forceinline__ void block_sums(double (&x)[N], double (&warps)[kWarps][N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = warp_sum(x[i]);
+  sums_of_warps(x, warps);
+}
+
+static __device__ unsigned counters[kGridCounters.all()];
 
 // Whether this is the last block of the grid to come here, in every thread of the block; it sees
 // what thread 0 of each block wrote before. `answer` lies in shared memory.
 __device__ __forceinline__ bool is_last_block(const Tickets& tickets, bool& answer) {
-  if (threadIdx.x == 0) {
-    __threadfence();
-    unsigned* counter = tickets.slot < 0 ? tickets.own : counters + tickets.slot;
-    answer = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) answer = count_up_to(tickets.in(counters), gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   return answer;
+}
+
+template <int N, int kWarps>
+struct SharedSums {
+  double warps[kWarps][N];
+  bool is_last;
+};
+
+// Whether this is the grid's last block, in which the sums of what lane 0 of each warp has are then
+// the grid's, in every thread. `partial` has N elements for each block.
+template <int N, int kWarps>
+__device__ __forceinline__ bool grid_sums_of_warps(double (&x)[N], double* partial,
+                                                   const Tickets& tickets,
+                                                   SharedSums<N, kWarps>& shared) {
+  sums_of_warps(x, shared.warps);
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int i = 0; i < N; ++i) partial[int64_t(blockIdx.x) * N + i] = x[i];
+  if (!is_last_block(tickets, shared.is_last)) return false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = 0;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += partial[int64_t(block) * N + i];
+  block_sums(x, shared.warps);
+  return true;
+}
+
+// The same of what every thread has.
+template <int N, int kWarps>
+__device__ __forceinline__ bool grid_sums(double (&x)[N], double* partial, const Tickets& tickets,
+                                          SharedSums<N, kWarps>& shared) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = warp_sum(x[i]);
+  return grid_sums_of_warps(x, partial, tickets, shared);
 }
 
 }  // namespace fastkd::cuda

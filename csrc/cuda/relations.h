@@ -1,4 +1,4 @@
-// What losses on matrices of pairs have in common: tiles of pairs, and sums over the grid.
+// What losses on matrices of pairs have in common: tiles of pairs, and a loss.
 #pragma once
 
 #include "reduce.h"
@@ -21,30 +21,6 @@ __device__ __forceinline__ TileOfPairs tile_of_pairs(int64_t number) {
   while (tiles_of_pairs(column) > number) --column;
   while (tiles_of_pairs(column + 1) <= number) ++column;
   return {number - tiles_of_pairs(column), column};
-}
-
-template <int N, int kWarps>
-struct SharedSums {
-  double warps[kWarps][N];
-  bool is_last;
-};
-
-// Whether this is the grid's last block, in which the sums are then the grid's, in every thread.
-template <int N, int kWarps>
-__device__ __forceinline__ bool grid_sums(double (&x)[N], double* partial, const Tickets& tickets,
-                                          SharedSums<N, kWarps>& shared) {
-  block_sums(x, shared.warps);
-  if (threadIdx.x == 0)
-#pragma unroll
-    for (int i = 0; i < N; ++i) partial[int64_t(blockIdx.x) * N + i] = x[i];
-  if (!is_last_block(tickets, shared.is_last)) return false;
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = 0;
-  for (int64_t block = threadIdx.x; block < gridDim.x; block += blockDim.x)
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] += partial[block * N + i];
-  block_sums(x, shared.warps);
-  return true;
 }
 
 // A loss, which is one number of either dtype.

@@ -37,7 +37,7 @@ static_assert(sizeof(Scratch) == rkd_scratch_bytes());
 void find_totals(const Distances& distances, Scratch& scratch, const Stream& stream);
 
 inline Tickets tickets(Scratch& scratch, const Stream& stream) {
-  return cuda::tickets(stream, reinterpret_cast<unsigned*>(&scratch.counter));
+  return grid_counters.take(stream, reinterpret_cast<unsigned*>(&scratch.counter));
 }
 
 // Huber's loss, and its derivative, from which it is computed. NaN stays NaN.

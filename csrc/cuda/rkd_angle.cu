@@ -199,7 +199,8 @@ struct Triangles {
 
 template <int K, bool kSlopes>
 __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2)
-    rkd_angle_kernel(const __grid_constant__ Call call, int64_t tiles, Tickets tickets) {
+    rkd_angle_kernel(const __grid_constant__ Call call, int64_t tiles,
+                     const __grid_constant__ Tickets tickets) {
   Shared<K>& shared = shared_memory<Shared<K>>();
   const Triangles<K, kSlopes> triangles(call, shared);
   double loss[1] = {};

@@ -35,7 +35,7 @@ __device__ __forceinline__ double inverse_of(double norm) {
 }
 
 struct Shared {
-  double warps[kWarps][2];
+  double squares[kWarps][2], sums_of_row[kWarps][2];
   SharedSums<1, kWarps> sums;
 };
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       squares[0] += double(student[j]) * double(student[j]);
       squares[1] += double(teacher[j]) * double(teacher[j]);
     }
-    block_sums(squares, shared.warps);
+    block_sums(squares, shared.squares);
     const double norm = sqrt(squares[0]);
     const double inverse[2] = {inverse_of(norm), inverse_of(sqrt(squares[1]))};
     double sums[2] = {};
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
       sums[0] += difference * difference;
       sums[1] += difference * of_student;
     }
-    block_sums(sums, shared.warps);
+    block_sums(sums, shared.sums_of_row);
     if (threadIdx.x == 0) {
       total[0] += sums[0];
       // What is divided by a constant has a slope of its own alone.
@@ -119,7 +119,7 @@ void compare(const Tensor& student, const Tensor& teacher, const Tensor& loss, c
                        reinterpret_cast<const A*>(teacher.data), student.sizes[0]};
   launch(similarity_rows_kernel<A>, {std::min(grams.n, kMostBlocks), kThreads, sizeof(Shared)},
          stream, grams, Loss(loss), scratch.rows(), scratch.partial,
-         tickets(stream, reinterpret_cast<unsigned*>(&scratch.counter)));
+         grid_counters.take(stream, reinterpret_cast<unsigned*>(&scratch.counter)));
   if (slopes)
     launch(similarity_slopes_kernel<A>,
            {tiles_of_pairs((grams.n + kTile - 1) / kTile), kThreads, sizeof(Transposed)}, stream,

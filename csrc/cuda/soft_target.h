@@ -51,6 +51,8 @@ struct Call {
   const void* grad_output;  // backward's: one number, or one a row
   bool in_place;            // the gradient is that for a grad_output of 1
 
+  // Whether the losses of rows are added up.
+  constexpr bool sums_losses() const { return reduction != Reduction::none && loss != nullptr; }
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
   // Whether temperature 1 has exponentials of its own.
   constexpr bool has_hard() const { return labels != nullptr && temperature != 1; }
@@ -131,17 +133,25 @@ __device__ __forceinline__ void locate(const Call& call, uint32_t row, int64_t (
   }
 }
 
-// The rows that count, in every thread of the block; `warps` is as block_sum has it.
-__device__ __forceinline__ double counted_rows(const Call& call, double* warps) {
+// What a block of up to so many warps needs to count rows and to add up losses.
+template <int kWarps>
+struct LossShared {
+  double counts[kWarps][1];
+  SharedSums<2, kWarps> sums;
+};
+
+// The rows that count, in every thread of the block.
+template <int kWarps>
+__device__ __forceinline__ double counted_rows(const Call& call, LossShared<kWarps>& shared) {
   if (call.labels == nullptr) return call.rows;
   if (call.counted != nullptr) return double(*call.counted);
   unsigned counted = 0;
 #pragma unroll 4
   for (uint32_t row = threadIdx.x; row < call.rows; row += blockDim.x)
     counted += !ignores(call, row);
-  const double sum = block_sum(counted, warps);
-  __syncthreads();
-  return sum;
+  double sum[1] = {double(counted)};
+  block_sums(sum, shared.counts);
+  return sum[0];
 }
 
 __device__ __forceinline__ double divisor_of(const Call& call, double counted) {

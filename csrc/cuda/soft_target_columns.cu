@@ -13,8 +13,7 @@ constexpr int kTogether = 8;  // classes that raise the maxima together
 
 struct Shared {
   RowState<float> of_warps[kWarps][kWarp];
-  double warps[kWarps];
-  bool is_last;
+  LossShared<kWarps> losses;
 };
 
 // f(class), for the classes of this warp.
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     soft_target_columns_kernel(const __grid_constant__ Call call, bool is_kept,
                                const Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
-  const double counted = counted_rows(call, shared.warps);
+  const double counted = counted_rows(call, shared.losses);
   const Columns<D, S, T> columns{call,
                                  shared,
                                  is_kept,
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   Losses total;
   const uint32_t tiles = (call.rows + kWarp - 1) / kWarp;
   for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) columns.run(tile, total);
-  write_loss<float>(call, total, counted, tickets, shared.warps, shared.is_last);
+  write_loss<float>(call, over_warp(total), counted, tickets, shared.losses);
 }
 
 template <class D, class S, class T>
@@ -184,7 +183,7 @@ void launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
   if (is_kept) grid.shared_bytes += places;
   const int64_t tiles = (int64_t(call.rows) + kWarp - 1) / kWarp;
   grid.blocks = std::min({tiles, resident_clusters(kernel, grid, stream), kMostBlocks});
-  launch(kernel, grid, stream, call, is_kept, scratch.tickets(stream));
+  launch(kernel, grid, stream, call, is_kept, scratch.tickets(call, stream));
 }
 
 }  // namespace

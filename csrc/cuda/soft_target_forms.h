@@ -14,12 +14,15 @@ namespace fastkd::cuda::logits {
 // The memory that a launch brings: for the partial sums of its blocks, and a ticket counter.
 struct Scratch {
   unsigned* counter;
-  Tickets tickets(const Stream& stream) const { return cuda::tickets(stream, counter); }
+  Tickets tickets(const Call& call, const Stream& stream) const {
+    return call.sums_losses() ? grid_counters.take(stream, counter) : Tickets{};
+  }
 };
 
-// The columns form knows no float64, and neither do rows, which return whether they have served the
-// call.
+// The columns form knows no float64, and neither do rows. Rows return whether they have served the
+// call, and so do few classes, which are rows as well.
 void launch_columns(const Call& call, const Scratch& scratch, const Stream& stream);
+bool launch_few(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_long_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_stream(const Call& call, const Scratch& scratch, const Stream& stream);

@@ -15,6 +15,11 @@ struct Normaliser {
   A shift, by;
 };
 
+template <class A>
+struct Shared : BlockShared<A> {
+  double sums[kBlockRowThreads / kWarp][2];
+};
+
 // N classes. Those outside of the row are excluded ones.
 template <class A, int N>
 __device__ __forceinline__ void read(const Tensor& from, int64_t at, int64_t i, int64_t classes,
@@ -46,7 +51,7 @@ struct Passes {
 
   const MeanCall& of;
   const Call& call;
-  BlockShared<A>& shared;
+  Shared<A>& shared;
   const int64_t vectors;
   const MeanRates<A> rates;
   const bool with_logits;
@@ -141,7 +146,7 @@ struct Passes {
                                       MergeMeanLanes<D, A>{rates, with_logits});
     const A s_shift = shift(state.student_max);
     const auto by = factors_of<D>(call, row, state, rates, weights, label);
-    double mass = 0, difference = 0;
+    double sums[2] = {};  // of the target's mass and of the divergence's terms
     over_vectors(phase, [&](int64_t i) {
       A p[N], s[N];
       target(row, phase, i, p);
@@ -154,19 +159,14 @@ struct Passes {
         const A kept = add_mean<D>(here, es, p[k], x, rates);
         s[k] = by.template of_kept<D>(es, kept, eh, i + k == label);
       }
-      mass += double(here.teacher);
-      difference += double(here.difference);
+      sums[0] += double(here.teacher);
+      sums[1] += double(here.difference);
       if (writes) store_vector<Any>(s, call, kToStudent, start, i);
     });
-    if constexpr (!kIsColumns) {
-      mass = block_sum(mass, shared.warps);
-      __syncthreads();
-      difference = block_sum(difference, shared.warps);
-      __syncthreads();
-    }
+    if constexpr (!kIsColumns) block_sums(sums, shared.sums);
     if (!leads) return;
-    state.teacher = A(mass);
-    state.difference = A(difference);
+    state.teacher = A(sums[0]);
+    state.difference = A(sums[1]);
     const double logit = logit_of<Any>(call, start.at[kStudent], label);
     write_losses<A>(call, row, losses_of<D>(state, rates, call, label, logit), total);
   }
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
                               const Tickets tickets) {
   const Call& call = of.call;
   if (call.in_place && *static_cast<const A*>(call.grad_output) == A(1)) return;
-  BlockShared<A>& shared = shared_memory<BlockShared<A>>();
-  const double counted = counted_rows(call, shared.warps);
+  Shared<A>& shared = shared_memory<Shared<A>>();
+  const double counted = counted_rows(call, shared.losses);
   const Passes<D, A, kIsColumns> passes{of,
                                         call,
                                         shared,
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
     passes.run(row, total);
     if (call.rows - row <= step) break;
   }
-  write_loss<A>(call, total, counted, tickets, shared.warps, shared.is_last);
+  write_loss<A>(call, kIsColumns ? over_warp(total) : total, counted, tickets, shared.losses);
 }
 
 template <class D, class A, bool kIsColumns>
@@ -210,10 +210,10 @@ void launch_typed(const MeanCall& of, const Scratch& scratch, const Stream& stre
                  : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
   const int64_t at_once = kIsColumns ? threads : 1;
   Grid grid{1, threads,
-            kHeader<BlockShared<A>> + size_t(of.count) * size_t(at_once) * sizeof(Normaliser<A>)};
+            kHeader<Shared<A>> + size_t(of.count) * size_t(at_once) * sizeof(Normaliser<A>)};
   grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
                           resident_clusters(kernel, grid, stream), kMostBlocks});
-  launch(kernel, grid, stream, of, vectors, scratch.tickets(stream));
+  launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ constexpr int kBlockRowThreads = 256;
 template <class A>
 struct BlockShared {
   RowState<A> of_warps[kBlockRowThreads / kWarp];
-  double warps[kBlockRowThreads / kWarp];
-  bool is_last;
+  LossShared<kBlockRowThreads / kWarp> losses;
 };
 
 // The block's state from each thread's, in every thread.

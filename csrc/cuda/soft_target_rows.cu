@@ -151,7 +151,7 @@ struct Rows {
 template <class D, Scope kScope, class S, class T, int V>
 __global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, V* kVector<S, T>))
     soft_target_rows_kernel(const __grid_constant__ Call call, const Share share,
-                            const Tickets tickets) {
+                            const __grid_constant__ Tickets tickets) {
   if constexpr (kScope == Scope::cluster && !kHasClusters) return;
   Shared& shared = shared_memory<Shared>();
   const Rows<D, kScope, S, T, V> rows{
@@ -195,7 +195,8 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
 }  // namespace
 
 bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream) {
-  bool done = false;
+  bool done = launch_few(call, scratch, stream);
+  if (done) return true;
   with_types_of(call, [&](auto divergence, auto* one, auto* other) {
     done = launch_typed(divergence, one, other, call, scratch, stream);
   });

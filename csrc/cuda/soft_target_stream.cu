@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kBlockRowThreads, sizeof(A) == 8 ? 1 : kTogeth
     soft_target_stream_kernel(const __grid_constant__ Call call, int64_t vectors, int kept,
                               const Tickets tickets) {
   BlockShared<A>& shared = shared_memory<BlockShared<A>>();
-  const double counted = counted_rows(call, shared.warps);
+  const double counted = counted_rows(call, shared.losses);
   const Streamed<D, A, S, T> streamed{
       call,          shared,         vectors,
       kept,          Rates<A>(call), Weights<A>(call, divisor_of(call, counted), 1),
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kBlockRowThreads, sizeof(A) == 8 ? 1 : kTogeth
     streamed.run(row, total);
     if (call.rows - row <= gridDim.x) break;
   }
-  write_loss<A>(call, total, counted, tickets, shared.warps, shared.is_last);
+  write_loss<A>(call, total, counted, tickets, shared.losses);
 }
 
 template <class D, class A, class S, class T>
@@ -140,7 +140,7 @@ void launch_typed(D, A, S*, T*, const Call& call, const Scratch& scratch, const 
   }
   grid.blocks =
       std::min({int64_t(call.rows), resident_clusters(kernel, grid, stream), kMostBlocks});
-  launch(kernel, grid, stream, call, vectors, int(kept), scratch.tickets(stream));
+  launch(kernel, grid, stream, call, vectors, int(kept), scratch.tickets(call, stream));
 }
 
 }  // namespace

@@ -155,7 +155,7 @@ struct Rows {
 template <class D, Scope kScope, int V>
 __global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, V* N))
     soft_target_teachers_rows_kernel(const __grid_constant__ MeanCall of, const Share share,
-                                     const Tickets tickets) {
+                                     const __grid_constant__ Tickets tickets) {
   if constexpr (kScope == Scope::cluster && !kHasClusters) return;
   const Call& call = of.call;
   if (call.in_place && *static_cast<const float*>(call.grad_output) == 1) return;

@@ -51,10 +51,9 @@ struct Share {
 struct TeamShared {
   ClusterExchange<RowState<float>, kMostCluster> of_blocks;
   Losses totals[kMostWarps];
-  double warps[kMostWarps];
+  LossShared<kMostWarps> losses;
   double counted;
   Weights<float> weights;
-  bool is_last;
 };
 
 // A thread's place in its team. V vectors of N classes of a row are a thread's, and each takes so
@@ -120,7 +119,7 @@ struct Team {
 
   // Before the first row.
   __device__ __forceinline__ void open(TeamShared& shared) const {
-    const double counted = counted_rows(call, shared.warps);
+    const double counted = counted_rows(call, shared.losses);
     const Weights<float> weights(call, divisor_of(call, counted), 1);
     if (threadIdx.x == 0) {
       shared.counted = counted;
@@ -134,7 +133,7 @@ struct Team {
   // After the last row.
   __device__ __forceinline__ void close(TeamShared& shared, const Tickets& tickets) const {
     write_loss<float>(call, leads ? shared.totals[warp] : Losses{}, shared.counted, tickets,
-                      shared.warps, shared.is_last);
+                      shared.losses);
   }
 
   // The first row from `row` on that counts. Those before it are done with here; start_of_row(row)
@@ -252,7 +251,7 @@ bool launch_team(void (*kernel)(C, Share, Tickets), const C& argument, const Cal
       cluster;
   launch(kernel, grid, stream, argument,
          Share{int(vectors), int(of_block), cluster, uint32_t(grid.blocks / cluster * teams)},
-         scratch.tickets(stream));
+         scratch.tickets(call, stream));
   return true;
 }
 

@@ -54,34 +54,20 @@ __device__ void write_ignored_row(const Call& call, uint32_t row) {
   write_row(call, row, RowState<A>{0, 0}, Losses{}, total);
 }
 
-// Adds up what the threads of all blocks have found, and writes the loss and its parts: the last
-// block, found by a ticket counter, adds the blocks' partial sums in their order.
-template <class A>
-__device__ void write_loss(const Call& call, Losses total, double counted, const Tickets& tickets,
-                           double* warps, bool& is_last) {
-  const auto over_block = [&](Losses x) {
-    x.divergence = block_sum(x.divergence, warps);
-    __syncthreads();
-    x.cross_entropy = block_sum(x.cross_entropy, warps);
-    __syncthreads();
-    return x;
-  };
-  if (call.reduction == Reduction::none || call.loss == nullptr) return;
-  total = over_block(total);
-  if (threadIdx.x == 0) {
-    call.partial[2 * blockIdx.x] = total.divergence;
-    call.partial[2 * blockIdx.x + 1] = total.cross_entropy;
-  }
-  if (!is_last_block(tickets, is_last)) return;
-  total = {0, 0};
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-    total.divergence += call.partial[2 * block];
-    total.cross_entropy += call.partial[2 * block + 1];
-  }
-  total = over_block(total);
-  if (threadIdx.x != 0) return;
+__device__ __forceinline__ Losses over_warp(const Losses& x) {
+  return {warp_sum(x.divergence), warp_sum(x.cross_entropy)};
+}
+
+// Adds up what lane 0 of each warp of all blocks has found, and writes the loss and its parts: the
+// last block, found by a ticket counter, adds the blocks' partial sums in a fixed order.
+template <class A, int kWarps>
+__device__ void write_loss(const Call& call, const Losses& of_warp, double counted,
+                           const Tickets& tickets, LossShared<kWarps>& shared) {
+  if (!call.sums_losses()) return;
+  double sums[] = {of_warp.divergence, of_warp.cross_entropy};
+  if (!grid_sums_of_warps(sums, call.partial, tickets, shared.sums) || threadIdx.x != 0) return;
   const double divisor = divisor_of(call, counted);
-  total = {total.divergence / divisor, total.cross_entropy / divisor};
+  const Losses total{sums[0] / divisor, sums[1] / divisor};
   *static_cast<A*>(call.loss) = loss_of<A>(call, total);
   write_parts<A>(call, 0, 1, total);
   if (call.statistics != nullptr)

@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cuda_check",
         description="Compile every kernel for every chip, and fail where it spills registers, "
-        "keeps a stack frame or does not move 16 bytes at a time.",
+        "keeps a stack frame, does not move 16 bytes at a time or has a sequentially "
+        "consistent fence.",
     )
     parser.add_argument(
         "--architectures",

@@ -30,7 +30,8 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
         )
     )
     elf = _run(_CUOBJDUMP, "-elf", cubin)
-    accesses = listings.accesses(_run(_CUOBJDUMP, "-sass", cubin))
+    sass = _run(_CUOBJDUMP, "-sass", cubin)
+    accesses, ordering = listings.accesses(sass), listings.ordering(sass)
     threads, sizes = listings.threads(elf), listings.sizes(elf, _SIZE_OF)
     kernels = []
     for symbol, used in usage.items():
@@ -39,7 +40,9 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
         if demand and demand.shared:
             used["shared_bytes"] += sizes[demand.shared]
         bounds = threads.get(symbol, _NO_BOUNDS)
-        kernels.append(Kernel(name, architecture, bounds, **used, **accesses[symbol]))
+        kernels.append(
+            Kernel(name, architecture, bounds, **used, **accesses[symbol], **ordering[symbol])
+        )
     return sorted(kernels)
 
 

@@ -42,6 +42,8 @@ DEMANDS = {
         Demand("soft_target_rows_kernel<ForwardKl, (Scope)2", loads=2, stores=4, since=90),
         Demand("soft_target_rows_kernel<", loads=2, stores=1),
     ],
+    # Each side's vector, and one of the gradient or of zeros.
+    "soft_target_few": [Demand("soft_target_few_kernel<", loads=2, stores=2)],
     "soft_target_stream": [
         Demand("soft_target_stream_kernel<ForwardKl, double"),
         Demand("soft_target_stream_kernel<", loads=4, stores=1),
@@ -94,6 +96,9 @@ class Kernel(NamedTuple):
     spills: int  # bytes, of which so many are stored and loaded again
     loads: int  # of 16 bytes at a time
     stores: int
+    fences: int = 0  # sequentially consistent ones, which wait for all of the thread's memory
+    tickets: int = 0  # atomics that find the last block,
+    acquires: int = 0  # and what lets such a block see what the others wrote
 
 
 class Chip(NamedTuple):
@@ -140,6 +145,10 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
     met = set()
     for kernel in kernels:
         found += memory_problems(kernel.name, kernel.stack, kernel.spills)
+        if kernel.fences:
+            found.append(f"{kernel.name}: {kernel.fences} sequentially consistent fences")
+        if kernel.acquires < kernel.tickets:
+            found.append(f"{kernel.name}: the last block does not acquire what others wrote")
         demand = demand_of(source, kernel.name)
         if demand is None:
             found.append(f"{kernel.name}: tests/cuda_check/kernels.py does not speak of it")

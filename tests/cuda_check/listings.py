@@ -46,6 +46,18 @@ def accesses(sass: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def ordering(sass: str) -> dict[str, dict[str, int]]:
+    """What orders each kernel's accesses to memory, from `cuobjdump -sass`."""
+    return {
+        function.split(maxsplit=1)[0]: {
+            "fences": len(re.findall(r"\bMEMBAR\.SC\b", function)),
+            "tickets": len(re.findall(r"\bATOMG?\.[.\w]*INC\b", function)),
+            "acquires": len(re.findall(r"\bCCTL\.IVALL\b", function)),
+        }
+        for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    }
+
+
 def _count(instruction: str, code: str) -> int:
     widths = re.findall(rf"\b(?:{instruction})\.[.\w]*\.(128|256)\b", code)
     return sum(int(width) // 128 for width in widths)

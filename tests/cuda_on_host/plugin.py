@@ -3,7 +3,8 @@
 Loaded by `pytest -p cuda_on_host.plugin`; FASTKD_NATIVE_PATH names the module that is built here.
 Tensors on the CPU pass for those of a GPU: all of Python but the choice of device and stream, and
 all of the kernels, are the real ones. Every test has its own schedule of the GPU's threads and its
-own kind of GPU, and one in three runs as if into a CUDA graph; FASTKD_TEST_SEED brings them back.
+own kind of GPU, and one in three runs as if into a CUDA graph, with many ticket counters for such
+launches or with few; FASTKD_TEST_SEED brings them back.
 """
 
 import functools
@@ -56,3 +57,4 @@ def schedule(request, monkeypatch):
     use_device(device, monkeypatch)
     compiled.loaded().set_schedule(draw.getrandbits(64))
     compiled.loaded().set_capturing(draw.random() < 1 / 3)
+    compiled.loaded().restart_captured_counters(draw.choice((0, 1, 20, 1 << 16)))
