@@ -1,15 +1,11 @@
 // Blocks of a cluster, which reach into each other's shared memory. Chips before 9.0 have none.
 #pragma once
 
-#include "device.h"
+#include "bulk_copy.h"
 
 namespace fastkd::cuda {
 
-#if defined(__CUDACC__) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
+constexpr bool kHasClusters = kHasBulkCopies;
 
 #ifndef __CUDACC__
 using cuda_on_host::cluster_rank;
@@ -37,7 +33,7 @@ __device__ __forceinline__ unsigned cluster_size() {
 template <class Message, int kBlocks>
 struct ClusterExchange {
   Message messages[2][kBlocks];
-  uint64_t arrivals[2];
+  Mbarrier arrivals[2];
 
   // By every thread of every block, before anything else.
   __device__ void open();
@@ -51,7 +47,7 @@ struct ClusterExchange {
 #ifndef __CUDACC__
 template <class Message, int kBlocks>
 void ClusterExchange<Message, kBlocks>::open() {
-  if (threadIdx.x == 0) arrivals[0] = arrivals[1] = 0;
+  if (threadIdx.x == 0) arrivals[0].state = arrivals[1].state = 0;
   cuda_on_host::cluster_sync();
 }
 template <class Message, int kBlocks>
@@ -69,9 +65,6 @@ const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
   return messages[round % 2];
 }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
 __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank) {
   unsigned mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -82,21 +75,15 @@ __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank)
 
 template <class Message, int kBlocks>
 __device__ __forceinline__ void ClusterExchange<Message, kBlocks>::open() {
-  if (threadIdx.x == 0) {
-    for (const uint64_t& one : arrivals)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&one)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  if (threadIdx.x == 0)
+    for (Mbarrier& one : arrivals) one.init();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 template <class Message, int kBlocks>
 __device__ __forceinline__ void ClusterExchange<Message, kBlocks>::expect(int round) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(&arrivals[round % 2])),
-               "r"(unsigned(sizeof(Message)) * cluster_size())
-               : "memory");
+  arrivals[round % 2].expect(unsigned(sizeof(Message)) * cluster_size());
 }
 
 template <class Message, int kBlocks>
@@ -118,19 +105,7 @@ __device__ __forceinline__ void ClusterExchange<Message, kBlocks>::send(const Me
 
 template <class Message, int kBlocks>
 __device__ __forceinline__ const Message* ClusterExchange<Message, kBlocks>::receive(int round) {
-  const unsigned arrival = shared_address(&arrivals[round % 2]);
-  unsigned is_complete;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}"
-        : "=r"(is_complete)
-        : "r"(arrival), "r"(unsigned(round / 2 % 2))
-        : "memory");
-  } while (!is_complete);
+  arrivals[round % 2].wait(unsigned(round / 2 % 2));
   return messages[round % 2];
 }
 #else
