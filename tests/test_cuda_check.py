@@ -55,6 +55,7 @@ SASS = """\
         /*0090*/                   LDGSTS.E.BYPASS.128 [R0], desc[UR4][R8.64] ;
         /*00a0*/                   LDG.E.ENL2.256 R16, R8, desc[UR4][R2.64] ;
         /*00b0*/                   STG.E.128 desc[UR4][R6.64], R4 ;
+        /*00c0*/                   UBLKCP.S.G [UR14], [UR12], UR6, desc[UR4] ;
 \t\tFunction : _Z6narrowPf
         /*0080*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
         /*0090*/                   LDS.128 R8, [R2] ;
@@ -101,8 +102,8 @@ def test_sizes():
 
 def test_accesses():
     assert listings.accesses(SASS) == {
-        "_Z4goodPf": dict(loads=4, stores=1),
-        "_Z6narrowPf": dict(loads=0, stores=0),
+        "_Z4goodPf": dict(loads=4, stores=1, bulk_copies=1),
+        "_Z6narrowPf": dict(loads=0, stores=0, bulk_copies=0),
     }
 
 
@@ -165,3 +166,10 @@ def test_a_kernel_may_be_empty_before_an_architecture(monkeypatch):
 def test_occupancy(changes, warps):
     most = kernels.CHIPS[changes["architecture"]].warps
     assert occupancy(kernel(**changes)) == warps / most
+
+
+def test_only_architectures_with_bulk_copies_need_them(monkeypatch):
+    monkeypatch.setattr(kernels, "DEMANDS", {"loss": [Demand("row<", bulk_copies=2)]})
+    assert problems("loss", [kernel(architecture=80)]) == []
+    assert problems("loss", [kernel(bulk_copies=2)]) == []
+    assert problems("loss", [kernel(bulk_copies=1)]) == ["row<float>: 1 bulk copies, not 2"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ BUILT = Path(
     or next(BUILD.glob("_shim_test*.so"), BUILD / "_shim_test*.so")
 ).resolve()
 SEEDS = range(40)
+THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
 
 
 def load():
@@ -181,6 +183,72 @@ def test_copies_arrive_early_or_late(shim):
     assert seen == {(1, 1, 1), ("never", 2, 2), ("never", "never", 2)}
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_bulk_copies(shim, depth):
+    x = words(7, 64, 4)
+    assert wrong(shim, x, shim.staged_in_bulk, x, depth) == 0
+
+
+def results_of(shim, call, *args, **kwargs):
+    """What becomes of a call in some schedules: the result, or why there is none."""
+    for seed in SEEDS:
+        shim.set_schedule(seed)
+        try:
+            yield call(*args, **kwargs)
+        except RuntimeError as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("wait", r"expect twice in a phase|copy is under way when the block's last thread ends"),
+        ("before_reuse", r"deadlock:\n.* waits at mbarrier_wait|expect twice in a phase"),
+        ("after_init", r"mbarrier_wait before mbarrier_init"),
+    ],
+)
+def test_missing_step_of_bulk_copies_shows(shim, step, reason, depth):
+    """Numbers are wrong, or something else is."""
+    x = words(9, 64, 4)
+    results = list(results_of(shim, shim.staged_in_bulk, x, depth, **{step: False}))
+    reasons = [result for result in results if isinstance(result, str)]
+    assert any(isinstance(result, str) or (result != x).any() for result in results)
+    assert all(re.search(reason, given) for given in reasons)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("more", [-16, 16])
+def test_expecting_another_number_of_bytes_raises(shim, depth, more):
+    """At the first wait."""
+    x = words(1, 64, 4)
+    for result in results_of(shim, shim.staged_in_bulk, x, depth, more_bytes=more):
+        assert re.match(rf"deadlock:\n.*{THREAD} waits at mbarrier_wait \(64 of", result)
+
+
+def test_waiting_for_the_other_phase_shows(shim):
+    """It was complete before the first one, or never is."""
+    x = words(1, 64, 4)
+    results = list(results_of(shim, shim.staged_in_bulk, x, 0, other_parity=True))
+    assert all(isinstance(result, str) or (result != x).any() for result in results)
+    assert any("waits at mbarrier_wait" in result for result in results if type(result) is str)
+
+
+def test_bulk_copy_that_outlives_its_block_raises(shim):
+    late = [result for result in results_of(shim, shim.misuse, "bulk copy left alone") if result]
+    assert late
+    assert all("a bulk copy is under way when the block's last thread ends" in x for x in late)
+
+
+def test_bulk_copies_arrive_early_or_late(shim):
+    """Before the source changes or after it, and with the wait at the latest."""
+    seen = set()
+    for seed in SEEDS:
+        shim.set_schedule(seed)
+        seen.add(tuple("never" if np.isnan(x) else int(x) for x in shim.changed_in_bulk()))
+    assert seen == {(1, 1, 1), ("never", 2, 2), ("never", "never", 2)}
+
+
 def test_last_block(shim):
     x = values(9, 64)
     assert wrong(shim, [(x**2).sum(), 0], shim.last_block, x) == 0
@@ -319,9 +387,6 @@ def test_shared_memory_starts_as_nan(shim):
     assert np.isnan(shim.garbage())
 
 
-THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
-
-
 @pytest.mark.parametrize(
     "what, message",
     [
@@ -352,6 +417,21 @@ THREAD = r"block \(\d, 0, 0\), thread \(\d+, 0, 0\)"
         ("copy from shared", rf"{THREAD}: __pipeline_memcpy_async from shared memory"),
         ("copy to misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 16 bytes"),
         ("copy from misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 8 bytes"),
+        ("bulk copy 8 bytes", rf"{THREAD}: copy_bulk of 8 bytes"),
+        ("bulk copy nothing", rf"{THREAD}: copy_bulk of 0 bytes"),
+        *(
+            (what, rf"{THREAD}: copy_bulk to what is not in the block's shared memory")
+            for what in ("bulk copy elsewhere", "bulk copy overrun")
+        ),
+        ("bulk copy from shared", rf"{THREAD}: copy_bulk from shared memory"),
+        *(
+            (f"bulk copy {end} misaligned", rf"{THREAD}: 0x\w+ is not a multiple of .* 16 bytes")
+            for end in ("to", "from")
+        ),
+        ("wait before init", rf"{THREAD}: mbarrier_wait before mbarrier_init"),
+        ("expect twice", rf"{THREAD}: mbarrier_expect twice in a phase"),
+        ("mbarrier elsewhere", rf"{THREAD}: mbarrier_wait of what is not in the block's shared"),
+        ("mbarrier misaligned", rf"{THREAD}: 0x\w+ is not a multiple of the access's 8 bytes"),
     ],
 )
 def test_misuse_raises(shim, what, message):

@@ -23,12 +23,23 @@ enum SampleCounter { kMapsDone, kSumsDone, kPerSample };
 
 constexpr size_t counters_for(int64_t samples) { return size_t(kOfSamples + kPerSample * samples); }
 
+struct Work {
+  Stage stage;
+  uint32_t sample, unit;
+};
+
 struct Shared {
-  MapShared map;
   DistanceShared distance;
   double squares[kMapWarps][1];
   unsigned ticket;
+  int job;
+  Work work;
+  UnitShared map;  // the last, for the sake of launches without bulk copies
 };
+
+constexpr size_t shared_bytes(bool has_bulk_copies) {
+  return has_bulk_copies ? sizeof(Shared) : offsetof(Shared, map) + UnitShared::kLeastBytes;
+}
 
 template <class A>
 struct Call {
@@ -52,11 +63,6 @@ __device__ __forceinline__ void wait_for(const unsigned* counter, unsigned least
   if (threadIdx.x == 0) wait_until(counter, least);
   __syncthreads();
 }
-
-struct Work {
-  Stage stage;
-  uint32_t sample, unit;
-};
 
 __device__ __forceinline__ Work work_of(const Pair& pair, uint32_t unit) {
   uint32_t slot, beyond;
@@ -178,37 +184,38 @@ template <class A, class Fold>
 __device__ __forceinline__ void do_work(const Pair& pair, const Axis* axes, const Work& work,
                                         const Call<A>& call, const typename Fold::Raise& power,
                                         unsigned* counters, Shared& shared) {
-  unsigned* const done = counters + kOfSamples + kPerSample * (pair.first_sample + work.sample);
+  const auto counters_of = [&](SampleCounter which) {
+    return counters + kOfSamples + kPerSample * (pair.first_sample + work.sample) + which;
+  };
   if (work.stage <= kTeacherMap) {
     map_unit<A, Fold>(pair, axes, work, call.is_map, power, shared);
-    if (!call.is_map) count(done + kMapsDone);
+    if (!call.is_map) count(counters_of(kMapsDone));
   } else {
     const bool are_sums = work.stage == kSums;
-    wait_for(done + (are_sums ? kMapsDone : kSumsDone),
+    wait_for(counters_of(are_sums ? kMapsDone : kSumsDone),
              are_sums ? pair.units[kStudentMap] + pair.units[kTeacherMap] : pair.parts);
     distance_unit<A, Fold>(pair, work, call, power, shared.distance);
-    if (are_sums && pair.parts > 1) return count(done + kSumsDone);
+    if (are_sums && pair.parts > 1) return count(counters_of(kSumsDone));
     if (is_last(counters + kFinalized, call.parts, shared)) finalize(counters, call, shared);
   }
 }
 
 template <class A, class Fold, class Table>
-__global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
+__global__ void __launch_bounds__(kMapThreads, blocks_together<Fold>(6))
     attention_forward_kernel(const __grid_constant__ Table table, const Call<A> call,
                              const typename Fold::Raise power, Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
   unsigned* const counters = tickets.in(counters_of_units);
-  uint32_t unit = blockIdx.x;
-  if (!call.is_map) {
-    if (threadIdx.x == 0) shared.ticket = atomicAdd(counters + kTicket, 1);
-    __syncthreads();
-    unit = shared.ticket;
+  if (threadIdx.x == 0) {
+    const uint32_t unit = call.is_map ? blockIdx.x : atomicAdd(counters + kTicket, 1);
+    int j = 0;
+    while (unit >= table.jobs[j].last_unit) ++j;
+    shared.job = j;
+    shared.work = work_of(table.jobs[j], unit - table.jobs[j].first_unit);
   }
-  int j = 0;
-  while (unit >= table.jobs[j].last_unit) ++j;
-  const Pair& pair = table.jobs[j];
-  do_work<A, Fold>(pair, table.axes, work_of(pair, unit - pair.first_unit), call, power, counters,
-                   shared);
+  __syncthreads();
+  // Read again where it is needed, which leaves registers to the features.
+  do_work<A, Fold>(table.jobs[shared.job], table.axes, shared.work, call, power, counters, shared);
 }
 
 Measure measure_of(const TransferParameters& p) {
@@ -272,13 +279,28 @@ Workspace lay_out(Arena& arena, const Tensors& slopes, size_t pairs) {
   return w;
 }
 
+// What the driver translated for this chip knows no bulk copies.
+bool has_bulk_copies(const Stream& stream) {
+  using Fold = SumOf<float, Simple<float>>;
+  return architecture_of(attention_forward_kernel<float, Fold, Few<Pair>>, stream) >=
+         kFirstWithBulkCopies;
+}
+
+template <class Table>
+bool copies_in_bulk(const Table& table) {
+  return std::any_of(table.jobs, table.jobs + table.count, [](const Pair& pair) {
+    return std::any_of(pair.maps, pair.maps + 2,
+                       [](const Pass& map) { return map.access == Access::copied_rows; });
+  });
+}
+
 template <class A, class Fold>
 void launch_forward(const Plan<Pair>& unlagged, Call<A> call, double p, unsigned* own,
                     const Stream& stream) {
   with_tables<Fold>(unlagged, [&](auto& table, size_t begin) {
     using Table = std::remove_reference_t<decltype(table)>;
     constexpr auto kernel = attention_forward_kernel<A, Fold, Table>;
-    Grid grid{1, kMapThreads, sizeof(Shared)};
+    Grid grid{1, kMapThreads, shared_bytes(copies_in_bulk(table))};
     const int64_t most = resident_clusters(kernel, grid, stream);
     const uint32_t first_sample = table.jobs[0].first_sample;
     Call<A> part = call;
@@ -320,8 +342,8 @@ void attention_map_forward(const Place& place, const Tensor& features, const Ten
   const Stream stream(place);
   Plan<Pair> plan;
   Pair pair{};
-  pair.maps[0] = PassBuilder(features, Tensor{},
-                             Cut({features}, p.channel_dim, raw.dtype == DType::f64), plan.axes);
+  const Cut cut({features}, p.channel_dim, raw.dtype == DType::f64, has_bulk_copies(stream));
+  pair.maps[0] = PassBuilder(features, Tensor{}, cut, plan.axes);
   pair.slopes[0] = raw.data;
   pair.argmax[0] = argmax.as<int32_t>();
   pair.batch = uint32_t(features.sizes[0]);
@@ -349,7 +371,7 @@ void attention_transfer_forward(const Place& place, const Tensors& students,
             "clearing the loss");
     return;
   }
-  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64);
+  const Cut cut(students, p.channel_dim, loss.dtype == DType::f64, has_bulk_copies(stream));
   const Measure measure = measure_of(transfer);
   Arena arena(scratch.data);
   const Workspace workspace = lay_out(arena, slopes, pairs);

@@ -3,6 +3,7 @@
 
 #include "attention_jobs.h"
 #include "attention_power.h"
+#include "bulk_copy.h"
 
 namespace fastkd::cuda::maps {
 
@@ -143,16 +144,26 @@ template <int N>
 constexpr uint32_t kAtOnce = N > 1 ? 4 : 8;
 
 // What the threads of a block have of a map: float32 of 8 columns each at most, or float64 of one.
-struct MapShared {
+struct ColumnsShared {
   alignas(double) char values[kMapThreads * 8 * sizeof(float)];
   int channels[kMapThreads * 8];
+};
+
+struct UnitShared {
+  Mbarrier arrival;
+  union {
+    ColumnsShared columns;
+    alignas(16) char copied[kHasBulkCopies ? kMostCopy : 16];
+  };
+  // Where there are no bulk copies.
+  static constexpr size_t kLeastBytes = 16 + sizeof(ColumnsShared);
 };
 
 // keep(position, what was found there) each of the unit's positions.
 template <int N, class S, class A, class Fold, class Keep>
 __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes, uint32_t sample,
                                              uint32_t unit, const typename Fold::Raise& power,
-                                             MapShared& shared, const Keep& keep) {
+                                             ColumnsShared& shared, const Keep& keep) {
   const Column column(pass, unit);
   const uint64_t policy = eviction(pass.is_once);
   const uint32_t planes = pass.planes, positions = pass.positions;
@@ -215,26 +226,27 @@ __device__ __forceinline__ void fold_columns(const Pass& pass, const Axis* axes,
 // Positions that are in hand at a time.
 constexpr uint32_t kRows = 4;
 
-template <int N, class S, class A, class Fold, class Keep>
-__device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uint32_t unit,
-                                          const typename Fold::Raise& power, const Keep& keep) {
+// Positions from `begin` on, whose first one `rows` begins with; `fetch` reads some elements of
+// one.
+template <int N, class S, class A, class Fold, class Fetch, class Keep>
+__device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t begin, uint32_t end,
+                                          const Cells<S>& rows, int64_t stride,
+                                          const typename Fold::Raise& power, const Fetch& fetch,
+                                          const Keep& keep) {
   const uint32_t lanes = pass.lanes, lane = threadIdx.x % lanes, slots = kMapThreads / lanes;
-  const uint32_t end = min(unit * pass.width + pass.width, pass.positions);
   const uint32_t channels = pass.channels;
-  const uint64_t policy = eviction(pass.is_once);
-  const int64_t step = slots * pass.position[0];
+  const int64_t step = slots * stride;
   // Whole warps go round, for the sake of their shuffles.
-  for (uint32_t base = unit * pass.width; base < end; base += kRows * slots) {
+  for (uint32_t base = begin; base < end; base += kRows * slots) {
     const uint32_t first = base + threadIdx.x / lanes;
-    const Cells<S> row(pass.data[0], pass.dtype,
-                       sample * pass.sample[0] + first * pass.position[0]);
+    const Cells<S> row = rows.from((first - begin) * stride);
     Fold folds[kRows];
     for (uint32_t c = lane * N; c < channels; c += lanes * N) {
       Raw<S, N> raw[kRows];
       Cells<S> x = row.from(c);
 #pragma unroll
       for (uint32_t i = 0; i < kRows; ++i) {
-        if (first + i * slots < end) raw[i].fetch(x, policy);
+        if (first + i * slots < end) fetch(raw[i], x);
         x.advance(step);
       }
 #pragma unroll
@@ -253,6 +265,42 @@ __device__ __forceinline__ void fold_rows(const Pass& pass, uint32_t sample, uin
       if (lane == 0 && first + i * slots < end) keep(first + i * slots, folds[i]);
     }
   }
+}
+
+template <int N, class S, class A, class Fold, class Keep>
+__device__ __forceinline__ void fold_read_rows(const Pass& pass, uint32_t sample, uint32_t unit,
+                                               const typename Fold::Raise& power,
+                                               const Keep& keep) {
+  const uint32_t begin = unit * pass.width, end = min(begin + pass.width, pass.positions);
+  const int64_t stride = pass.position[0];
+  const Cells<S> rows(pass.data[0], pass.dtype, sample * pass.sample[0] + begin * stride);
+  const uint64_t policy = eviction(pass.is_once);
+  fold_rows<N, S, A, Fold>(
+      pass, begin, end, rows, stride, power,
+      [&](Raw<S, N>& raw, const Cells<S>& x) { raw.fetch(x, policy); }, keep);
+}
+
+// Units differ by one position at most, and the longer ones come first.
+template <int N, class S, class A, class Fold, class Keep>
+__device__ __forceinline__ void fold_copied_rows(const Pass& pass, uint32_t sample, uint32_t unit,
+                                                 const typename Fold::Raise& power,
+                                                 UnitShared& shared, const Keep& keep) {
+  const uint32_t longer = pass.positions - pass.width * pass.units;
+  const uint32_t begin = unit * pass.width + min(unit, longer);
+  const uint32_t end = begin + pass.width + (unit < longer);
+  if (threadIdx.x == 0) {
+    const int64_t offset = sample * pass.sample[0] + int64_t(begin) * pass.channels;
+    const uint32_t bytes = (end - begin) * pass.channels * uint32_t(sizeof(S));
+    shared.arrival.init();
+    shared.arrival.expect(bytes);
+    copy_bulk(shared.copied, pass.data[0] + offset * int64_t(sizeof(S)), bytes, shared.arrival,
+              eviction(pass.is_once));
+  }
+  __syncthreads();
+  shared.arrival.wait(0);
+  fold_rows<N, S, A, Fold>(
+      pass, begin, end, Cells<S>(shared.copied, pass.dtype, 0), pass.channels, power,
+      [](Raw<S, N>& raw, const Cells<S>& x) { raw.fetch(x); }, keep);
 }
 
 // What a position's features are multiplied with, or the one at the argmax is set to.
@@ -393,14 +441,16 @@ __device__ __forceinline__ void with_accesses(const Pass& pass, const F& f) {
 template <class A, class Fold, class Keep>
 __device__ __forceinline__ void fold_unit(const Pass& pass, const Axis* axes, uint32_t sample,
                                           uint32_t unit, const typename Fold::Raise& power,
-                                          MapShared& shared, const Keep& keep) {
+                                          UnitShared& shared, const Keep& keep) {
   with_accesses<A>(pass, [&](auto* storage, auto length) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int N = decltype(length)::value;
     if (pass.access == Access::planes)
-      fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, shared, keep);
-    else
-      fold_rows<N, S, A, Fold>(pass, sample, unit, power, keep);
+      return fold_columns<N, S, A, Fold>(pass, axes, sample, unit, power, shared.columns, keep);
+    if constexpr (kHasBulkCopies && N > 1)
+      if (pass.access == Access::copied_rows)
+        return fold_copied_rows<N, S, A, Fold>(pass, sample, unit, power, shared, keep);
+    fold_read_rows<N, S, A, Fold>(pass, sample, unit, power, keep);
   });
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 // The last samples first: forward has just read them.
 template <class A, class Fold, class Table>
-__global__ void __launch_bounds__(kMapThreads, kBlocksTogether<Fold>)
+__global__ void __launch_bounds__(kMapThreads, blocks_together<Fold>(5))
     attention_backward_kernel(const __grid_constant__ Table table, const A* grad_output,
                               bool by_sample, const typename Fold::Raise power) {
   const uint32_t unit = gridDim.x - 1 - blockIdx.x;

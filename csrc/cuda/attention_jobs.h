@@ -18,12 +18,19 @@ constexpr int kMapThreads = 128;  // of a block
 // within limits. What a block does besides takes as long as 16 KiB.
 constexpr int64_t kLeastUnit = 16384, kMostUnit = 65536;
 constexpr int64_t kUnitsOfCall = 4096;
-constexpr int kLeastPositions = 8;  // of a unit, where a map has several
+constexpr int kLeastPositions = 4;  // of a unit, where a map has several
+
+// Bytes of a bulk copy. Six blocks of a multiprocessor then have 190 KB of copies under way; a part
+// of the call's is less, so that all multiprocessors get as many.
+constexpr int64_t kMostCopy = 32768;
+constexpr int64_t kCopiesOfCall = 2048;
 
 // planes: positions lie side by side (NCHW), or nothing does. A thread has a column, which is one
 // vector or element of a plane, and goes through the planes.
 // rows: channels lie side by side (channels_last, tokens). Some lanes of a warp have a position.
-enum class Access : int { planes, rows };
+// copied_rows: rows without gaps. A unit is one stretch of memory, which a bulk copy brings into
+// shared memory.
+enum class Access : int { planes, rows, copied_rows };
 
 struct Axis {
   int64_t size;
@@ -43,7 +50,7 @@ struct Pass {
   bool is_once;          // that the features are read, so that a cache need not keep them
   int first_axis, axes;  // of positions that are no single stretch
   uint32_t channels, positions;
-  uint32_t width;                              // columns of a unit, or its positions
+  uint32_t width;                              // columns of a unit, or its positions at least
   uint32_t units;                              // of a sample
   uint32_t columns, planes;                    // of a period
   uint32_t periods;                            // of a sample
@@ -115,12 +122,14 @@ struct Cut {
   int channel_dim;
   bool in_double;
   int64_t unit_bytes;
+  int64_t copy_bytes = 0;  // 0: no bulk copies
 
-  Cut(const Tensors& features, int channel_dim, bool in_double)
+  Cut(const Tensors& features, int channel_dim, bool in_double, bool has_bulk_copies = false)
       : channel_dim(channel_dim), in_double(in_double) {
     int64_t bytes = 0;
     for (const Tensor& one : features) bytes += one.numel() * size_of(one.dtype);
     unit_bytes = std::clamp(bytes / kUnitsOfCall, kLeastUnit, kMostUnit);
+    if (has_bulk_copies) copy_bytes = std::clamp(bytes / kCopiesOfCall, kLeastUnit, kMostCopy);
   }
 };
 
@@ -223,11 +232,19 @@ class PassBuilder {
                        pass_.channels % whole == 0 && are_whole(pass_.sample, whole);
     const int64_t length = pass_.by_vectors ? whole : 1;
     pass_.lanes = least_power_of_2(pass_.channels / length, 32);
+    const int64_t bytes = int64_t(pass_.channels) * size_of(pass_.dtype);  // of a position
+    const int64_t least = std::min<int64_t>(kLeastPositions, pass_.positions);
+    const bool are_dense = pass_.positions == 1 || is(pass_.channels, pass_.position);
+    if (cut_.copy_bytes > 0 && pass_.by_vectors && are_dense && least * bytes <= kMostCopy) {
+      pass_.access = Access::copied_rows;
+      pass_.units = parts_of(pass_.positions, std::max(cut_.copy_bytes / bytes, least));
+      pass_.width = pass_.positions / pass_.units;
+      return;
+    }
     const int64_t at_once = kMapThreads / pass_.lanes;  // positions
-    const int64_t fitting = cut_.unit_bytes / (pass_.channels * size_of(pass_.dtype));
-    const int64_t rounded = std::max<int64_t>(fitting / at_once * at_once, at_once);
-    pass_.width =
-        uint32_t(std::min<int64_t>(std::max<int64_t>(rounded, kLeastPositions), pass_.positions));
+    const int64_t rounded = std::max<int64_t>(cut_.unit_bytes / bytes / at_once * at_once, at_once);
+    pass_.width = uint32_t(
+        std::min<int64_t>(std::max<int64_t>(rounded, 2 * kLeastPositions), pass_.positions));
     pass_.units = parts_of(pass_.positions, pass_.width);
   }
 

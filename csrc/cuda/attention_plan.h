@@ -11,10 +11,12 @@ namespace fastkd::cuda::maps {
 template <class Fold>
 constexpr bool kIsCommon = std::is_same_v<typename Fold::Raise, Simple<float>>;
 
-// Blocks on a multiprocessor: 96 registers are left to a thread; or 128, for a call keeps more, and
-// so do the argmax.
+// Blocks on a multiprocessor: `common`, or 4 where a thread needs up to 128 registers, for a call
+// keeps more, and so do the argmax.
 template <class Fold>
-constexpr int kBlocksTogether = kIsCommon<Fold> && !Fold::kHasArgmax ? 5 : 4;
+constexpr int blocks_together(int common) {
+  return kIsCommon<Fold> && !Fold::kHasArgmax ? common : 4;
+}
 
 template <class Job>
 struct Plan {

@@ -1,15 +1,11 @@
 // Blocks of a cluster, which reach into each other's shared memory. Chips before 9.0 have none.
 #pragma once
 
-#include "device.h"
+#include "bulk_copy.h"
 
 namespace fastkd::cuda {
 
-#if defined(__CUDACC__) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
+constexpr bool kHasClusters = kHasBulkCopies;
 
 #ifndef __CUDACC__
 using cuda_on_host::cluster_rank;
@@ -37,7 +33,7 @@ __device__ __forceinline__ unsigned cluster_size() {
 template <class Message, int kMost>
 struct ClusterExchange {
   Message messages[2][kMost];
-  uint64_t arrivals[2];
+  Mbarrier arrivals[2];
 
   // By every thread of every block, before anything else.
   __device__ void open();
@@ -52,7 +48,7 @@ struct ClusterExchange {
 #ifndef __CUDACC__
 template <class Message, int kMost>
 void ClusterExchange<Message, kMost>::open() {
-  if (threadIdx.x == 0) arrivals[0] = arrivals[1] = 0;
+  if (threadIdx.x == 0) arrivals[0].state = arrivals[1].state = 0;
   cuda_on_host::cluster_sync();
 }
 template <class Message, int kMost>
@@ -71,9 +67,6 @@ const Message* ClusterExchange<Message, kMost>::receive(unsigned count, int roun
   return messages[round % 2];
 }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
 __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank) {
   unsigned mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -84,21 +77,15 @@ __device__ __forceinline__ unsigned shared_address(const void* p, unsigned rank)
 
 template <class Message, int kMost>
 __device__ __forceinline__ void ClusterExchange<Message, kMost>::open() {
-  if (threadIdx.x == 0) {
-    for (const uint64_t& one : arrivals)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&one)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  if (threadIdx.x == 0)
+    for (Mbarrier& one : arrivals) one.init();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 template <class Message, int kMost>
 __device__ __forceinline__ void ClusterExchange<Message, kMost>::expect(unsigned count, int round) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(&arrivals[round % 2])),
-               "r"(unsigned(sizeof(Message)) * count)
-               : "memory");
+  arrivals[round % 2].expect(unsigned(sizeof(Message)) * count);
 }
 
 template <class Message, int kMost>
@@ -120,21 +107,9 @@ __device__ __forceinline__ void ClusterExchange<Message, kMost>::send(const Mess
 }
 
 template <class Message, int kMost>
-__device__ __forceinline__ const Message* ClusterExchange<Message, kMost>::receive(
-    [[maybe_unused]] unsigned count, int round) {
-  const unsigned arrival = shared_address(&arrivals[round % 2]);
-  unsigned is_complete;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}"
-        : "=r"(is_complete)
-        : "r"(arrival), "r"(unsigned(round / 2 % 2))
-        : "memory");
-  } while (!is_complete);
+__device__ __forceinline__ const Message* ClusterExchange<Message, kMost>::receive(unsigned,
+                                                                                   int round) {
+  arrivals[round % 2].wait(unsigned(round / 2 % 2));
   return messages[round % 2];
 }
 #else

@@ -97,6 +97,21 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
         "launching a kernel");
 }
 
+// The compute capability, times 10, that a kernel was compiled for: less than the chip's where the
+// driver translated it.
+template <class... Parameters>
+int architecture_of(void (*kernel)(Parameters...), const Stream& stream) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] =
+      known.try_emplace({reinterpret_cast<const void*>(kernel), stream.device}, 0);
+  if (!is_new) return found->second;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's attributes");
+  return found->second = attributes.ptxVersion;
+}
+
 // As many clusters of a kernel, or blocks where a cluster is one, as the device runs at a time;
 // none where it cannot run it.
 template <class... Parameters>
@@ -114,15 +129,12 @@ int64_t resident_clusters(void (*kernel)(Parameters...), const Grid& grid, const
   int count = 0;
   cudaError_t status = allow(address, grid);
   if (grid.cluster > 1) {
-    // What was compiled for an older chip, and translated by the driver, knows no clusters.
     constexpr int first_with_clusters = 90;
-    cudaFuncAttributes attributes{};
-    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
     cudaLaunchAttribute cluster;
     Grid one = grid;
     one.blocks = grid.cluster;
     const cudaLaunchConfig_t config = config_of(one, stream, cluster);
-    if (status == cudaSuccess && attributes.ptxVersion >= first_with_clusters)
+    if (status == cudaSuccess && architecture_of(kernel, stream) >= first_with_clusters)
       status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
     if (status != cudaSuccess) {
       cudaGetLastError();  // a size that this chip does not have

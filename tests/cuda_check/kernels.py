@@ -12,16 +12,17 @@ class Demand(NamedTuple):
     loads: int = 0
     stores: int = 0
     since: int = 0  # the architecture; before it the kernel is empty
+    bulk_copies: int = 0  # on the architectures that have them
 
 
 # The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
 # line without a kernel.
 DEMANDS = {
     # Four accesses in flight, of float32 and of 16-bit features, by planes and by rows, to maps and
-    # to gradients. Those of max_pow are written alone.
+    # to gradients. Those of max_pow are written alone. Dense rows are copied in bulk.
     "attention": [
         Demand("attention_forward_kernel<double", shared="Shared"),
-        Demand("attention_forward_kernel<float", shared="Shared", loads=16),
+        Demand("attention_forward_kernel<float", shared="Shared", loads=16, bulk_copies=2),
     ],
     "attention_backward": [
         Demand("attention_backward_kernel<double"),
@@ -99,6 +100,10 @@ class Kernel(NamedTuple):
     fences: int = 0  # sequentially consistent ones, which wait for all of the thread's memory
     tickets: int = 0  # atomics that find the last block,
     acquires: int = 0  # and what lets such a block see what the others wrote
+    bulk_copies: int = 0
+
+
+FIRST_WITH_BULK_COPIES = 90
 
 
 class Chip(NamedTuple):
@@ -156,12 +161,14 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
         met.add(demand)
         if kernel.architecture < demand.since:
             continue
+        bulk_copies = demand.bulk_copies if kernel.architecture >= FIRST_WITH_BULK_COPIES else 0
         for what, there_are, least in (
-            ("loads", kernel.loads, demand.loads),
-            ("stores", kernel.stores, demand.stores),
+            ("loads of 16 bytes", kernel.loads, demand.loads),
+            ("stores of 16 bytes", kernel.stores, demand.stores),
+            ("bulk copies", kernel.bulk_copies, bulk_copies),
         ):
             if there_are < least:
-                found.append(f"{kernel.name}: {there_are} {what} of 16 bytes, not {least}")
+                found.append(f"{kernel.name}: {there_are} {what}, not {least}")
     absent = [demand.name for demand in DEMANDS.get(source, []) if demand not in met]
     return found + [f"{name}: not in {source}.cu" for name in absent]
 

@@ -36,12 +36,13 @@ def threads(elf: str) -> dict[str, int]:
 
 
 def accesses(sass: str) -> dict[str, dict[str, int]]:
-    """How often each kernel moves 16 bytes at a time, from `cuobjdump -sass`."""
+    """How often each kernel moves 16 bytes at a time, or more in bulk, from `cuobjdump -sass`."""
     found = {}
     for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         found[function.split(maxsplit=1)[0]] = {
             "loads": _count(r"LDG|LDGSTS", function),
             "stores": _count("STG", function),
+            "bulk_copies": len(re.findall(r"\bUBLKCP\b", function)),
         }
     return found
 

@@ -32,6 +32,15 @@ T* map_shared(T* p, unsigned rank) {
 void raise(unsigned* counter);
 void wait_for(unsigned* counter, unsigned least);
 
+// An mbarrier in shared memory: a phase is complete when so many threads have said how many bytes
+// to expect and these have arrived. A wait is for the phase with a parity.
+void mbarrier_init(uint64_t* mbarrier, unsigned threads);
+void mbarrier_expect(uint64_t* mbarrier, unsigned bytes);
+void mbarrier_wait(const uint64_t* mbarrier, unsigned parity);
+
+// From global to shared memory, at any time from now on.
+void copy_bulk(void* to, const void* from, size_t bytes, uint64_t* mbarrier);
+
 // For a counter in global memory, which other blocks raise by atomics.
 void wait_until(const unsigned* counter, unsigned least);
 
@@ -50,6 +59,9 @@ void set_multiprocessors(int count);
 
 // Makes the device of this chip the current one.
 void set_capability(int major, int minor);
+
+// Bulk copies that kernels have asked for so far.
+extern uint64_t bulk_copies_begun;
 
 // Whether streams say that they are being captured into a graph. Launches run all the same.
 void set_capturing(bool is_capturing);

@@ -21,6 +21,7 @@ enum class Primitive {
   all,
   cluster_wait,
   wait_for,
+  mbarrier_wait,
 };
 
 // Waits for the block; the number of its threads that came with `predicate`.

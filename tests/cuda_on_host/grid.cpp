@@ -96,6 +96,8 @@ void Grid::run() {
   for (;;) {
     admit();
     if (resident_.empty()) break;
+    while (!bulk_copies.empty() && (ready_.empty() || random.below(copy_delay_) == 0))
+      let_a_bulk_copy_arrive();
     if (ready_.empty()) report_deadlock();
     thread = &ready_.pop(random);
     threadIdx = thread->index;
@@ -191,6 +193,9 @@ void Grid::retire(Thread& thread) {
   --block.live;
   --cluster.live;
   leave_meetings(thread);
+  if (block.live == 0 && has_bulk_copies(block))
+    throw std::runtime_error(name_of(thread) +
+                             ": a bulk copy is under way when the block's last thread ends");
   if (block.live == 0) block.memory.expire();
   if (cluster.live > 0) return;
   for (const auto& ended : cluster.blocks)
@@ -225,7 +230,7 @@ const char* name_of(Primitive primitive) {
                                       "__syncwarp",       "__shfl_sync",     "__shfl_up_sync",
                                       "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
                                       "__any_sync",       "__all_sync",      "cluster_wait",
-                                      "wait_for"};
+                                      "wait_for",         "mbarrier_wait"};
   return names[int(primitive)];
 }
 

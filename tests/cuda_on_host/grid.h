@@ -5,7 +5,7 @@
 // what is ready on the highest level runs. So some run as far ahead as the barriers let them while
 // others have not begun, and where a barrier is missing they read what is not there yet, or
 // overwrite what is still needed. Asynchronous copies arrive as late as their thread's waits let
-// them, or earlier.
+// them, or earlier; bulk copies arrive in between or when no thread can go on.
 #pragma once
 
 #include <exception>
@@ -67,6 +67,16 @@ struct Copy {
   uint64_t group;
 };
 
+// A bulk copy that has not arrived. It is nobody's: it arrives at any time, and at the latest when
+// no thread can go on.
+struct BulkCopy {
+  char* to;
+  const char* from;
+  size_t size;
+  uint64_t* mbarrier;
+  Block* block;
+};
+
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   Block* block;
@@ -77,14 +87,16 @@ struct Thread {
   bool ended = false;
 
   Primitive waits_at = Primitive::none;
-  unsigned mask;            // of a warp primitive: who takes part,
-  uint64_t value;           // what this thread came with,
-  unsigned source;          // whose value it wants,
-  uint64_t answer;          // and what it gets; of a block's barrier, the number of predicates
-  bool arrived = false;     // at the cluster's barrier, without having waited there yet
-  uint64_t phase;           // of the cluster's barrier, when it arrived
-  const unsigned* counter;  // of a wait for one,
-  unsigned least;           // and what it must have reached
+  unsigned mask;             // of a warp primitive: who takes part,
+  uint64_t value;            // what this thread came with,
+  unsigned source;           // whose value it wants,
+  uint64_t answer;           // and what it gets; of a block's barrier, the number of predicates
+  bool arrived = false;      // at the cluster's barrier, without having waited there yet
+  uint64_t phase;            // of the cluster's barrier, when it arrived
+  const unsigned* counter;   // of a wait for one,
+  unsigned least;            // and what it must have reached
+  const uint64_t* mbarrier;  // of a wait for a phase of one,
+  unsigned parity;           // and the phase's
 
   std::vector<Copy> copies;
   uint64_t copy_group = 0;  // of the copies to come
@@ -160,8 +172,11 @@ class Grid {
   void draw_levels(Block&);
   void maybe_switch();
   void let_copies_arrive();  // some of this thread's
+  void let_a_bulk_copy_arrive();
+  bool has_bulk_copies(const Block&) const;
 
   Random random;
+  std::vector<BulkCopy> bulk_copies;
   std::vector<Thread*> waiting;  // for counters in global memory
 
  private:

@@ -31,6 +31,9 @@ std::optional<int> take(CounterPool& pool, uintptr_t stream, size_t count) {
 PYBIND11_MODULE(_native, m) {
   fastkd::bind_operators(m);
   m.def("set_schedule", cuda_on_host::set_schedule, "The seed of the threads' order from now on.");
+  m.def(
+      "bulk_copies_begun", [] { return cuda_on_host::bulk_copies_begun; },
+      "How many bulk copies kernels have asked for so far.");
   m.def("set_capturing", cuda_on_host::set_capturing, "Whether launches go into a CUDA graph.");
   m.def(
       "restart_captured_counters",

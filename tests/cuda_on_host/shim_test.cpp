@@ -12,6 +12,7 @@ PYBIND11_MODULE(_shim_test, m) {
   m.def("set_capability", &cuda_on_host::set_capability);
   define_barriers(m);
   define_copies(m);
+  define_mbarriers(m);
   define_primitives(m);
   define_errors(m);
 }

@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 void define_barriers(py::module_&);
 void define_copies(py::module_&);
+void define_mbarriers(py::module_&);
 void define_primitives(py::module_&);
 void define_errors(py::module_&);
 

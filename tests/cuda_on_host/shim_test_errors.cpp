@@ -84,6 +84,53 @@ __global__ void copy_from_misaligned_kernel() {
   __pipeline_memcpy_async(shared<float>(), source + 1, 8);
 }
 
+// Of a block's 64 bytes.
+uint64_t* mbarrier() { return shared<uint64_t>() + 7; }
+void copy_bulk_of_new_mbarrier(void* to, const void* from, size_t bytes) {
+  if (threadIdx.x != 0) return;
+  cuda_on_host::mbarrier_init(mbarrier(), 1);
+  cuda_on_host::copy_bulk(to, from, bytes, mbarrier());
+}
+
+__global__ void bulk_copy_8_bytes_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>(), source, 8);
+}
+__global__ void bulk_copy_nothing_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>(), source, 0);
+}
+__global__ void bulk_copy_elsewhere_kernel() {
+  alignas(16) float local[4];
+  copy_bulk_of_new_mbarrier(local, source, 16);
+}
+__global__ void bulk_copy_overrun_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>() + 12, source, 32);
+}
+__global__ void bulk_copy_from_shared_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>(), shared<float>() + 4, 16);
+}
+__global__ void bulk_copy_to_misaligned_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>() + 2, source, 16);
+}
+__global__ void bulk_copy_from_misaligned_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>(), source + 2, 16);
+}
+__global__ void bulk_copy_left_alone_kernel() {
+  copy_bulk_of_new_mbarrier(shared<float>(), source, 16);
+}
+__global__ void wait_before_init_kernel() { cuda_on_host::mbarrier_wait(mbarrier(), 0); }
+__global__ void expect_twice_kernel() {
+  if (threadIdx.x != 0) return;
+  cuda_on_host::mbarrier_init(mbarrier(), 1);
+  for (int i = 0; i < 2; ++i) cuda_on_host::mbarrier_expect(mbarrier(), 16);
+}
+__global__ void mbarrier_elsewhere_kernel() {
+  uint64_t local = 0;
+  cuda_on_host::mbarrier_wait(&local, 0);
+}
+__global__ void mbarrier_misaligned_kernel() {
+  cuda_on_host::mbarrier_init(reinterpret_cast<uint64_t*>(shared<char>() + 4), 1);
+}
+
 void misuse(const std::string& what) {
   const std::pair<const char*, void (*)()> kernels[] = {
       {"overrun", overrun_kernel},
@@ -108,6 +155,18 @@ void misuse(const std::string& what) {
       {"copy from shared", copy_from_shared_kernel},
       {"copy to misaligned", copy_to_misaligned_kernel},
       {"copy from misaligned", copy_from_misaligned_kernel},
+      {"bulk copy 8 bytes", bulk_copy_8_bytes_kernel},
+      {"bulk copy nothing", bulk_copy_nothing_kernel},
+      {"bulk copy elsewhere", bulk_copy_elsewhere_kernel},
+      {"bulk copy overrun", bulk_copy_overrun_kernel},
+      {"bulk copy from shared", bulk_copy_from_shared_kernel},
+      {"bulk copy to misaligned", bulk_copy_to_misaligned_kernel},
+      {"bulk copy from misaligned", bulk_copy_from_misaligned_kernel},
+      {"bulk copy left alone", bulk_copy_left_alone_kernel},
+      {"wait before init", wait_before_init_kernel},
+      {"expect twice", expect_twice_kernel},
+      {"mbarrier elsewhere", mbarrier_elsewhere_kernel},
+      {"mbarrier misaligned", mbarrier_misaligned_kernel},
       {"write after end", write_after_end_kernel},
   };
   for (const auto& [name, kernel] : kernels)
