@@ -15,14 +15,13 @@ struct Part {
   const Share& share;
   Shared& shared;
   char* const stages;
-  // Every row is as many vectors, and each of them lies where an access of 16 bytes may.
-  const bool is_even;
   const int threads = blockDim.x, thread = threadIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
 
   __device__ __forceinline__ static int rank() { return kIsCluster ? int(cluster_rank()) : 0; }
-  __device__ __forceinline__ bool has_gradient() const {
-    return call.sides[kToStudent].data != nullptr;
+  // Whether every row is whole vectors, each of which lies where an access of 16 bytes may.
+  __device__ __forceinline__ bool is_even() const {
+    return call.is_aligned && int(call.classes) % N == 0;
   }
 
   // Of the block's vectors the first one, and how many there are: a cluster's last blocks may have
@@ -73,7 +72,7 @@ struct Part {
   __device__ __forceinline__ void fetch(const QueuedRow& row) const {
     const Start<>& start = row.start;
     if (row.row == call.rows) return;
-    if (is_even)
+    if (is_even())
       fetch_even(start);
     else
       over_vectors_rolled(start.phase, [&](int v, int i) {

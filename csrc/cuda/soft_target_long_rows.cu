@@ -140,17 +140,17 @@ struct LongRows {
     const float2 own_max = shared.own_max[warp];
     by.template move<D>(own_max.x, own_max.y, shared.row, rates);
     int64_t at = row.start.at[kToStudent] + (part.first_vector() + part.thread) * N;
-    if (part.is_even && by.soft && !by.has_hard) {
+    if (part.is_even() && by.soft && !by.has_hard) {
       // Constants, which leave no branch in the loop.
       Factors<float> plain = by;
       plain.soft = true;
       plain.has_hard = false;
 #pragma unroll
-      for (int v = 0; v < V; ++v, at += part.threads * N) {
+      for (int v = 0; v < V; ++v) {
         float g[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) g[k] = plain.gradient<D>(es[v * N + k], kept[v * N + k], 0.0f);
-        if (part.has(v)) write_whole(g, at);
+        if (part.has(v)) write_whole(g, at + v * part.threads * N);
       }
     } else {
       part.over_vectors(row.start.phase, [&](int v, int i) {
@@ -220,7 +220,7 @@ struct LongRows {
 
   // Before the first row.
   __device__ __forceinline__ void open() const {
-    const double counted = counted_rows(call, shared.warps);
+    const double counted = counted_rows(call, shared.losses);
     const Weights<float> weights(call, divisor_of(call, counted), 1);
     if (part.thread == 0) {
       shared.counted = counted;
@@ -287,20 +287,20 @@ struct LongRows {
   // After the last row.
   __device__ __forceinline__ void close(const Tickets& tickets) const {
     const bool has_losses = part.rank() == 0 && warp == 2 % warps;
-    write_loss<float>(call, has_losses ? shared.totals[lane] : Losses{}, shared.counted, tickets,
-                      shared.warps, shared.is_last);
+    write_loss<float>(call, has_losses ? over_warp(shared.totals[lane]) : Losses{}, shared.counted,
+                      tickets, shared.losses);
   }
 };
 
 // V vectors of a row, and of every row, are a thread's.
 template <class D, bool kIsCluster, class S, class T, int V>
 __global__ void __launch_bounds__(kThreads, 1)
-    soft_target_long_rows_kernel(const __grid_constant__ Call call, const Share share,
-                                 const Tickets tickets) {
+    soft_target_long_rows_kernel(const __grid_constant__ Call call,
+                                 const __grid_constant__ Share share,
+                                 const __grid_constant__ Tickets tickets) {
   if constexpr (kIsCluster && !kHasClusters) return;
   Shared& shared = shared_memory<Shared>();
-  const Part<kIsCluster, S, T, V> part{call, share, shared, after<char>(shared),
-                                       call.is_aligned && call.classes % kVector<S, T> == 0};
+  const Part<kIsCluster, S, T, V> part{call, share, shared, after<char>(shared)};
   const LongRows<D, kIsCluster, S, T, V> rows{part};
   part.fill_absent();
   rows.open();
@@ -326,7 +326,7 @@ bool launch_with(const Call& call, const Blocks& blocks, const Scratch& scratch,
   grid.blocks = teams * blocks.cluster;
   launch(kernel, grid, stream, call,
          Share{int(vectors), int(of_block), blocks.cluster, uint32_t(teams)},
-         scratch.tickets(stream));
+         scratch.tickets(call, stream));
   return true;
 }
 

@@ -111,9 +111,8 @@ struct Shared {
   double logits[kMostWarps];
   Weights<float> weights;
   Losses totals[kWarp];
-  double warps[kMostWarps];
+  LossShared<kMostWarps> losses;
   double counted;
-  bool is_last;
 };
 
 // Adds a class to sums, of its exponents on both sides; what becomes of it are its exponential and
