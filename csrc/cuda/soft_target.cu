@@ -205,7 +205,8 @@ void run(const Call& call, const Plan& plan, const Scratch& scratch, const Strea
   if (plan.are_columns)
     launch_columns(call, scratch, stream);
   else if (call.is_double ||
-           !(launch_rows(call, scratch, stream) || launch_long_rows(call, scratch, stream)))
+           !(launch_few(call, scratch, stream) || launch_short_rows(call, scratch, stream) ||
+             launch_long_rows(call, scratch, stream)))
     launch_stream(call, scratch, stream);
 }
 

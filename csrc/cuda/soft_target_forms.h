@@ -19,11 +19,27 @@ struct Scratch {
   }
 };
 
-// The columns form knows no float64, and neither do rows. Rows return whether they have served the
-// call, and so do few classes, which are rows as well.
+// The largest blocks and clusters that have a row.
+constexpr int kMostThreads = 512;
+constexpr int kMostWarps = kMostThreads / kWarp;
+constexpr int kMostCluster = 16;
+struct Blocks {
+  int threads, cluster;
+};
+
+// What a launch shares out. As parameters these take no registers.
+struct Share {
+  int all;      // vectors of a row
+  int vectors;  // of these to each block, or warp
+  int blocks;   // to a row
+  uint32_t teams;
+};
+
+// The columns form knows no float64, and neither do rows: few classes, short and long ones, which
+// return whether they have served the call.
 void launch_columns(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_few(const Call& call, const Scratch& scratch, const Stream& stream);
-bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream);
+bool launch_short_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 bool launch_long_rows(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_stream(const Call& call, const Scratch& scratch, const Stream& stream);
 void launch_backward(const Call& call, bool are_columns, const Stream& stream);

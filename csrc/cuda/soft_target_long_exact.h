@@ -12,7 +12,7 @@ struct ExactRow {
 
   const RowPart& part;
   const Call& call = part.call;
-  const Shared& shared = part.shared;
+  const LongShared& shared = part.shared;
 
   template <class F>
   __device__ __forceinline__ void over_classes(int phase, const F& f) const {

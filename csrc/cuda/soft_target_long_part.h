@@ -13,7 +13,7 @@ struct Part {
 
   const Call& call;
   const Share& share;
-  Shared& shared;
+  LongShared& shared;
   char* const stages;
   const int threads = blockDim.x, thread = threadIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;

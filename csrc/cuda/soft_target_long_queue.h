@@ -10,7 +10,7 @@ template <class S, int N>
 struct Queue {
   const Call& call;
   const Share& share;
-  Shared& shared;
+  LongShared& shared;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
 
   __device__ __forceinline__ const QueuedRow& row(int index) const {

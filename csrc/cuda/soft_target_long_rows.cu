@@ -21,7 +21,7 @@ struct LongRows {
   const RowPart& part;
   const Call& call = part.call;
   const Share& share = part.share;
-  Shared& shared = part.shared;
+  LongShared& shared = part.shared;
   const Queue<S, N> queue{call, share, shared};
   const Exponents rates = Exponents(call, true);
   const int warp = part.warp, lane = part.lane, warps = part.warps;
@@ -294,12 +294,12 @@ struct LongRows {
 
 // V vectors of a row, and of every row, are a thread's.
 template <class D, bool kIsCluster, class S, class T, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, 1)
     soft_target_long_rows_kernel(const __grid_constant__ Call call,
                                  const __grid_constant__ Share share,
                                  const __grid_constant__ Tickets tickets) {
   if constexpr (kIsCluster && !kHasClusters) return;
-  Shared& shared = shared_memory<Shared>();
+  LongShared& shared = shared_memory<LongShared>();
   const Part<kIsCluster, S, T, V> part{call, share, shared, after<char>(shared)};
   const LongRows<D, kIsCluster, S, T, V> rows{part};
   part.fill_absent();
@@ -318,7 +318,7 @@ bool launch_with(const Call& call, const Blocks& blocks, const Scratch& scratch,
   if (of_block > int64_t(blocks.threads) * V) return false;
   const int threads = int((of_block + V * kWarp - 1) / (V * kWarp)) * kWarp;
   const int planes = V * (RowPart::kSides + (call.has_hard() ? RowPart::kHard : 0));
-  Grid grid{1, threads, kHeader<Shared> + size_t(threads) * size_t(planes * kAccess),
+  Grid grid{1, threads, kHeader<LongShared> + size_t(threads) * size_t(planes * kAccess),
             blocks.cluster};
   const int64_t resident = resident_clusters(kernel, grid, stream);
   if (resident == 0) return false;

@@ -12,15 +12,8 @@
 
 namespace fastkd::cuda::logits {
 
-constexpr int kThreads = 512;
-constexpr int kMostWarps = kThreads / kWarp;
-constexpr int kMostCluster = 16;
-
 // The smallest of these that has room for a row is a row's, with few vectors a thread or else with
 // most. A multiprocessor has one block of 512 threads, or two of 256.
-struct Blocks {
-  int threads, cluster;
-};
 constexpr Blocks kTeams[] = {{256, 1}, {512, 1}, {512, 2}, {512, 4}, {512, 8}, {512, 16}};
 // 32 classes a thread, whose exponentials take 64 registers of 128, or 40.
 template <class S>
@@ -36,14 +29,6 @@ template <>
 constexpr int kFewVectors<Any> = 3;
 template <>
 constexpr int kMostVectors<Any> = 3;
-
-// What a launch shares out. As parameters these take no registers.
-struct Share {
-  int all;      // vectors of a row
-  int vectors;  // of these to each block
-  int blocks;   // to a row
-  uint32_t teams;
-};
 
 // V vectors of one side, as they lie in shared memory.
 template <class S, int N, int V>
@@ -99,7 +84,7 @@ struct FoundRow {
 // Those that a warp takes at a time, and those found meanwhile.
 constexpr int kFound = 2 * kWarp;
 
-struct Shared {
+struct LongShared {
   ClusterExchange<RowState<float>, kMostCluster * kMostWarps> parts;
   QueuedRow queue[kQueue];
   FoundRow found[kFound];

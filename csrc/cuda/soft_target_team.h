@@ -15,17 +15,11 @@ namespace fastkd::cuda::logits {
 // registers of at most 128: a multiprocessor then has 512 threads, and 16,384 classes, at a time.
 constexpr int kHeld = 32;
 constexpr int kMixedHeld = 24;  // where dtypes differ: what they are takes registers
-constexpr int kFloatHeld = 28;  // a block's own rows of float32, for the same lack of registers
 constexpr int kFew = 8;         // where a warp is a row's, and the row is short
 constexpr int kWarpRowThreads = 128;
-constexpr int kBlockThreads = 256;  // as long as a cluster of such blocks holds the row: two of
-constexpr int kMostThreads = 512;   // them on a multiprocessor, and one computes as the other waits
-constexpr int kMostWarps = kMostThreads / kWarp;
-constexpr int kMostCluster = 16;
-
-struct Blocks {
-  int threads, cluster;
-};
+// As long as a cluster of such blocks holds the row: two of them are on a multiprocessor, and one
+// computes as the other waits.
+constexpr int kBlockThreads = 256;
 constexpr Blocks kClusters[] = {{kBlockThreads, 2},  {kBlockThreads, 4}, {kBlockThreads, 8},
                                 {kBlockThreads, 16}, {kMostThreads, 8},  {kMostThreads, 16}};
 
@@ -39,14 +33,6 @@ constexpr int most_threads(Scope scope) {
 constexpr int blocks_together(Scope scope, int classes) {
   return scope != Scope::warp ? 1 : classes > kFew ? 3 : 6;
 }
-
-// What a launch shares out. As parameters these take no registers.
-struct Share {
-  int all;      // vectors of a row
-  int vectors;  // of these to each block, or warp
-  int blocks;   // to a row
-  uint32_t teams;
-};
 
 struct TeamShared {
   ClusterExchange<RowState<float>, kMostCluster> of_blocks;

@@ -32,6 +32,7 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
     elf = _run(_CUOBJDUMP, "-elf", cubin)
     sass = _run(_CUOBJDUMP, "-sass", cubin)
     accesses, ordering = listings.accesses(sass), listings.ordering(sass)
+    lengths = listings.lengths(sass)
     threads, sizes = listings.threads(elf), listings.sizes(elf, _SIZE_OF)
     kernels = []
     for symbol, used in usage.items():
@@ -41,7 +42,11 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
             used["shared_bytes"] += sizes[demand.shared]
         bounds = threads.get(symbol, _NO_BOUNDS)
         kernels.append(
-            Kernel(name, architecture, bounds, **used, **accesses[symbol], **ordering[symbol])
+            Kernel(
+                *(name, architecture, bounds),
+                **(used | accesses[symbol] | ordering[symbol]),
+                instructions=lengths[symbol],
+            )
         )
     return sorted(kernels)
 

@@ -13,7 +13,12 @@ class Demand(NamedTuple):
     stores: int = 0
     since: int = 0  # the architecture; before it the kernel is empty
     bulk_copies: int = 0  # on the architectures that have them
+    most_instructions: int | None = None
 
+
+# Each of a thread's vectors, three or more, has accesses of its own. What is added to so much code
+# must not be more than the cache of instructions holds.
+LONG_ROWS = {"loads": 6, "stores": 3, "most_instructions": 9000}
 
 # The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
 # line without a kernel.
@@ -39,9 +44,10 @@ DEMANDS = {
     ],
     "soft_target": [Demand("count_kernel")],
     # Rows are fetched in a loop of one access for each side, and gradients written from registers.
-    "soft_target_rows": [
-        Demand("soft_target_rows_kernel<ForwardKl, (Scope)2", loads=2, stores=4, since=90),
-        Demand("soft_target_rows_kernel<", loads=2, stores=1),
+    "soft_target_short_rows": [Demand("soft_target_short_rows_kernel<", loads=2, stores=1)],
+    "soft_target_long_rows": [
+        Demand("soft_target_long_rows_kernel<ForwardKl, true", **LONG_ROWS, since=90),
+        Demand("soft_target_long_rows_kernel<ForwardKl, false", **LONG_ROWS),
     ],
     # Each side's vector, and one of the gradient or of zeros.
     "soft_target_few": [Demand("soft_target_few_kernel<", loads=2, stores=2)],
@@ -101,6 +107,7 @@ class Kernel(NamedTuple):
     tickets: int = 0  # atomics that find the last block,
     acquires: int = 0  # and what lets such a block see what the others wrote
     bulk_copies: int = 0
+    instructions: int = 0
 
 
 FIRST_WITH_BULK_COPIES = 90
@@ -161,6 +168,11 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
         met.add(demand)
         if kernel.architecture < demand.since:
             continue
+        if demand.most_instructions and kernel.instructions > demand.most_instructions:
+            found.append(
+                f"{kernel.name}: {kernel.instructions} instructions, "
+                f"not {demand.most_instructions} at most"
+            )
         bulk_copies = demand.bulk_copies if kernel.architecture >= FIRST_WITH_BULK_COPIES else 0
         for what, there_are, least in (
             ("loads of 16 bytes", kernel.loads, demand.loads),

@@ -64,6 +64,14 @@ def _count(instruction: str, code: str) -> int:
     return sum(int(width) // 128 for width in widths)
 
 
+def lengths(sass: str) -> dict[str, int]:
+    """How many instructions each kernel has, from `cuobjdump -sass`."""
+    return {
+        function.split(maxsplit=1)[0]: len(re.findall(r"/\*[0-9a-f]{4,5}\*/", function))
+        for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    }
+
+
 def sizes(elf: str, prefix: str) -> dict[str, int]:
     """Of the variables with a prefix, from `cuobjdump -elf`."""
     line = rf"^\s*\w+\s+\w+\s+(\w+)\s.*\s{prefix}(\w+)$"

@@ -1,4 +1,4 @@
-// Rows of a student and one teacher that stay on the chip: a team reads a row once, keeps its
+// Short rows of a student and one teacher, a warp's each: it reads a row once, keeps its
 // exponentials in registers, and writes the gradient from there, while the next row is on its way
 // from memory to shared memory.
 #include "soft_target_team.h"
@@ -7,12 +7,11 @@ namespace fastkd::cuda {
 namespace logits {
 namespace {
 
+constexpr int kRowWarps = kWarpRowThreads / kWarp;
 struct Shared : TeamShared {
-  RowState<float> of_warps[kMostWarps];
-  // Of a warp's own row, or of the block's or cluster's in the first.
-  RowState<float> rows[kMostWarps];
-  RowFactors<float> factors[kMostWarps];
-  double logits[kMostWarps];  // for label smoothing
+  RowState<float> rows[kRowWarps];  // of each warp's own
+  RowFactors<float> factors[kRowWarps];
+  double logits[kRowWarps];  // for label smoothing
 };
 
 // A stage has the vectors of both sides. The exponentials at temperature 1 take the place of what
@@ -21,11 +20,11 @@ template <class S, class T>
 constexpr int kPlanes = planes_of<S>(kVector<S, T>) + planes_of<T>(kVector<S, T>);
 
 // A thread's part in a row: what it loads, finds and writes of V vectors.
-template <class D, Scope kScope, class S, class T, int V>
+template <class D, class S, class T, int V>
 struct Rows {
   static constexpr int N = kVector<S, T>;
   static_assert(kPlanes<S, T> * kAccess >= N * int(sizeof(float)));
-  using RowTeam = Team<kScope, V, N, kPlanes<S, T>>;
+  using RowTeam = Team<Scope::warp, V, N, kPlanes<S, T>>;
   using Vectors = typename RowTeam::Vectors;
 
   const Call& call;
@@ -110,19 +109,13 @@ struct Rows {
     if (team.lane == 0 && with_logits) own.logits = shared.logits[team.warp];
     return own;
   }
-  // The team's state and its factors, in shared memory. One warp puts the parts together: all would
-  // take longer, for they share the instructions that a multiprocessor can issue.
-  __device__ __forceinline__ void merge(RowState<float> own, int round) const {
-    const MergeLanes<D, float> lanes{rates, with_logits};
-    team.template merge<false>(own, shared.of_warps, shared, round, lanes);
-    if ((RowTeam::kIsWarp || team.warp == 0) && team.lane == 0) {
-      shared.rows[team.warp] = own;
-      shared.factors[team.warp] = RowFactors<float>(D(), own, call.inverse, rates, shared.weights);
+  // The row's factors, in shared memory.
+  __device__ __forceinline__ void keep(const RowState<float>& row) const {
+    if (team.lane == 0) {
+      shared.rows[team.warp] = row;
+      shared.factors[team.warp] = RowFactors<float>(D(), row, call.inverse, rates, shared.weights);
     }
-    if constexpr (RowTeam::kIsWarp)
-      __syncwarp();
-    else
-      __syncthreads();
+    __syncwarp();
   }
   __device__ __forceinline__ void emit(uint32_t row, const Stage& at, const Vectors& s,
                                        const Vectors& t) const {
@@ -130,11 +123,7 @@ struct Rows {
     const int label = int(label_of(call, row));
     const float label_logit = team.leads ? float(logit_of<S>(call, start.at[kStudent], label)) : 0;
     if (call.sides[kToStudent].data != nullptr) {
-      RowFactors<float> by = shared.factors[RowTeam::kIsWarp ? team.warp : 0];
-      if constexpr (!RowTeam::kIsWarp) {
-        const RowState<float>& part = shared.of_warps[team.warp];
-        by.template move<D>(part.student_max, part.teacher_max, shared.rows[0], rates);
-      }
+      RowFactors<float> by = shared.factors[team.warp];
       if (label == kWrongLabel) by.smoothing = NAN;
       team.template write_gradient<D, S>(start, s, t, at, by, label);
     }
@@ -148,13 +137,12 @@ struct Rows {
 };
 
 // V vectors of a row, and of every row, are a thread's.
-template <class D, Scope kScope, class S, class T, int V>
-__global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, V* kVector<S, T>))
-    soft_target_rows_kernel(const __grid_constant__ Call call, const Share share,
-                            const __grid_constant__ Tickets tickets) {
-  if constexpr (kScope == Scope::cluster && !kHasClusters) return;
+template <class D, class S, class T, int V>
+__global__ void __launch_bounds__(kWarpRowThreads, blocks_together(Scope::warp, V* kVector<S, T>))
+    soft_target_short_rows_kernel(const __grid_constant__ Call call, const Share share,
+                                  const __grid_constant__ Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
-  const Rows<D, kScope, S, T, V> rows{
+  const Rows<D, S, T, V> rows{
       call, shared, {call, share, after<char>(shared)}, Rates<float>(call), call.smooths()};
   rows.fill_absent();
   rows.team.open(shared);
@@ -163,13 +151,13 @@ __global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, 
   for (int round = -1;; ++round) {
     const bool has_row = round >= 0;
     const Stage stage = rows.stage(round & 1);
-    typename Rows<D, kScope, S, T, V>::Vectors s, t;  // logits, and then their exponentials
+    typename Rows<D, S, T, V>::Vectors s, t;  // logits, and then their exponentials
     if (has_row) rows.load(stage, s, t);
     next = rows.find(next);
     if (next < call.rows) rows.fetch(next, rows.stage((round & 1) ^ 1));
     __pipeline_commit();
     if (has_row) {
-      rows.merge(rows.sums(row, stage, s, t), round);
+      rows.keep(rows.sums(row, stage, s, t));
       rows.emit(row, stage, s, t);
     }
     if (next == call.rows) break;
@@ -185,8 +173,7 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
   const auto attempt = [&](auto v) {
     constexpr int V = decltype(v)::value;
     return launch_team<Shared, Scope::warp, V, N, kPlanes<S, T>>(
-        soft_target_rows_kernel<D, Scope::warp, S, T, V>, call, call, kWarpRowThreads, 1, scratch,
-        stream);
+        soft_target_short_rows_kernel<D, S, T, V>, call, call, kWarpRowThreads, 1, scratch, stream);
   };
   return attempt(std::integral_constant<int, kFew / N>()) ||
          attempt(std::integral_constant<int, held / N>());
@@ -194,9 +181,8 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
 
 }  // namespace
 
-bool launch_rows(const Call& call, const Scratch& scratch, const Stream& stream) {
-  bool done = launch_few(call, scratch, stream);
-  if (done) return true;
+bool launch_short_rows(const Call& call, const Scratch& scratch, const Stream& stream) {
+  bool done = false;
   with_types_of(call, [&](auto divergence, auto* one, auto* other) {
     done = launch_typed(divergence, one, other, call, scratch, stream);
   });
