@@ -6,6 +6,7 @@
 // together, while the next one looks up the row after the next: so a round has one barrier. The
 // logarithms of 32 rows are a warp's, a lane each.
 #include "soft_target_long_exact.h"
+#include "soft_target_long_gradient.h"
 #include "soft_target_long_queue.h"
 
 namespace fastkd::cuda {
@@ -133,64 +134,6 @@ struct LongRows {
       shared.found[found % kFound] = {row, of.row, of.label, of.logit, units.is_rounded};
   }
 
-  // The gradient of the thread's vectors, from what was kept of their classes.
-  __device__ __forceinline__ void write_gradient(const QueuedRow& row, const Classes& es,
-                                                 const Classes& kept) const {
-    RowFactors<float> by = shared.factors;
-    const float2 own_max = shared.own_max[warp];
-    by.template move<D>(own_max.x, own_max.y, shared.row, rates);
-    int64_t at = row.start.at[kToStudent] + (part.first_vector() + part.thread) * N;
-    if (part.is_even() && by.soft && !by.has_hard) {
-      // Constants, which leave no branch in the loop.
-      Factors<float> plain = by;
-      plain.soft = true;
-      plain.has_hard = false;
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        float g[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) g[k] = plain.gradient<D>(es[v * N + k], kept[v * N + k], 0.0f);
-        if (part.has(v)) write_whole(g, at + v * part.threads * N);
-      }
-    } else {
-      part.over_vectors(row.start.phase, [&](int v, int i) {
-        float g[N] = {};
-        if (by.has_hard) part.of_hard(v).template load_to<float, N>(DType::f32, g);
-#pragma unroll
-        for (int k = 0; k < N; ++k)
-          g[k] = by.any ? by.template gradient<D>(es[v * N + k], kept[v * N + k], g[k]) : 0;
-        store_vector<S>(g, call, kToStudent, row.start, i);
-      });
-    }
-    if (row.label >= 0 && by.any) write_label(row, by, es, kept);
-  }
-  __device__ __forceinline__ void write_whole(const float (&g)[N], int64_t at) const {
-    const Tensor& to = call.sides[kToStudent];
-    as_storage<S>(to.dtype, [&](auto* storage) {
-      using E = std::remove_pointer_t<decltype(storage)>;
-      store(narrow_all<E>(g), reinterpret_cast<E*>(to.data) + at);
-    });
-  }
-  // Writes the gradient of the label's class once more, if this thread has it.
-  __device__ __forceinline__ void write_label(const QueuedRow& row, const RowFactors<float>& by,
-                                              const Classes& es, const Classes& kept) const {
-    part.over_vectors(row.start.phase, [&](int v, int i) {
-      const int at = int(row.label) - i;
-      if (at < 0 || at >= N) return;
-      float e = 0, of_teacher = 0, eh = 0;
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        if (k != at) continue;
-        e = es[v * N + k];
-        of_teacher = kept[v * N + k];
-      }
-      if (by.has_hard) eh = part.of_hard(v).template get<float>(at);
-      elements_of<S>(call.sides[kToStudent], row.start.at[kToStudent])
-          .store(row.label * call.sides[kToStudent].class_stride,
-                 by.template of_kept<D>(e, of_teacher, eh, true));
-    });
-  }
-
   // A row that does not count has no loss and no gradient.
   __device__ __forceinline__ void write_ignored(uint32_t row) const {
     if (part.thread == 0 && part.rank() == 0) write_ignored_row<float>(call, row);
@@ -240,6 +183,7 @@ struct LongRows {
 
   __device__ __forceinline__ void run() const {
     const ExactRow<D, kIsCluster, S, T, V> exact{part};
+    const HeldGradient<D, kIsCluster, S, T, V> gradient{part};
     part.fetch(queue.row(0));
 #pragma unroll 1
     for (int index = 0;; ++index) {
@@ -276,7 +220,7 @@ struct LongRows {
       }
       if (!has_gradient()) continue;
       if (is_rounded)
-        write_gradient(row, es, kept);
+        gradient.write(row, es, kept);
       else
         exact.write_gradient(row);
     }
