@@ -306,6 +306,27 @@ def test_excluded_class_of_underflowing_probability(backend, classes):
     check_soft_target(student, teacher, backend, teachers=False)
 
 
+@pytest.mark.parametrize("classes", [5000, 30000])
+def test_logits_beyond_the_short_arithmetic(backend, classes):
+    """Some rows of a call: large offsets, differences that float32 hardly holds, or both."""
+    student, teacher = pair(5, classes)
+    student[1] += 1e8
+    teacher[1] -= 1e8
+    student[2] *= 1e36
+    teacher[3] *= 1e36
+    check_soft_target(student, teacher, backend, reduction="none", teachers=False)
+    check_soft_target(student, teacher, backend, temperature=2.0, teachers=False)
+
+
+def test_many_long_rows(backend):
+    """So many that the losses of each block's rows are computed in several parts."""
+    tensors = pair(600, 1100, (BF16, BF16))
+    labels = edge_labels(600, 1100)
+    labels[2::7] = -100
+    check_soft_target(*tensors, backend, reduction="none", temperature=2.0, teachers=False)
+    check_distillation(*tensors, labels, backend, temperature=3.0, teachers=False)
+
+
 @pytest.mark.parametrize(("side", "value"), [(0, math.nan), (1, math.nan), (0, math.inf)])
 @every_form
 def test_nan_in_one_share_of_a_row(backend, classes, side, value):

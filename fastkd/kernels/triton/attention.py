@@ -79,9 +79,9 @@ def channel_map(
         has_nan = tl.max(is_nan.to(tl.int32), 1, keep_dims=True) != 0
         largest = tl.max(tl.where(is_nan, -1, found), 1, keep_dims=True)
         attains = tl.where(has_nan, is_nan, found == largest)
-        argmax = tl.min(tl.where(attains, which, channels), 1, keep_dims=True)
-        tl.store(argmax + position, argmax, mask=exists)
-        at += argmax.to(tl.int64) * channel_stride
+        first = tl.min(tl.where(attains, which, channels), 1, keep_dims=True)
+        tl.store(argmax + position, first, mask=exists)
+        at += first.to(tl.int64) * channel_stride
         total = tl.load(at, mask=exists, other=0).to(COMPUTE)
         if RAISED:
             total = power(total, p, P)
@@ -156,8 +156,8 @@ def channel_gradient(
             x = tl.load(features + offsets(place, sizes, feature_strides), mask=mask, other=0)
             g = slope * derivative(x.to(COMPUTE), p, P)
         else:
-            argmax = tl.load(argmax + at, mask=exists, other=0)
-            g = tl.where(channel == argmax, slope, 0)
+            largest = tl.load(argmax + at, mask=exists, other=0)
+            g = tl.where(channel == largest, slope, 0)
         to = gradient + offsets(place, sizes, gradient_strides)
         tl.store(to, g.to(gradient.dtype.element_ty), mask=mask)
 
