@@ -81,8 +81,9 @@ struct FoundRow {
   float logit;
   bool is_rounded;  // its origins are, see Exponents
 };
-// Those that a warp takes at a time, and those found meanwhile.
-constexpr int kFound = 2 * kWarp;
+// Those that a warp takes at a time. It reads them before it sends its sums of the next row, and
+// nobody finds that row's state without these.
+constexpr int kFound = kWarp;
 
 struct LongShared {
   ClusterExchange<RowState<float>, kMostCluster * kMostWarps> parts;
