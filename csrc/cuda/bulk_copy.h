@@ -42,8 +42,9 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 
 __device__ __forceinline__ void Mbarrier::init() {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&state)) : "memory");
-  // Other blocks and copies see it from now on.
+  // Other blocks see it from now on, and so do copies, which reach memory by another way.
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void Mbarrier::expect(unsigned bytes) {
