@@ -276,3 +276,13 @@ def test_offsets_beyond_32_bits(backend, shape, distance):
         labels = edge_labels(*student.shape)
         check_distillation(student, teacher, labels, backend, temperature=2.0)
         check_soft_target(student.t(), teacher.t(), backend, dim=0, temperature=2.0)
+
+
+@pytest.mark.parametrize("classes", [3, 7, 1100])
+def test_smoothing_of_large_equal_logits(backend, classes):
+    """Beside such logits nothing may be left of rounding their mean."""
+    student = torch.full((5, classes), -1e30)
+    labels = torch.arange(5) % classes
+    check_distillation(
+        student, logits(5, classes), labels, backend, label_smoothing=0.1, teachers=False
+    )

@@ -115,12 +115,17 @@ __device__ Losses losses_of(RowState<A> row, const Rates<A>& rates, const Call& 
     row.difference = D::kByTeacher ? A(INFINITY) : A(-INFINITY);
   Losses losses{divergence_of<D>(row, call.inverse), 0};
   if (label == kNoLabels) return losses;
+  // Multiplied by 1 / K, and what that is off by. The mean of equal logits is then their value, to
+  // the last bit of a large one; beside an infinite mean there is no rest.
+  double mean = row.logits * call.share;
+  const double rest = fma(-mean, double(call.classes), double(row.logits));
+  if (!isnan(rest)) mean = fma(rest, call.share, mean);
   losses.cross_entropy =
       label == kWrongLabel
           ? double(NAN)
           : cross_entropy(log(double(rates.has_hard ? row.hard : row.student)) * kLogitScale,
-                          double(row.student_max) * kLogitScale, label_logit * kLogitScale,
-                          row.logits * call.share, call.smoothing);
+                          double(row.student_max) * kLogitScale, label_logit * kLogitScale, mean,
+                          call.smoothing);
   return losses;
 }
 
