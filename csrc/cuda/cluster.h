@@ -9,18 +9,12 @@ constexpr bool kHasClusters = kHasBulkCopies;
 
 #ifndef __CUDACC__
 using cuda_on_host::cluster_rank;
-using cuda_on_host::cluster_size;
 #else
 // Asked for again each time, which takes less than a register that holds it.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
-}
-__device__ __forceinline__ unsigned cluster_size() {
-  unsigned size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
 }
 #endif
 

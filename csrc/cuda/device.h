@@ -177,7 +177,7 @@ __device__ __forceinline__ void store(const Vector<S, N>& v, S* p) {
 
 // f(null pointers of two storage types), for all but float64.
 template <class F>
-constexpr void with_storage(DType dtype, const F& f) {
+constexpr auto with_storage(DType dtype, const F& f) {
   switch (dtype) {
     case DType::f16:
       return f(static_cast<__half*>(nullptr));

@@ -233,11 +233,9 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
 }  // namespace
 
 bool launch_few(const Call& call, const Scratch& scratch, const Stream& stream) {
-  bool done = false;
-  with_types_of(call, [&](auto divergence, auto* one, auto* other) {
-    done = launch_typed(divergence, one, other, call, scratch, stream);
+  return with_types_of(call, [&](auto divergence, auto* one, auto* other) {
+    return launch_typed(divergence, one, other, call, scratch, stream);
   });
-  return done;
 }
 
 }  // namespace logits

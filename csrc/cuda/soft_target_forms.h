@@ -52,12 +52,12 @@ void launch_passes(const MeanCall& of, bool are_columns, const Scratch& scratch,
 // f(a divergence, null pointers of the two storage types). Pairs of one dtype have kernels of their
 // own; float64 is not among them.
 template <class F>
-void with_types_of(const Call& call, const F& f) {
-  with_divergence(call.divergence, [&](auto divergence) {
+auto with_types_of(const Call& call, const F& f) {
+  return with_divergence(call.divergence, [&](auto divergence) {
     const DType one = call.sides[kStudent].dtype, other = call.sides[kTeacher].dtype;
     if (one != other || call.is_double)
       return f(divergence, static_cast<Any*>(nullptr), static_cast<Any*>(nullptr));
-    with_storage(one, [&](auto* storage) { f(divergence, storage, storage); });
+    return with_storage(one, [&](auto* storage) { return f(divergence, storage, storage); });
   });
 }
 

@@ -275,7 +275,7 @@ bool launch_with(const Call& call, const Blocks& blocks, const Scratch& scratch,
 }
 
 template <class D, class S, class T>
-bool launch_typed(const Call& call, const Scratch& scratch, const Stream& stream) {
+bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Stream& stream) {
   constexpr int few = kFewVectors<S>, most = kMostVectors<S>;
   for (const Blocks& blocks : kTeams) {
     const bool is_cluster = blocks.cluster > 1;
@@ -292,13 +292,9 @@ bool launch_typed(const Call& call, const Scratch& scratch, const Stream& stream
 
 bool launch_long_rows(const Call& call, const Scratch& scratch, const Stream& stream) {
   if (call.rate * float(kLogitScale) < FLT_MIN) return false;
-  bool done = false;
-  with_types_of(call, [&](auto divergence, auto* one, auto* other) {
-    using S = std::remove_pointer_t<decltype(one)>;
-    using T = std::remove_pointer_t<decltype(other)>;
-    done = launch_typed<decltype(divergence), S, T>(call, scratch, stream);
+  return with_types_of(call, [&](auto divergence, auto* one, auto* other) {
+    return launch_typed(divergence, one, other, call, scratch, stream);
   });
-  return done;
 }
 
 }  // namespace logits
