@@ -22,9 +22,11 @@ pytestmark = pytest.mark.gpu_sizes
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SIDES = [(F32, F32, F32), (BF16, BF16, BF16), (F32, BF16, F16)]
 
-# Classes of each form on GPUs: a warp with one vector a thread and with several, a block, a cluster
-# or what comes in its place.
+# Classes of each form on GPUs: a warp with one vector a thread and with several, a block, a larger
+# one.
 FORMS = (200, 900, 4000, 9001)
+# And of a cluster, or what comes in its place.
+LONG_FORMS = (*FORMS[2:], 40003)
 
 
 def draw(rows, classes, dtypes):
@@ -33,7 +35,7 @@ def draw(rows, classes, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", SIDES)
-@pytest.mark.parametrize("most", [256, 1024, 4096, 8192])
+@pytest.mark.parametrize("most", [256, 1024, 6144, 8192, 12288])
 def test_class_counts_around_a_form(backend, most, dtypes):
     for classes in (most - 1, most, most + 1):
         rows = 3 if most > 1024 else 9
@@ -46,7 +48,7 @@ def test_class_counts_around_a_form(backend, most, dtypes):
 
 
 @pytest.mark.with_clusters
-@pytest.mark.parametrize("classes", [16384, 16385, 40003])
+@pytest.mark.parametrize("classes", [16384, 16385, 40003, 98309, 262144])
 def test_rows_of_clusters(backend, classes):
     for dtypes in SIDES[1:]:
         student, teachers = draw(2, classes, dtypes)
@@ -146,6 +148,59 @@ def test_rows_that_are_not_finite(backend, classes):
     check_soft_target(
         student, teachers, backend, upstream, reduction="none", temperature=2.0, teachers=False
     )
+
+
+@pytest.mark.parametrize("dtypes", SIDES)
+@pytest.mark.parametrize("classes", LONG_FORMS)
+def test_shares_of_a_row_that_are_excluded(backend, classes, dtypes):
+    """A quarter of a row is what some blocks, warps or threads have."""
+    student, teachers = draw(6, classes, dtypes)
+    quarter = classes // 4
+    for x in (teachers[0], teachers[1], student):
+        x[0, -quarter:] = x[1, :-3] = -math.inf
+        x[2, 0], x[2, quarter], x[2, -1] = (-math.inf,) * 3
+    teachers[0][3, :quarter] = teachers[1][3, -quarter:] = -math.inf
+    teachers[0][4, 5:] = teachers[1][5, 1:] = -math.inf
+    labels = torch.tensor([0, classes - 1, 1, quarter - 1, -100, 0])
+    check_distillation(student, teachers, labels, backend, temperature=2.0, teachers=False)
+    check_soft_target(student, teachers, backend, reduction="none", teachers=False)
+
+
+@pytest.mark.parametrize("shift", [300.0, -300.0, 1e4])
+@pytest.mark.parametrize("classes", LONG_FORMS)
+def test_shares_of_a_row_far_from_each_other(backend, classes, shift):
+    """What one part of the row amounts to is nothing, relative to the maximum of another."""
+    student, teachers = draw(3, classes, SIDES[0])
+    third = classes // 3
+    teachers[0][0, :third] += shift
+    teachers[1][0, -third:] += shift
+    for x in (student, teachers[1]):
+        x[1, third:-third] += shift
+        x[2, :-third] += shift
+    labels = torch.tensor([0, third, classes - 1])
+    check_distillation(student, teachers, labels, backend, temperature=2.0, teachers=False)
+
+
+@pytest.mark.parametrize("classes", LONG_FORMS)
+def test_logits_beyond_the_short_arithmetic(backend, classes):
+    """Some rows of a call: large offsets, differences that float32 hardly holds, or both."""
+    student, teachers = draw(5, classes, SIDES[0])
+    student[1] += 1e8
+    teachers[0][1] -= 1e8
+    student[2] *= 1e36
+    teachers[1][3] *= 1e36
+    teachers[0][4, classes // 2 :] += 3e6
+    check_soft_target(student, teachers, backend, reduction="none", teachers=False)
+    check_soft_target(student, teachers, backend, temperature=2.0, teachers=False)
+
+
+def test_many_long_rows(backend):
+    """So many that the losses of each block's rows are computed in several parts."""
+    student, teachers = draw(300, 3100, SIDES[1])
+    labels = edge_labels(300, 3100)
+    labels[2::7] = -100
+    check_soft_target(student, teachers, backend, reduction="none", teachers=False)
+    check_distillation(student, teachers, labels, backend, temperature=3.0, teachers=False)
 
 
 @pytest.mark.parametrize("classes", [300, 6000])

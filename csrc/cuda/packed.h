@@ -50,6 +50,27 @@ __device__ __forceinline__ float largest_of(const Vector<S, N> (&vectors)[V]) {
   }
 }
 
+// And the smallest of one.
+template <class S, int N>
+__device__ __forceinline__ float smallest_of(const Vector<S, N>& v) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(S) == 2) {
+    auto smallest = pair_of(v.values[0], v.values[1]);
+#pragma unroll
+    for (int k = 2; k < N; k += 2)
+      smallest = __hmin2(smallest, pair_of(v.values[k], v.values[k + 1]));
+    const float2 found = widen(smallest);
+    return fminf(found.x, found.y);
+  } else
+#endif
+  {
+    float smallest = INFINITY;
+#pragma unroll
+    for (S x : v.values) smallest = fminf(smallest, widen(x));
+    return smallest;
+  }
+}
+
 template <class S, int N>
 __device__ __forceinline__ void widen_all(const Vector<S, N>& v, float (&to)[N]) {
 #ifdef __CUDACC__

@@ -60,11 +60,12 @@ class Plan {
     }
     if (mean != nullptr && (teachers.size() > kMostTeachers || teachers.size() != p.weights.size()))
       throw std::invalid_argument("too many teachers, or not as many weights");
+    if (mean != nullptr) mean->have_one_dtype = true;
     for (size_t m = 0; m < teachers.size(); ++m) {
       call.is_double = call.is_double || teachers[m].dtype == DType::f64;
-      if (mean != nullptr)
-        mean->teachers[mean->count++] = {tensor(teachers[m].data, teachers[m], p.dim),
-                                         p.weights[m]};
+      if (mean == nullptr) continue;
+      mean->have_one_dtype = mean->have_one_dtype && teachers[m].dtype == student.dtype;
+      mean->teachers[mean->count++] = {tensor(teachers[m].data, teachers[m], p.dim), p.weights[m]};
     }
     find_axes(student, p.dim);
     mean == nullptr ? find_layout() : find_layout_of_mean();
@@ -132,12 +133,17 @@ class Plan {
         call_.is_double ? 1 / call_.temperature : double(call_.rate) * kLogitScale / kLog2E;
   }
 
-  // The student's layout counts, and each teacher's is found out where it is read.
+  // The student's layout counts, with its gradient's; each teacher's is found out where it is read.
   void find_layout_of_mean() {
     const Tensor& student = call_.sides[kStudent];
+    const Tensor& gradient = call_.sides[kToStudent];
     call_.is_dense = student.class_stride == 1 && !call_.is_double;
+    // Where dtypes differ, a vector takes two accesses on one side for one on the other.
+    const int64_t bytes =
+        mean_->have_one_dtype ? kAccess : kVector<Any, Any> * size_of(student.dtype);
     call_.is_aligned =
-        call_.is_dense && is_aligned(kStudent, kVector<Any, Any> * size_of(student.dtype));
+        call_.is_dense && is_aligned(kStudent, bytes) &&
+        (gradient.data == nullptr || (gradient.class_stride == 1 && is_aligned(kToStudent, bytes)));
     if (call_.axes > 0 && call_.classes <= kMostColumnClasses) {
       const int last = call_.axes - 1;
       int along_classes = student.class_stride == 1;
@@ -198,7 +204,9 @@ void with_call(const Tensors& teachers, const F& f) {
 }
 
 void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const Stream& stream) {
-  if (plan.are_columns || mean.call.is_double || !launch_teachers_rows(mean, scratch, stream))
+  if (plan.are_columns || mean.call.is_double ||
+      !(launch_teachers_short_rows(mean, scratch, stream) ||
+        launch_teachers_long_rows(mean, scratch, stream)))
     launch_passes(mean, plan.are_columns, scratch, stream);
 }
 void run(const Call& call, const Plan& plan, const Scratch& scratch, const Stream& stream) {

@@ -1,6 +1,6 @@
 // The forms that a call on logits can take, and how they are launched: rows on the chip, columns
-// (contiguous rows, classes apart), a stream of classes; with several teachers rows on the chip, or
-// two passes.
+// (contiguous rows, classes apart), a stream of classes; with several teachers short and long
+// rows, or two passes.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,8 @@ void launch_stream(const Call& call, const Scratch& scratch, const Stream& strea
 void launch_backward(const Call& call, bool are_columns, const Stream& stream);
 
 struct MeanCall;
-bool launch_teachers_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream);
+bool launch_teachers_short_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream);
+bool launch_teachers_long_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream);
 void launch_passes(const MeanCall& of, bool are_columns, const Scratch& scratch,
                    const Stream& stream);
 

@@ -1,18 +1,18 @@
 // A long row once more, from memory and in units that serve any row. It is rare, and slow.
 #pragma once
 
-#include "soft_target_long_part.h"
+#include "soft_target_long_pair.h"
 
 namespace fastkd::cuda::logits {
 
 template <class D, bool kIsCluster, class S, class T, int V>
 struct ExactRow {
-  using RowPart = Part<kIsCluster, S, T, V>;
-  static constexpr int N = RowPart::N;
+  using RowPair = Pair<kIsCluster, S, T, V>;
+  static constexpr int N = RowPair::N;
 
-  const RowPart& part;
+  const RowPair& part;
+  const LongShared& shared;
   const Call& call = part.call;
-  const LongShared& shared = part.shared;
 
   template <class F>
   __device__ __forceinline__ void over_classes(int phase, const F& f) const {

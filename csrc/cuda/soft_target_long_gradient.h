@@ -5,22 +5,18 @@
 
 namespace fastkd::cuda::logits {
 
-template <class D, bool kIsCluster, class S, class T, int V>
+template <class D, class S, class RowPart>
 struct HeldGradient {
-  using RowPart = Part<kIsCluster, S, T, V>;
-  static constexpr int N = RowPart::N;
+  static constexpr int N = RowPart::N, V = RowPart::V;
   using Classes = float[V * N];
 
   const RowPart& part;
   const Call& call = part.call;
-  const LongShared& shared = part.shared;
 
-  // The gradient of the thread's vectors, from what was kept of their classes.
-  __device__ __forceinline__ void write(const QueuedRow& row, const Classes& es,
-                                        const Classes& kept) const {
-    RowFactors<float> by = shared.factors;
-    const float2 own_max = shared.own_max[part.warp];
-    by.template move<D>(own_max.x, own_max.y, shared.row, Exponents(call, true));
+  // The gradient of the thread's vectors, from what was kept of their classes, by factors that are
+  // relative to the same maxima.
+  __device__ __forceinline__ void write(const QueuedRow& row, const RowFactors<float>& by,
+                                        const Classes& es, const Classes& kept) const {
     int64_t at = row.start.at[kToStudent] + (part.first_vector() + part.thread) * N;
     if (part.is_even() && by.soft && !by.has_hard) {
       // Constants, which leave no branch in the loop.

@@ -1,19 +1,18 @@
-// A thread's part in long rows: which classes it has, and how they come to shared memory.
+// A thread's part in long rows: which classes it has, and where they are in shared memory.
 #pragma once
 
 #include "soft_target_long_rows.h"
 
 namespace fastkd::cuda::logits {
 
-// V vectors of a row, and of every row, are a thread's.
-template <bool kIsCluster, class S, class T, int V>
-struct Part {
-  static constexpr int N = kVector<S, T>;
-  static constexpr int kSides = planes_of<S>(N) + planes_of<T>(N), kHard = planes_of<float>(N);
+// kVectors vectors of kLength classes of a row, and of every row, are a thread's. Each has so many
+// planes in the thread's stage.
+template <bool kIsCluster, int kLength, int kVectors, int kPlanes>
+struct LongPart {
+  static constexpr int N = kLength, V = kVectors;
 
   const Call& call;
   const Share& share;
-  LongShared& shared;
   char* const stages;
   const int threads = blockDim.x, thread = threadIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -22,6 +21,9 @@ struct Part {
   // Whether every row is whole vectors, each of which lies where an access of 16 bytes may.
   __device__ __forceinline__ bool is_even() const {
     return call.is_aligned && int(call.classes) % N == 0;
+  }
+  __device__ __forceinline__ bool has_gradient() const {
+    return call.sides[kToStudent].data != nullptr;
   }
 
   // Of the block's vectors the first one, and how many there are: a cluster's last blocks may have
@@ -48,69 +50,60 @@ struct Part {
   }
 
   // What a thread copies for itself, vector by vector; and its exponentials at temperature 1.
-  __device__ __forceinline__ Stage of_student(int v) const {
-    return {stages + (v * kSides * threads + thread) * kAccess, threads * kAccess};
-  }
-  __device__ __forceinline__ Stage of_teacher(int v) const {
-    return of_student(v).plane(planes_of<S>(N));
+  __device__ __forceinline__ Stage stage(int v) const {
+    return {stages + (v * kPlanes * threads + thread) * kAccess, threads * kAccess};
   }
   __device__ __forceinline__ Stage of_hard(int v) const {
-    return {stages + ((V * kSides + v * kHard) * threads + thread) * kAccess, threads * kAccess};
+    constexpr int kHard = planes_of<float>(N);
+    return {stages + ((V * kPlanes + v * kHard) * threads + thread) * kAccess, threads * kAccess};
+  }
+  static constexpr int planes(const Call& call) {
+    return V * (kPlanes + (call.has_hard() ? planes_of<float>(N) : 0));
   }
 
-  __device__ __forceinline__ void fetch_elements(int v, const Start<>& start, int i,
-                                                 int classes) const {
-    of_student(v).template fetch_elements<S, N>(call.sides[kStudent], start.at[kStudent], i,
-                                                classes);
-    of_teacher(v).template fetch_elements<T, N>(call.sides[kTeacher], start.at[kTeacher], i,
-                                                classes);
-  }
-  __device__ __forceinline__ void fetch_whole(int v, const Start<>& start, int i) const {
-    of_student(v).template fetch_whole<S, N>(call.sides[kStudent], start.at[kStudent], i);
-    of_teacher(v).template fetch_whole<T, N>(call.sides[kTeacher], start.at[kTeacher], i);
-  }
-  __device__ __forceinline__ void fetch(const QueuedRow& row) const {
-    const Start<>& start = row.start;
-    if (row.row == call.rows) return;
-    if (is_even())
-      fetch_even(start);
-    else
-      over_vectors_rolled(start.phase, [&](int v, int i) {
-        if (start.is_aligned && i >= 0 && i + N <= int(call.classes))
-          fetch_whole(v, start, i);
-        else
-          fetch_elements(v, start, i, int(call.classes));
-      });
-    __pipeline_commit();
-  }
-  __device__ __forceinline__ void fetch_even(const Start<>& start) const {
-    if constexpr (std::is_same_v<S, Any>) {
-      over_vectors(0, [&](int v, int i) { fetch_whole(v, start, i); });
-    } else {
-      const int64_t first = (first_vector() + thread) * N;
-      const S* s =
-          reinterpret_cast<const S*>(call.sides[kStudent].data) + start.at[kStudent] + first;
-      const T* t =
-          reinterpret_cast<const T*>(call.sides[kTeacher].data) + start.at[kTeacher] + first;
-      char* to = of_student(0).data;
+  // The warp's sum of a row's logits, which are in the first planes of its threads' stages, scaled.
+  template <class S>
+  __device__ __forceinline__ double sum_of_logits(DType dtype, int phase) const {
+    double sum = 0;
+    over_vectors_rolled(phase, [&](int v, int i) {
+      float x[N];
+      stage(v).template load_to<S, N>(dtype, x);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (has(v)) {
-          __pipeline_memcpy_async(to, s, kAccess);
-          __pipeline_memcpy_async(to + threads * kAccess, t, kAccess);
-        }
-        to += kSides * threads * kAccess;
-        s += threads * N;
-        t += threads * N;
-      }
-    }
+      for (int k = 0; k < N; ++k)
+        if (i + k >= 0 && i + k < int(call.classes)) sum += double(x[k]);
+    });
+    return warp_sum(sum * kLogitScale);
   }
-  // What has no vector in any row is excluded classes for good.
-  __device__ __forceinline__ void fill_absent() const {
-#pragma unroll 1
-    for (int v = 0; v < V; ++v)
-      if (!has(v)) fetch_elements(v, Start<>{}, 0, 0);
+  // A row that does not count has no loss and no gradient.
+  template <class S>
+  __device__ __forceinline__ void write_ignored(uint32_t row, const Start<>& start) const {
+    if (thread == 0 && rank() == 0) write_ignored_row<float>(call, row);
+    if (!has_gradient()) return;
+    const float zeros[N] = {};
+    over_vectors_rolled(start.phase,
+                        [&](int, int i) { store_vector<S>(zeros, call, kToStudent, start, i); });
   }
 };
+
+// Launches a kernel of such parts with these blocks, if the chip has room for it; `call` is its
+// argument or a part of that.
+template <class RowPart, class Shared, class C>
+bool launch_long(void (*kernel)(C, Share, Tickets), const C& argument, const Call& call,
+                 const Blocks& blocks, const Scratch& scratch, const Stream& stream) {
+  const int64_t vectors = vectors_of(call, RowPart::N);
+  const int64_t of_block = (vectors + blocks.cluster - 1) / blocks.cluster;
+  if (of_block > int64_t(blocks.threads) * RowPart::V) return false;
+  const int threads = int((of_block + RowPart::V * kWarp - 1) / (RowPart::V * kWarp)) * kWarp;
+  Grid grid{1, threads, kHeader<Shared> + size_t(threads) * size_t(RowPart::planes(call) * kAccess),
+            blocks.cluster};
+  const int64_t resident = resident_clusters(kernel, grid, stream);
+  if (resident == 0) return false;
+  const int64_t teams = std::min({int64_t(call.rows), resident, kMostBlocks / blocks.cluster});
+  grid.blocks = teams * blocks.cluster;
+  launch(kernel, grid, stream, argument,
+         Share{int(vectors), int(of_block), blocks.cluster, uint32_t(teams)},
+         scratch.tickets(call, stream));
+  return true;
+}
 
 }  // namespace fastkd::cuda::logits

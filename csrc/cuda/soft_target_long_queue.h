@@ -5,12 +5,13 @@
 
 namespace fastkd::cuda::logits {
 
-// Of a student of S, in vectors of N classes.
-template <class S, int N>
+// Of a student of S. Starts finds where a row is, in a queue's place.
+template <class S, class Starts>
 struct Queue {
   const Call& call;
   const Share& share;
   LongShared& shared;
+  const Starts starts;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
 
   __device__ __forceinline__ const QueuedRow& row(int index) const {
@@ -24,11 +25,10 @@ struct Queue {
     uint32_t row = index == 0 ? blockIdx.x / unsigned(share.blocks)
                               : row_after(shared.queue[(index + kQueue - 1) % kQueue].row);
     if (shared.counted < call.rows) row = first_that_counts(row);
-    if (lane != 0) return;
-    to.row = row;
+    if (lane == 0) to.row = row;
     if (row == call.rows) return;
-    to.label = label_of(call, row);
-    to.start = start_of<N>(call, row);
+    if (lane == 0) to.label = label_of(call, row);
+    starts.find(row, index % kQueue, to.start);
   }
   __device__ __forceinline__ uint32_t row_after(uint32_t row) const {
     return call.rows - row > share.teams ? row + share.teams : call.rows;

@@ -7,29 +7,36 @@
 // logarithms of 32 rows are a warp's, a lane each.
 #include "soft_target_long_exact.h"
 #include "soft_target_long_gradient.h"
+#include "soft_target_long_losses.h"
 #include "soft_target_long_queue.h"
 
 namespace fastkd::cuda {
 namespace logits {
 namespace {
 
+template <int N>
+struct PairStarts {
+  const Call& call;
+
+  __device__ __forceinline__ void find(uint32_t row, int, Start<>& to) const {
+    if (threadIdx.x % kWarp == 0) to = start_of<N>(call, row);
+  }
+};
+
 template <class D, bool kIsCluster, class S, class T, int V>
 struct LongRows {
-  using RowPart = Part<kIsCluster, S, T, V>;
-  static constexpr int N = RowPart::N;
+  using RowPair = Pair<kIsCluster, S, T, V>;
+  static constexpr int N = RowPair::N;
   using Classes = float[V * N];
 
-  const RowPart& part;
+  const RowPair& part;
+  LongShared& shared;
   const Call& call = part.call;
   const Share& share = part.share;
-  LongShared& shared = part.shared;
-  const Queue<S, N> queue{call, share, shared};
+  const Queue<S, PairStarts<N>> queue{call, share, shared, {call}};
+  const LongLosses<typename RowPair::RowPart> losses{part, shared};
   const Exponents rates = Exponents(call, true);
   const int warp = part.warp, lane = part.lane, warps = part.warps;
-
-  __device__ __forceinline__ bool has_gradient() const {
-    return call.sides[kToStudent].data != nullptr;
-  }
 
   // The warp's state of a row, whose classes become their exponentials and what is kept of them.
   __device__ __forceinline__ RowState<float> sums(const Held<S, N, V>& s, const Held<T, N, V>& t,
@@ -56,18 +63,9 @@ struct LongRows {
     own.teacher_max = shared.own_max[warp].y;
     return own;
   }
-  // The warp's sum of the student's logits, scaled, for label smoothing: in shared memory, where it
-  // takes no registers.
-  __device__ __forceinline__ void add_up_logits(int phase) const {
-    double sum = 0;
-    part.over_vectors_rolled(phase, [&](int v, int i) {
-      float x[N];
-      part.of_student(v).template load_to<S, N>(call.sides[kStudent].dtype, x);
-#pragma unroll
-      for (int k = 0; k < N; ++k)
-        if (i + k >= 0 && i + k < int(call.classes)) sum += double(x[k]);
-    });
-    sum = warp_sum(sum * kLogitScale);
+  // In shared memory, where it takes no registers.
+  __device__ __forceinline__ void keep_sum_of_logits(int phase) const {
+    const double sum = part.template sum_of_logits<S>(call.sides[kStudent].dtype, phase);
     if (lane == 0) shared.logits[warp] = sum;
     __syncwarp();
   }
@@ -134,56 +132,17 @@ struct LongRows {
       shared.found[found % kFound] = {row, of.row, of.label, of.logit, units.is_rounded};
   }
 
-  // A row that does not count has no loss and no gradient.
-  __device__ __forceinline__ void write_ignored(uint32_t row) const {
-    if (part.thread == 0 && part.rank() == 0) write_ignored_row<float>(call, row);
-    if (!has_gradient()) return;
-    const Start<> start = start_of<N>(call, row);
-    const float zeros[N] = {};
-    part.over_vectors_rolled(
-        start.phase, [&](int, int i) { store_vector<S>(zeros, call, kToStudent, start, i); });
-  }
-
-  // The losses of the last `count` rows that were found, of which `found` there are.
-  __device__ __forceinline__ void write_losses_of(int found, int count) const {
-    if (part.rank() != 0 || warp != 2 % warps || lane >= count) return;
-    const FoundRow& of = shared.found[(found - count + lane) % kFound];
-    const RowState<double> exact = Exponents(call, of.is_rounded).exact<D>(of.state);
-    const RowState<float> kept{float(exact.student_max),
-                               float(exact.teacher_max),
-                               float(exact.student),
-                               float(exact.teacher),
-                               float(exact.hard),
-                               float(exact.difference),
-                               exact.logits};
-    write_row(call, of.row, kept,
-              losses_of<D>(exact, Rates<double>(call), call, of.label, of.logit),
-              shared.totals[lane]);
-  }
-
-  // Before the first row.
-  __device__ __forceinline__ void open() const {
-    const double counted = counted_rows(call, shared.losses);
-    const Weights<float> weights(call, divisor_of(call, counted), 1);
-    if (part.thread == 0) {
-      shared.counted = counted;
-      shared.weights = weights;
-      shared.repeats = 0;
-    }
-    if (part.thread < kWarp) shared.totals[part.thread] = {0, 0};
-    __syncthreads();
-#pragma unroll 1
-    for (int index = 0; index < 2; ++index) {
-      queue.look_ahead(index);
-      __syncwarp();
-    }
-    __syncthreads();
-    if constexpr (kIsCluster) shared.parts.open();
+  // The row's, for the exponentials of this warp.
+  __device__ __forceinline__ RowFactors<float> factors() const {
+    RowFactors<float> by = shared.factors;
+    const float2 own_max = shared.own_max[warp];
+    by.template move<D>(own_max.x, own_max.y, shared.row, rates);
+    return by;
   }
 
   __device__ __forceinline__ void run() const {
-    const ExactRow<D, kIsCluster, S, T, V> exact{part};
-    const HeldGradient<D, kIsCluster, S, T, V> gradient{part};
+    const ExactRow<D, kIsCluster, S, T, V> exact{part, shared};
+    const HeldGradient<D, S, typename RowPair::RowPart> gradient{part};
     part.fetch(queue.row(0));
 #pragma unroll 1
     for (int index = 0;; ++index) {
@@ -191,7 +150,7 @@ struct LongRows {
       const bool is_end = row.row == call.rows;
       const int together = index % kWarp;
       if (together == 0 ? index > 0 : is_end)
-        write_losses_of(index, together == 0 ? kWarp : together);
+        losses.template write<D>(index, together == 0 ? kWarp : together);
       if (is_end) break;
       __pipeline_wait_prior(0);
       Held<S, N, V> s, t;
@@ -200,7 +159,7 @@ struct LongRows {
         s.load(v, part.of_student(v), call.sides[kStudent].dtype);
         t.load(v, part.of_teacher(v), call.sides[kTeacher].dtype);
       }
-      if (call.smooths()) add_up_logits(row.start.phase);
+      if (call.smooths()) keep_sum_of_logits(row.start.phase);
       part.fetch(queue.row(index + 1));
       // Before the lanes wait for one another in the sums: whoever sends lets others go on.
       const int first_step = index + shared.repeats;
@@ -218,21 +177,15 @@ struct LongRows {
         is_rounded = false;
         own = exact.sums(row.start);
       }
-      if (!has_gradient()) continue;
+      if (!part.has_gradient()) continue;
       if (is_rounded)
-        gradient.write(row, es, kept);
+        gradient.write(row, factors(), es, kept);
       else
         exact.write_gradient(row);
     }
     if (shared.counted < call.rows)
-      queue.over_ignored_rows([&](uint32_t row) { write_ignored(row); });
-  }
-
-  // After the last row.
-  __device__ __forceinline__ void close(const Tickets& tickets) const {
-    const bool has_losses = part.rank() == 0 && warp == 2 % warps;
-    write_loss<float>(call, has_losses ? over_warp(shared.totals[lane]) : Losses{}, shared.counted,
-                      tickets, shared.losses);
+      queue.over_ignored_rows(
+          [&](uint32_t row) { part.template write_ignored<S>(row, start_of<N>(call, row)); });
   }
 };
 
@@ -244,34 +197,20 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                                  const __grid_constant__ Tickets tickets) {
   if constexpr (kIsCluster && !kHasClusters) return;
   LongShared& shared = shared_memory<LongShared>();
-  const Part<kIsCluster, S, T, V> part{call, share, shared, after<char>(shared)};
-  const LongRows<D, kIsCluster, S, T, V> rows{part};
+  const Pair<kIsCluster, S, T, V> part{{call, share, after<char>(shared)}};
+  const LongRows<D, kIsCluster, S, T, V> rows{part, shared};
   part.fill_absent();
-  rows.open();
+  rows.losses.open(rows.queue);
+  if constexpr (kIsCluster) shared.parts.open();
   rows.run();
-  rows.close(tickets);
+  rows.losses.close(tickets);
 }
 
 template <class D, bool kIsCluster, class S, class T, int V>
 bool launch_with(const Call& call, const Blocks& blocks, const Scratch& scratch,
                  const Stream& stream) {
-  using RowPart = Part<kIsCluster, S, T, V>;
-  constexpr auto kernel = soft_target_long_rows_kernel<D, kIsCluster, S, T, V>;
-  const int64_t vectors = vectors_of(call, RowPart::N);
-  const int64_t of_block = (vectors + blocks.cluster - 1) / blocks.cluster;
-  if (of_block > int64_t(blocks.threads) * V) return false;
-  const int threads = int((of_block + V * kWarp - 1) / (V * kWarp)) * kWarp;
-  const int planes = V * (RowPart::kSides + (call.has_hard() ? RowPart::kHard : 0));
-  Grid grid{1, threads, kHeader<LongShared> + size_t(threads) * size_t(planes * kAccess),
-            blocks.cluster};
-  const int64_t resident = resident_clusters(kernel, grid, stream);
-  if (resident == 0) return false;
-  const int64_t teams = std::min({int64_t(call.rows), resident, kMostBlocks / blocks.cluster});
-  grid.blocks = teams * blocks.cluster;
-  launch(kernel, grid, stream, call,
-         Share{int(vectors), int(of_block), blocks.cluster, uint32_t(teams)},
-         scratch.tickets(call, stream));
-  return true;
+  return launch_long<typename Pair<kIsCluster, S, T, V>::RowPart, LongShared>(
+      soft_target_long_rows_kernel<D, kIsCluster, S, T, V>, call, call, blocks, scratch, stream);
 }
 
 template <class D, class S, class T>

@@ -39,6 +39,7 @@ struct Held {
     vectors[v] = cuda::load<N>(reinterpret_cast<const S*>(from.data));
   }
   __device__ __forceinline__ float largest() const { return largest_of(vectors); }
+  __device__ __forceinline__ float smallest(int v) const { return smallest_of(vectors[v]); }
   __device__ __forceinline__ void widen_to(int v, float (&to)[N]) const {
     widen_all(vectors[v], to);
   }
@@ -50,11 +51,22 @@ struct Held<Any, N, V> {
   __device__ __forceinline__ void load(int v, const Stage& from, DType dtype) {
     from.load_to<Any, N>(dtype, values + v * N);
   }
+  // Excluded classes, where there is no vector.
+  __device__ __forceinline__ void exclude(int v) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) values[v * N + k] = -INFINITY;
+  }
   __device__ __forceinline__ float largest() const {
     float largest = values[0];
 #pragma unroll
     for (float x : values) largest = fmaxf(largest, x);
     return largest;
+  }
+  __device__ __forceinline__ float smallest(int v) const {
+    float smallest = INFINITY;
+#pragma unroll
+    for (int k = 0; k < N; ++k) smallest = fminf(smallest, values[v * N + k]);
+    return smallest;
   }
   __device__ __forceinline__ void widen_to(int v, float (&to)[N]) const {
 #pragma unroll

@@ -22,10 +22,21 @@ struct MeanCall {
   Call call;
   // kLogitScale and log2(e) / T, times a power of 2 by which neither is above 2.
   double of_logarithm, of_logit;
+  bool have_one_dtype;  // the teachers and the student
   int count;
   Teacher teachers[kMostTeachers];
   int64_t row_stride[kMostAxes][kMostTeachers];
 };
+
+// f(a divergence, a null pointer of the storage type of all tensors, or of Any).
+template <class F>
+auto with_type_of(const MeanCall& of, const F& f) {
+  return with_divergence(of.call.divergence, [&](auto divergence) {
+    if (!of.have_one_dtype) return f(divergence, static_cast<Any*>(nullptr));
+    return with_storage(of.call.sides[kStudent].dtype,
+                        [&](auto* storage) { return f(divergence, storage); });
+  });
+}
 
 template <class A>
 struct MeanRates : Rates<A> {

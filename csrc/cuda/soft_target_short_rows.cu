@@ -1,17 +1,16 @@
 // Short rows of a student and one teacher, a warp's each: it reads a row once, keeps its
 // exponentials in registers, and writes the gradient from there, while the next row is on its way
 // from memory to shared memory.
-#include "soft_target_team.h"
+#include "soft_target_short_part.h"
 
 namespace fastkd::cuda {
 namespace logits {
 namespace {
 
-constexpr int kRowWarps = kWarpRowThreads / kWarp;
-struct Shared : TeamShared {
-  RowState<float> rows[kRowWarps];  // of each warp's own
-  RowFactors<float> factors[kRowWarps];
-  double logits[kRowWarps];  // for label smoothing
+struct Shared : ShortShared {
+  RowState<float> rows[kShortWarps];  // of each warp's own
+  RowFactors<float> factors[kShortWarps];
+  double logits[kShortWarps];  // for label smoothing
 };
 
 // A stage has the vectors of both sides. The exponentials at temperature 1 take the place of what
@@ -24,17 +23,17 @@ template <class D, class S, class T, int V>
 struct Rows {
   static constexpr int N = kVector<S, T>;
   static_assert(kPlanes<S, T> * kAccess >= N * int(sizeof(float)));
-  using RowTeam = Team<Scope::warp, V, N, kPlanes<S, T>>;
-  using Vectors = typename RowTeam::Vectors;
+  using RowPart = ShortPart<N, V, kPlanes<S, T>>;
+  using Vectors = typename RowPart::Vectors;
 
   const Call& call;
   Shared& shared;
-  const RowTeam team;
+  const RowPart part;
   const Rates<float> rates;
   const bool with_logits;
 
   __device__ __forceinline__ Stage stage(int which) const {
-    return team.stage(rates.has_hard ? which : 0);
+    return part.stage(rates.has_hard ? which : 0);
   }
   __device__ __forceinline__ static Stage of_student(const Stage& stage, int v) {
     return stage.plane(v * kPlanes<S, T>);
@@ -44,7 +43,7 @@ struct Rows {
   }
 
   __device__ __forceinline__ uint32_t find(uint32_t row) const {
-    return team.template find<S>(row, [&](uint32_t r) { return start_of<N>(call, r); });
+    return part.template find<S>(row, [&](uint32_t r) { return start_of<N>(call, r); });
   }
 
   __device__ __forceinline__ void fetch_elements(const Stage& to, int v, const Start<>& start,
@@ -56,9 +55,9 @@ struct Rows {
   }
   __device__ __forceinline__ void fetch(uint32_t row, const Stage& to) const {
     const auto start = start_of<N>(call, row);
-    team.over_vectors_rolled(start.phase, [&](int v, int i) {
-      if (!start.is_aligned || !team.is_whole(i))
-        return fetch_elements(to, v, start, i, team.classes);
+    part.over_vectors_rolled(start.phase, [&](int v, int i) {
+      if (!start.is_aligned || !part.is_whole(i))
+        return fetch_elements(to, v, start, i, part.classes);
       of_student(to, v).template fetch_whole<S, N>(call.sides[kStudent], start.at[kStudent], i);
       of_teacher(to, v).template fetch_whole<T, N>(call.sides[kTeacher], start.at[kTeacher], i);
     });
@@ -66,10 +65,10 @@ struct Rows {
   // What has no vector in any row is excluded classes for good.
   __device__ __forceinline__ void fill_absent() const {
 #pragma unroll 1
-    for (int v = 0; v < V; ++v) {
-      if (v * team.threads + team.thread < team.vectors_here()) continue;
+    for (int v = 0, i; v < V; ++v) {
+      if (part.place_of(v, 0, i)) continue;
       for (int which = 0; which < (rates.has_hard ? 2 : 1); ++which)
-        fetch_elements(team.stage(which), v, Start<>{}, 0, 0);
+        fetch_elements(part.stage(which), v, Start<>{}, 0, 0);
     }
   }
   __device__ __forceinline__ void load(const Stage& from, Vectors& s, Vectors& t) const {
@@ -95,10 +94,10 @@ struct Rows {
     const float s_shift = shift(own.student_max), t_shift = shift(own.teacher_max);
     if (with_logits) {
       // In shared memory, where it takes no registers.
-      const double logits = warp_sum(team.sum_of(s, start_of<N>(call, row).phase));
-      if (team.lane == 0) shared.logits[team.warp] = logits;
+      const double logits = warp_sum(part.sum_of(s, start_of<N>(call, row).phase));
+      if (part.lane == 0) shared.logits[part.warp] = logits;
     }
-    if (rates.has_hard) own.hard = team.exp_hard(s, s_shift, rates, at);
+    if (rates.has_hard) own.hard = part.exp_hard(s, s_shift, rates, at);
 #pragma unroll
     for (int j = 0; j < V * N; ++j) {
       const float x = shifted(s[j], s_shift), y = shifted(t[j], t_shift);
@@ -106,14 +105,14 @@ struct Rows {
       t[j] = add_class<D>(own, x, y, s[j], rates.exp_soft(y));
     }
     add_over_lanes<kWarp>(own, rates.has_hard, false);
-    if (team.lane == 0 && with_logits) own.logits = shared.logits[team.warp];
+    if (part.lane == 0 && with_logits) own.logits = shared.logits[part.warp];
     return own;
   }
   // The row's factors, in shared memory.
   __device__ __forceinline__ void keep(const RowState<float>& row) const {
-    if (team.lane == 0) {
-      shared.rows[team.warp] = row;
-      shared.factors[team.warp] = RowFactors<float>(D(), row, call.inverse, rates, shared.weights);
+    if (part.lane == 0) {
+      shared.rows[part.warp] = row;
+      shared.factors[part.warp] = RowFactors<float>(D(), row, call.inverse, rates, shared.weights);
     }
     __syncwarp();
   }
@@ -121,33 +120,33 @@ struct Rows {
                                        const Vectors& t) const {
     const auto start = start_of<N>(call, row);
     const int label = int(label_of(call, row));
-    const float label_logit = team.leads ? float(logit_of<S>(call, start.at[kStudent], label)) : 0;
+    const float label_logit = part.leads ? float(logit_of<S>(call, start.at[kStudent], label)) : 0;
     if (call.sides[kToStudent].data != nullptr) {
-      RowFactors<float> by = shared.factors[team.warp];
+      RowFactors<float> by = shared.factors[part.warp];
       if (label == kWrongLabel) by.smoothing = NAN;
-      team.template write_gradient<D, S>(start, s, t, at, by, label);
+      part.template write_gradient<D, S>(start, s, t, at, by, label);
     }
     // Here, where no exponential waits in a register.
-    if (team.leads) {
-      const RowState<float>& state = shared.rows[team.warp];
+    if (part.leads) {
+      const RowState<float>& state = shared.rows[part.warp];
       write_row(call, row, state, losses_of<D>(state, rates, call, label, label_logit),
-                shared.totals[team.warp]);
+                shared.totals[part.warp]);
     }
   }
 };
 
 // V vectors of a row, and of every row, are a thread's.
 template <class D, class S, class T, int V>
-__global__ void __launch_bounds__(kWarpRowThreads, blocks_together(Scope::warp, V* kVector<S, T>))
+__global__ void __launch_bounds__(kShortThreads, blocks_together(V* kVector<S, T>))
     soft_target_short_rows_kernel(const __grid_constant__ Call call, const Share share,
                                   const __grid_constant__ Tickets tickets) {
   Shared& shared = shared_memory<Shared>();
   const Rows<D, S, T, V> rows{
       call, shared, {call, share, after<char>(shared)}, Rates<float>(call), call.smooths()};
   rows.fill_absent();
-  rows.team.open(shared);
+  rows.part.open(shared);
   // In each round the next row is sent for, and the one before it, if there is one, computed.
-  uint32_t row = call.rows, next = rows.team.first_row();
+  uint32_t row = call.rows, next = rows.part.first_row();
   for (int round = -1;; ++round) {
     const bool has_row = round >= 0;
     const Stage stage = rows.stage(round & 1);
@@ -162,9 +161,9 @@ __global__ void __launch_bounds__(kWarpRowThreads, blocks_together(Scope::warp, 
     }
     if (next == call.rows) break;
     row = next;
-    next = rows.team.row_after(row);
+    next = rows.part.row_after(row);
   }
-  rows.team.close(shared, tickets);
+  rows.part.close(shared, tickets);
 }
 
 template <class D, class S, class T>
@@ -172,8 +171,8 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
   constexpr int N = kVector<S, T>, held = std::is_same_v<S, Any> ? kMixedHeld : kHeld;
   const auto attempt = [&](auto v) {
     constexpr int V = decltype(v)::value;
-    return launch_team<Shared, Scope::warp, V, N, kPlanes<S, T>>(
-        soft_target_short_rows_kernel<D, S, T, V>, call, call, kWarpRowThreads, 1, scratch, stream);
+    return launch_short<Shared, typename Rows<D, S, T, V>::RowPart>(
+        soft_target_short_rows_kernel<D, S, T, V>, call, call, scratch, stream);
   };
   return attempt(std::integral_constant<int, kFew / N>()) ||
          attempt(std::integral_constant<int, held / N>());

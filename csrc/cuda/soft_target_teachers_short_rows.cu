@@ -1,8 +1,8 @@
-// Rows of a student and several teachers that stay on the chip: a team reads one tensor's row after
-// the other, and keeps in registers what the teachers amount to. The next row, of whichever tensor,
-// is on its way from memory to shared memory meanwhile.
+// Short rows of a student and several teachers, a warp's each: it reads one tensor's row after the
+// other, and keeps in registers what the teachers amount to. The next row, of whichever tensor, is
+// on its way from memory to shared memory meanwhile.
 #include "soft_target_mean.h"
-#include "soft_target_team.h"
+#include "soft_target_short_part.h"
 
 namespace fastkd::cuda {
 namespace logits {
@@ -11,31 +11,22 @@ namespace {
 // Classes of a vector: 16 bytes of half precision, and twice as many of float32.
 constexpr int N = kVector<Any, Any>;
 constexpr int kPlanes = planes_of<Any>(N);
-constexpr int kFewVectors = 1, kManyVectors = 4;
-
-struct Shared : TeamShared {
-  RowState<float> of_warps[2][kMostWarps];
-};
-
 // A thread's part in a row: what it loads, finds and writes of V vectors.
-template <class D, Scope kScope, int V>
+template <class D, int V>
 struct Rows {
-  using RowTeam = Team<kScope, V, N, kPlanes>;
-  using Vectors = typename RowTeam::Vectors;
+  using RowPart = ShortPart<N, V, kPlanes>;
+  using Vectors = typename RowPart::Vectors;
 
   const MeanCall& of;
   const Call& call;
-  Shared& shared;
-  const RowTeam team;
+  ShortShared& shared;
+  const RowPart part;
   const MeanRates<float> rates;
   const bool with_logits;
-  // Counts the merges. Nobody overwrites a state that somebody has yet to read: two steps later
-  // everybody has come to the step between.
-  int step = 0;
 
   // One stage for logits, and one for exponentials at temperature 1.
   __device__ __forceinline__ Stage of_logits(int v) const {
-    return team.stage(0).plane(v * kPlanes);
+    return part.stage(0).plane(v * kPlanes);
   }
   __device__ __forceinline__ Start<> start_of(uint32_t row) const {
     Start<> start;
@@ -45,16 +36,16 @@ struct Rows {
     return start;
   }
   __device__ __forceinline__ uint32_t find(uint32_t row) const {
-    return team.template find<Any>(row, [&](uint32_t r) { return start_of(r); });
+    return part.template find<Any>(row, [&](uint32_t r) { return start_of(r); });
   }
 
   __device__ __forceinline__ void fetch(const Tensor& from, int64_t at, int phase) const {
     const bool by_vectors = is_aligned(from, at, phase);
-    team.over_vectors_rolled(phase, [&](int v, int i) {
-      if (by_vectors && team.is_whole(i))
+    part.over_vectors_rolled(phase, [&](int v, int i) {
+      if (by_vectors && part.is_whole(i))
         of_logits(v).template fetch_whole<Any, N>(from, at, i);
       else
-        of_logits(v).template fetch_elements<Any, N>(from, at, i, team.classes);
+        of_logits(v).template fetch_elements<Any, N>(from, at, i, part.classes);
     });
     __pipeline_commit();
   }
@@ -69,7 +60,7 @@ struct Rows {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         int i;
-        if (team.place_of(v, 0, i)) {
+        if (part.place_of(v, 0, i)) {
           of_logits(v).template load_to<E, N>(dtype, to + v * N);
         } else {
 #pragma unroll
@@ -85,14 +76,8 @@ struct Rows {
     for (float one : x) maximum = fmaxf(maximum, one);
     return over_lanes_max<kWarp>(maximum);
   }
-  template <class Merge>
-  __device__ __forceinline__ void merge(RowState<float>& row, const Merge& lanes) {
-    team.template merge<true>(row, shared.of_warps[step % 2], shared, step, lanes);
-    if constexpr (!RowTeam::kIsWarp) ++step;
-  }
-
   // Adds a teacher's probabilities, and sends for what follows it.
-  __device__ __forceinline__ void add_teacher(uint32_t row, int m, Vectors& p) {
+  __device__ __forceinline__ void add_teacher(uint32_t row, int m, Vectors& p) const {
     Vectors t;
     load(of.teachers[m].tensor.dtype, t);
     if (m + 1 < of.count) {
@@ -101,28 +86,26 @@ struct Rows {
       const auto start = start_of(row);
       fetch(call.sides[kStudent], start.at[kStudent], start.phase);
     }
-    RowState<float> state;
-    const float own_max = state.student_max = max_of(t), t_shift = shift(own_max);
+    const float t_shift = shift(max_of(t));
+    float sum = 0;
 #pragma unroll
     for (float& x : t) {
       x = rates.of_teacher(shifted(x, t_shift));
-      state.student += x;
+      sum += x;
     }
-    over_lanes_sum<kWarp>(state.student);
-    merge(state, MergeTeacherLanes<float>{rates});
-    const float by =
-        float(of.teachers[m].weight) / state.student * rates.soft(own_max, state.student_max);
+    over_lanes_sum<kWarp>(sum);
+    const float by = float(of.teachers[m].weight) / sum;
 #pragma unroll
     for (int j = 0; j < V * N; ++j) p[j] += t[j] * by;
   }
 
-  // The warp's state of a row whose logits become their exponentials.
+  // The row's state, whose logits become their exponentials.
   __device__ __forceinline__ RowState<float> sums(uint32_t row, Vectors& s, Vectors& p) const {
     RowState<float> own;
     own.student_max = max_of(s);
     const float s_shift = shift(own.student_max);
-    if (with_logits) own.logits = team.sum_of(s, start_of(row).phase);
-    if (rates.has_hard) own.hard = team.exp_hard(s, s_shift, rates, team.stage(1));
+    if (with_logits) own.logits = part.sum_of(s, start_of(row).phase);
+    if (rates.has_hard) own.hard = part.exp_hard(s, s_shift, rates, part.stage(1));
 #pragma unroll
     for (int j = 0; j < V * N; ++j) {
       const float x = shifted(s[j], s_shift);
@@ -133,69 +116,65 @@ struct Rows {
     add_over_lanes<kWarp>(own, rates.has_hard, with_logits);
     return own;
   }
-  __device__ __forceinline__ void emit(uint32_t row, const RowState<float>& state, float own_max,
-                                       const Vectors& s, const Vectors& p) const {
+  __device__ __forceinline__ void emit(uint32_t row, const RowState<float>& state, const Vectors& s,
+                                       const Vectors& p) const {
     const auto start = start_of(row);
     const int label = int(label_of(call, row));
     if (call.sides[kToStudent].data != nullptr) {
-      auto by = factors_of<D>(call, row, state, rates, shared.weights, label);
-      by.template move<D>(own_max, state.teacher_max, state, rates, rates.of_logit);
-      team.template write_gradient<D, Any>(start, s, p, team.stage(1), by, label);
+      const auto by = factors_of<D>(call, row, state, rates, shared.weights, label);
+      part.template write_gradient<D, Any>(start, s, p, part.stage(1), by, label);
     }
     // Here, where no exponential waits in a register.
-    if (team.leads) {
+    if (part.leads) {
       const double logit = logit_of<Any>(call, start.at[kStudent], label);
       write_losses<float>(call, row, losses_of<D>(state, rates, call, label, logit),
-                          shared.totals[team.warp]);
+                          shared.totals[part.warp]);
     }
   }
 };
 
-// V vectors of a row, and of every row, are a thread's.
-template <class D, Scope kScope, int V>
-__global__ void __launch_bounds__(most_threads(kScope), blocks_together(kScope, V* N))
-    soft_target_teachers_rows_kernel(const __grid_constant__ MeanCall of, const Share share,
-                                     const __grid_constant__ Tickets tickets) {
-  if constexpr (kScope == Scope::cluster && !kHasClusters) return;
+template <class D, int V>
+__global__ void __launch_bounds__(kShortThreads, blocks_together(V* N))
+    soft_target_teachers_short_rows_kernel(const __grid_constant__ MeanCall of, const Share share,
+                                           const __grid_constant__ Tickets tickets) {
   const Call& call = of.call;
   if (call.in_place && *static_cast<const float*>(call.grad_output) == 1) return;
-  Shared& shared = shared_memory<Shared>();
-  Rows<D, kScope, V> rows{
+  ShortShared& shared = shared_memory<ShortShared>();
+  const Rows<D, V> rows{
       of, call, shared, {call, share, after<char>(shared)}, MeanRates<float>(of), call.smooths()};
-  const auto& team = rows.team;
-  team.open(shared);
-  uint32_t row = rows.find(team.first_row());
+  const auto& part = rows.part;
+  part.open(shared);
+  uint32_t row = rows.find(part.first_row());
   if (row < call.rows) rows.fetch_teacher(row, 0);
   while (row < call.rows) {
-    typename Rows<D, kScope, V>::Vectors p, s;  // logits, and then their exponentials
+    typename Rows<D, V>::Vectors p, s;  // logits, and then their exponentials
 #pragma unroll
     for (float& x : p) x = -0.0f;
 #pragma unroll 1
     for (int m = 0; m < of.count; ++m) rows.add_teacher(row, m, p);
     rows.load(call.sides[kStudent].dtype, s);
-    const uint32_t next = rows.find(team.row_after(row));
+    const uint32_t next = rows.find(part.row_after(row));
     if (next < call.rows) rows.fetch_teacher(next, 0);
-    RowState<float> state = rows.sums(row, s, p);
-    const float own_max = state.student_max;
-    rows.merge(state, MergeMeanLanes<D, float>{rows.rates, rows.with_logits});
-    rows.emit(row, state, own_max, s, p);
+    const RowState<float> state = rows.sums(row, s, p);
+    rows.emit(row, state, s, p);
     row = next;
   }
-  team.close(shared, tickets);
+  part.close(shared, tickets);
+}
+
+template <class D, int V>
+bool launch_with(const MeanCall& of, const Scratch& scratch, const Stream& stream) {
+  return launch_short<ShortShared, typename Rows<D, V>::RowPart>(
+      soft_target_teachers_short_rows_kernel<D, V>, of, of.call, scratch, stream);
 }
 
 }  // namespace
 
-bool launch_teachers_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream) {
+bool launch_teachers_short_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream) {
   return with_divergence(of.call.divergence, [&](auto divergence) {
-    return launch_smallest<kFewVectors, kManyVectors, kManyVectors>(
-        [&](auto scope, auto v, int threads, int cluster) {
-          constexpr Scope kScope = decltype(scope)::value;
-          constexpr int V = decltype(v)::value;
-          return launch_team<Shared, kScope, V, N, kPlanes>(
-              soft_target_teachers_rows_kernel<decltype(divergence), kScope, V>, of, of.call,
-              threads, cluster, scratch, stream);
-        });
+    using D = decltype(divergence);
+    return launch_with<D, kFew / N>(of, scratch, stream) ||
+           launch_with<D, kHeld / N>(of, scratch, stream);
   });
 }
 
