@@ -98,7 +98,7 @@ struct LongRows {
     if (warp != 0) return;
     const int all = warps * share.blocks;
     const RowState<float>* const parts =
-        kIsCluster ? shared.parts.receive(unsigned(all), step) : shared.parts.messages[0];
+        kIsCluster ? shared.parts.receive(step) : shared.parts.messages[0];
     const RowState<float> state = merged(parts, all, units);
     if (lane == 0) publish(state, units, row, found);
   }

@@ -99,8 +99,7 @@ struct TeachersRows {
   // What has no vector in any row is excluded classes for good, where one dtype lies in its place.
   __device__ __forceinline__ void fill_absent() const {
     for (int v = 0; v < V && !kIsAny; ++v)
-      if (!part.has(v))
-        part.stage(v).template fetch_elements<S, N>(call.sides[kStudent], 0, 0, 0);
+      if (!part.has(v)) part.stage(v).template fetch_elements<S, N>(call.sides[kStudent], 0, 0, 0);
   }
   // Waits for the row that was sent for last.
   __device__ __forceinline__ void load(DType dtype, Held<S, N, V>& to) const {
@@ -169,7 +168,7 @@ struct TeachersRows {
       if (part.thread == 0) shared.sums.expect(unsigned(all), step);
       if (lane < share.blocks)
         shared.sums.send(own, unsigned(part.rank() * warps + warp), unsigned(lane), step);
-      parts = shared.sums.receive(unsigned(all), step);
+      parts = shared.sums.receive(step);
     } else {
       if (lane == 0) shared.sums.messages[step % 2][warp] = own;
       __syncthreads();
@@ -249,7 +248,7 @@ struct TeachersRows {
     if (warp != 0) return;
     const int all = warps * share.blocks;
     const RowState<float>* const parts =
-        kIsCluster ? shared.parts.receive(unsigned(all), index) : shared.parts.messages[0];
+        kIsCluster ? shared.parts.receive(index) : shared.parts.messages[0];
     RowState<float> state;
 #pragma unroll 1
     for (int i = lane; i < all; i += kWarp)

@@ -27,11 +27,6 @@ T* map_shared(T* p, unsigned rank) {
   return static_cast<T*>(map_shared_address(p, rank));
 }
 
-// Counters in shared memory, as the chip counts bytes that one block writes into another: any block
-// of the cluster raises one, and only what waits for that many goes on then.
-void raise(unsigned* counter);
-void wait_for(unsigned* counter, unsigned least);
-
 // An mbarrier in shared memory: a phase is complete when so many threads have said how many bytes
 // to expect and these have arrived. A wait is for the phase with a parity.
 void mbarrier_init(uint64_t* mbarrier, unsigned threads);
@@ -40,6 +35,15 @@ void mbarrier_wait(const uint64_t* mbarrier, unsigned parity);
 
 // From global to shared memory, at any time from now on.
 void copy_bulk(void* to, const void* from, size_t bytes, uint64_t* mbarrier);
+
+// A message to the place of `to` in another block's shared memory, where it arrives at any time
+// from now on; that block's mbarrier, in the place of this one's, counts its bytes.
+void store_async_bytes(void* to, const void* message, size_t bytes, uint64_t* mbarrier,
+                       unsigned rank);
+template <class Message>
+void store_async(Message* to, const Message& message, uint64_t* mbarrier, unsigned rank) {
+  store_async_bytes(to, &message, sizeof message, mbarrier, rank);
+}
 
 // For a counter in global memory, which other blocks raise by atomics.
 void wait_until(const unsigned* counter, unsigned least);

@@ -67,11 +67,12 @@ struct Copy {
   uint64_t group;
 };
 
-// A bulk copy that has not arrived. It is nobody's: it arrives at any time, and at the latest when
-// no thread can go on.
+// A bulk copy or a message to another block that has not arrived. It is nobody's: it arrives at any
+// time, and at the latest when no thread can go on.
 struct BulkCopy {
   char* to;
-  const char* from;
+  const char* from;  // absent for a message, which is already here
+  std::vector<char> message;
   size_t size;
   uint64_t* mbarrier;
   Block* block;
@@ -126,7 +127,6 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned live = 0, arrived = 0;  // threads
   uint64_t phase = 0;
-  std::vector<Thread*> waiting;  // for counters
 };
 
 // The threads that can go on.

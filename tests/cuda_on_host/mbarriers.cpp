@@ -1,5 +1,5 @@
-// mbarriers, which count bytes as they arrive in shared memory, and the bulk copies that bring
-// them.
+// mbarriers, which count bytes as they arrive in shared memory, and the bulk copies and messages
+// that bring them.
 #include <algorithm>
 
 #include "grid.h"
@@ -82,18 +82,39 @@ void copy_bulk(void* to, const void* from, size_t bytes, uint64_t* address) {
   if (memory.holds(from, bytes)) fail(self, "copy_bulk from shared memory");
   std::memset(to, 0xff, bytes);
   Grid::current->bulk_copies.push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), bytes, address, self.block});
+      {static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, address, self.block});
   ++bulk_copies_begun;
 }
 
 uint64_t bulk_copies_begun = 0;
 
+void store_async_bytes(void* to, const void* message, size_t bytes, uint64_t* address,
+                       unsigned rank) {
+  constexpr size_t unit = 16;
+  maybe_switch();
+  Thread& self = *Grid::thread;
+  mbarrier_at(address, "store_async");
+  if (bytes % unit != 0) fail(self, "store_async of " + std::to_string(bytes) + " bytes");
+  check_aligned(to, unit);
+  auto* const there = static_cast<char*>(map_shared_address(to, rank));
+  auto* const mbarrier = static_cast<uint64_t*>(map_shared_address(address, rank));
+  if (!reinterpret_cast<Mbarrier*>(mbarrier)->is_initialised())
+    fail(self, "store_async before the other block's mbarrier_init");
+  const auto* const first = static_cast<const char*>(message);
+  Grid::current->bulk_copies.push_back({there,
+                                        nullptr,
+                                        {first, first + bytes},
+                                        bytes,
+                                        mbarrier,
+                                        self.block->cluster.blocks[rank].get()});
+}
+
 // The source is read now and not before, so that it shows where somebody has changed it.
 void Grid::let_a_bulk_copy_arrive() {
   std::swap(bulk_copies[random.below(unsigned(bulk_copies.size()))], bulk_copies.back());
-  const BulkCopy copy = bulk_copies.back();
+  const BulkCopy copy = std::move(bulk_copies.back());
   bulk_copies.pop_back();
-  std::memcpy(copy.to, copy.from, copy.size);
+  std::memcpy(copy.to, copy.from != nullptr ? copy.from : copy.message.data(), copy.size);
   auto& barrier = *reinterpret_cast<Mbarrier*>(copy.mbarrier);
   barrier.bytes -= int32_t(copy.size);
   complete(barrier, *copy.block);

@@ -176,20 +176,8 @@ void cluster_wait() {
   if (self.block->cluster.phase == self.phase) Grid::current->wait(Primitive::cluster_wait);
 }
 
-void raise(unsigned* counter) {
-  maybe_switch();
-  check_aligned(counter, sizeof *counter);
-  ++*counter;
-  wake_satisfied(Grid::thread->block->cluster.waiting);
-}
-
 void let_waiting_go_on() {
   if (Grid::current != nullptr) wake_satisfied(Grid::current->waiting);
-}
-
-void wait_for(unsigned* counter, unsigned least) {
-  check_aligned(counter, sizeof *counter);
-  wait_among(Grid::thread->block->cluster.waiting, counter, least);
 }
 
 void wait_until(const unsigned* counter, unsigned least) {

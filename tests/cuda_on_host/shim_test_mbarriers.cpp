@@ -1,5 +1,5 @@
-// Bulk copies and the mbarriers that count their bytes. A flag for each step says whether it is
-// there.
+// Bulk copies, messages to other blocks, and the mbarriers that count their bytes. A flag for each
+// step says whether it is there.
 #include "shim_test.h"
 
 namespace {
@@ -68,6 +68,40 @@ Array<float> changed() {
   return got;
 }
 
+// Blocks of a warp that send each other a number in each round. A round's messages have one of two
+// places.
+__global__ void exchange_kernel(unsigned* got, unsigned rounds, int more_bytes, bool after_init,
+                                bool wait) {
+  const unsigned all = gridDim.x, lane = threadIdx.x, rank = cuda_on_host::cluster_rank();
+  uint4* const messages = shared<uint4>();
+  auto* const arrivals = reinterpret_cast<uint64_t*>(messages + 2 * warpSize);
+  if (lane < 2) cuda_on_host::mbarrier_init(arrivals + lane, 1);
+  if (after_init)
+    cuda_on_host::cluster_sync();
+  else
+    __syncwarp();
+  for (unsigned round = 0; round < rounds; ++round) {
+    uint4* const to = messages + round % 2 * warpSize;
+    uint64_t* const arrival = arrivals + round % 2;
+    if (lane == 0)
+      cuda_on_host::mbarrier_expect(arrival, all * unsigned(sizeof *to) + unsigned(more_bytes));
+    if (lane < all)
+      cuda_on_host::store_async(to + rank, uint4{100 * round + rank, 0, 0, 0}, arrival, lane);
+    if (wait) cuda_on_host::mbarrier_wait(arrival, round / 2 % 2);
+    if (lane < all) got[(rank * rounds + round) * all + lane] = to[lane].x;
+    __syncwarp();
+  }
+}
+
+Array<unsigned> exchange(unsigned blocks, unsigned rounds, int more_bytes, bool after_init,
+                         bool wait) {
+  Array<unsigned> got({blocks, rounds, blocks});
+  const unsigned bytes = 2 * (warpSize * sizeof(uint4) + sizeof(uint64_t));
+  Launch{blocks, warpSize, bytes, blocks}(exchange_kernel, got.mutable_data(), rounds, more_bytes,
+                                          after_init, wait);
+  return got;
+}
+
 }  // namespace
 
 void define_mbarriers(py::module_& m) {
@@ -81,4 +115,6 @@ void define_mbarriers(py::module_& m) {
       py::arg("after_init") = true, py::arg("wait") = true, py::arg("before_reuse") = true,
       py::arg("other_parity") = false);
   m.def("changed_in_bulk", &changed);
+  m.def("exchange", &exchange, py::arg("blocks"), py::arg("rounds"), py::kw_only(),
+        py::arg("more_bytes") = 0, py::arg("after_init") = true, py::arg("wait") = true);
 }
