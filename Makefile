@@ -64,7 +64,8 @@ ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
 # interpreter it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \
-    $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attention_regimes isa)
+    $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
+    soft_target_columns_regimes attention_regimes isa)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
