@@ -24,7 +24,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
-    benchmarks_cuda benchmarks_liger benchmarks_pytest train_step examples cuda_check gpu_check)
+    benchmarks_cuda benchmarks_liger benchmarks_pytest train_step examples examples_compare \
+    examples_data cuda_check cuda_check_row_path gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
@@ -44,8 +45,11 @@ kernels_in = FASTKD_TEST_BACKENDS=native FASTKD_TEST_THRESHOLDS=lowered \
     FASTKD_NATIVE_PATH="$$(ls $(1)/fastkd/_native*.so)"
 # $(call on_host,folder,options) compiles the CUDA kernels for the CPU.
 on_host = $(call cmake,tests/cuda_on_host,$(1),$(2))
+# Of the shim itself.
+SHIM_TESTS := $(wildcard tests/test_cuda_on_host*.py)
+NOT_SHIM := $(SHIM_TESTS:%=--ignore %)
 # What `make test-all` compiles more for.
-NOT_BRIEF := $(patsubst %,--ignore tests/test_%.py,cuda_on_host cpu_helpers)
+NOT_BRIEF := $(NOT_SHIM) --ignore tests/test_cpu_helpers.py
 # What is about the CPU kernels, which that module has not.
 NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients)
 # $(call test_on_host,folder,tests) runs them.
@@ -59,8 +63,9 @@ FUSED := hint or soft_target or distillation or extreme or attention or rkd or s
 ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
 # interpreter it takes minutes.
-NOT_TRITON := $(patsubst %,--ignore tests/test_%.py,soft_target_regimes attention_regimes isa \
-    cuda_on_host)
+NOT_TRITON := $(NOT_SHIM) \
+    $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
+    soft_target_columns_regimes attention_regimes isa)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
@@ -172,9 +177,9 @@ build/sanitize/made: .venv/installed $(CSRC)
 sanitize-cuda: .venv/installed
 	$(call on_host,build/cuda_on_host_sanitized,-DFASTKD_SANITIZE=ON)
 	$(SANITIZED) FASTKD_SHIM_TEST_PATH="$$(ls build/cuda_on_host_sanitized/_shim_test*.so)" \
-	    $(BIN)/pytest tests/test_cuda_on_host.py
+	    $(BIN)/pytest $(SHIM_TESTS)
 	$(SANITIZED) $(call test_on_host,build/cuda_on_host_sanitized,'$(ADDRESSES)') $(NO_KERNELS) \
-	    --ignore tests/test_cuda_on_host.py
+	    $(NOT_SHIM)
 
 clean:  ## Remove all that make made
 	rm -rf .venv build dist demo-output compare-output *.egg-info .*_cache .hypothesis fastkd/_build.txt

@@ -114,6 +114,10 @@ def logits(*shape, dtype=torch.float32, scale=3.0):
     return (scale * torch.randn(shape, dtype=torch.float64)).to(dtype)
 
 
+def pair(rows, classes, dtypes=(float32, float32)):
+    return tuple(logits(rows, classes, dtype=dtype) for dtype in dtypes)
+
+
 def some_labels(*shape, classes, ignored=0.3, ignore_index=-100):
     labels = torch.randint(classes, shape)
     return labels.masked_fill(torch.rand(shape) < ignored, ignore_index)
@@ -187,6 +191,19 @@ def check_distillation(
         teachers=teachers,
         terms=terms,
     )
+
+
+def check_parts(student, teacher, labels, backend, temperature, **keywords):
+    """The parts of the distillation loss, without a gradient and with one."""
+    keywords["temperature"] = temperature
+    expected, _ = oracle.distillation(*map(array, (student, teacher, labels)), **keywords)
+    for requires_grad in (False, True):
+        parts = fastkd.distillation_loss(
+            leaf(student, requires_grad), teacher, labels, return_parts=True, backend=backend,
+            **keywords,
+        )  # fmt: skip
+        for part, value in zip(parts, expected, strict=True):
+            assert_loss(part, value, (student, teacher), size=temperature**2)
 
 
 def features(*shape, dtype=torch.float32, channel_dim=1):

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import shim
+import shim_kernels
 import thresholds
 import torch
 
@@ -152,3 +153,17 @@ def numbers():
     """Normal random numbers of a shape, as a float64 array."""
     rng = np.random.default_rng(torch.initial_seed())
     return lambda *shape: rng.normal(size=shape)
+
+
+@pytest.fixture(name="shim")
+def kernels_of_the_shim():
+    """The module of kernels that test the shim, with a schedule of the test's own."""
+    if not shim_kernels.BUILT.exists():
+        pytest.fail(
+            f"{shim_kernels.BUILT} is missing: `make cuda-on-host` builds it", pytrace=False
+        )
+    module = shim_kernels.load()
+    module.set_schedule(torch.initial_seed())
+    yield module
+    module.set_multiprocessors(2)
+    module.set_capability(9, 0)

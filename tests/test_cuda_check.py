@@ -3,6 +3,7 @@
 import pytest
 from cuda_check import kernels, listings
 from cuda_check.kernels import Demand, Kernel, occupancy, problems
+from cuda_check.row_path import Row
 
 # Of nvcc 13.0: a kernel as it should be, one with an array in local memory, and one that was given
 # too few registers and calls a function.
@@ -76,7 +77,8 @@ def kernel(name="row<float>", **changes):
 
 @pytest.fixture(autouse=True)
 def demands(monkeypatch):
-    lines = [Demand("row<double"), Demand("row<", loads=4, stores=2)]
+    most = dict(most_instructions=500, most_registers=64, most_of_row=100, most_of_class=10.25)
+    lines = [Demand("row<double"), Demand("row<", loads=4, stores=2, **most, barriers=1)]
     monkeypatch.setattr(kernels, "DEMANDS", {"loss": lines})
 
 
@@ -100,18 +102,25 @@ def test_sizes():
     assert listings.sizes(ELF, "fastkd_size_of_") == {"Shared": 0x84}
 
 
+GOOD, NARROW = listings.functions(SASS).values()
+
+
+def test_functions():
+    assert list(listings.functions(SASS)) == ["_Z4goodPf", "_Z6narrowPf"]
+
+
 def test_accesses():
-    assert listings.accesses(SASS) == {
-        "_Z4goodPf": dict(loads=4, stores=1, bulk_copies=1),
-        "_Z6narrowPf": dict(loads=0, stores=0, bulk_copies=0),
-    }
+    assert listings.accesses(GOOD) == dict(loads=4, stores=1, bulk_copies=1)
+    assert listings.accesses(NARROW) == dict(loads=0, stores=0, bulk_copies=0)
 
 
 def test_ordering():
-    assert listings.ordering(SASS) == {
-        "_Z4goodPf": dict(fences=0, tickets=0, acquires=0),
-        "_Z6narrowPf": dict(fences=1, tickets=1, acquires=1),
-    }
+    assert listings.ordering(GOOD) == dict(fences=0, tickets=0, acquires=0)
+    assert listings.ordering(NARROW) == dict(fences=1, tickets=1, acquires=1)
+
+
+def test_length():
+    assert listings.length(GOOD) == 5
 
 
 DOUBLE = kernel("row<double>", loads=0, stores=0)
@@ -132,6 +141,20 @@ def test_a_good_kernel_has_no_problem():
         (
             {"tickets": 2, "acquires": 1},
             "row<float>: the last block does not acquire what others wrote",
+        ),
+        ({"instructions": 501}, "row<float>: 501 instructions, not 500 at most"),
+        ({"registers": 65}, "row<float>: 65 registers, not 64 at most"),
+        (
+            {"row": Row(instructions=183, classes=8)},
+            "row<float>: 183 instructions a row for 8 classes a thread, not 182 at most",
+        ),
+        (
+            {"row": Row(182, 8, barriers=2)},
+            "row<float>: 2 barriers in the loop over rows, not 1 at most",
+        ),
+        (
+            {"row": Row(182, 8, barriers=1, fences=1)},
+            "row<float>: 1 fences in the loop over rows, not 0 at most",
         ),
     ],
 )

@@ -4,18 +4,16 @@ import inspect
 import math
 
 import layouts
-import oracle
 import pytest
 import shim
 import torch
 from agreement import (
-    array,
-    assert_loss,
     check_distillation,
+    check_parts,
     check_soft_target,
     edge_labels,
-    leaf,
     logits,
+    pair,
 )
 
 import fastkd
@@ -38,8 +36,6 @@ LARGE_BLOCKS = [
     *[((F32, F32), 16384), ((BF16, BF16), 16384)],
     *[((BF16, BF16), 20480), ((F32, BF16), 12288)],
 ]
-# Of few classes, in aligned rows: as many rows as the shim's chip holds at a time, four a block.
-ROWS_AT_A_TIME = 16
 # Classes of each form, the last one of which streams them.
 SMALL_FORMS, LARGE_FORMS = (200, 900, 5000, 12000), (30000, 60000, 120000, 330000)
 FORMS = SMALL_FORMS + LARGE_FORMS
@@ -58,23 +54,6 @@ def rows_of(classes):
     return 35 if classes < 2000 else 5 if classes < 50000 else 3
 
 
-def pair(rows, classes, dtypes=(F32, F32)):
-    return tuple(logits(rows, classes, dtype=dtype) for dtype in dtypes)
-
-
-def check_parts(student, teacher, labels, backend, temperature, **keywords):
-    """Without a gradient, and with one."""
-    keywords["temperature"] = temperature
-    expected, _ = oracle.distillation(*map(array, (student, teacher, labels)), **keywords)
-    for requires_grad in (False, True):
-        parts = fastkd.distillation_loss(
-            leaf(student, requires_grad), teacher, labels, return_parts=True, backend=backend,
-            **keywords,
-        )  # fmt: skip
-        for part, value in zip(parts, expected, strict=True):
-            assert_loss(part, value, (student, teacher), size=temperature**2)
-
-
 @pytest.mark.parametrize(
     ("most", "dtypes"),
     [(most, pair) for pair in DTYPE_PAIRS for most in (256, *SMALL_MOST[pair])],
@@ -87,63 +66,6 @@ def test_class_counts_around_a_form_of_small_rows(backend, most, dtypes):
         check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
         check_distillation(*tensors, labels, backend, temperature=1.0, teachers=False)
         check_distillation(*tensors, labels, backend, temperature=3.0, teachers=False)
-
-
-FEW_PAIRS = [*DTYPE_PAIRS, (F16, F16), (BF16, F32)]
-
-
-@pytest.mark.parametrize("dtypes", FEW_PAIRS)
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, ROWS_AT_A_TIME, ROWS_AT_A_TIME + 1])
-def test_few_classes(backend, rows, dtypes):
-    """Around the sizes of a vector, of a lane's vectors and of the form."""
-    for classes in (8, 100, 248, 256, 264, 1000, 1024, 1032):
-        tensors = pair(rows, classes, dtypes)
-        labels = edge_labels(rows, classes)
-        labels[1::4] = -100
-        check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
-        check_distillation(*tensors, labels, backend, temperature=1.0, teachers=False)
-        check_distillation(
-            *tensors, labels, backend, temperature=3.0, label_smoothing=0.1, teachers=False
-        )
-
-
-@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
-@pytest.mark.parametrize("dtypes", FEW_PAIRS)
-def test_reductions_of_few_classes(backend, dtypes, reduction):
-    """With the statistics for a backward that computes, and for a teacher that learns."""
-    for rows, classes in [(15, 64), (9, 512)]:
-        tensors = pair(rows, classes, dtypes)
-        grad_output = logits(rows) if reduction == "none" else -2.0
-        keywords = {"temperature": 2.0, "reduction": reduction}
-        check_soft_target(*tensors, backend, grad_output, **keywords)
-        if reduction == "mean":
-            continue
-        labels = edge_labels(rows, classes)
-        labels[::3] = -100
-        check_distillation(
-            *tensors, labels, backend, grad_output, label_smoothing=0.1, teachers=False, **keywords
-        )
-        check_distillation(*tensors, labels, backend, soft_weight=0.0, teachers=False, **keywords)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("dtypes", FEW_PAIRS)
-def test_parts_of_few_classes(backend, dtypes, temperature):
-    tensors = pair(15, 264, dtypes)
-    labels = edge_labels(15, 264)
-    labels[::3] = -100
-    for smoothing in (0.0, 0.1):
-        check_parts(*tensors, labels, backend, temperature=temperature, label_smoothing=smoothing)
-
-
-@pytest.mark.parametrize("dtypes", FEW_PAIRS)
-def test_few_classes_in_padded_rows(backend, dtypes):
-    """Rows that begin where an access of 16 bytes may, and the same an element later."""
-    student, teacher = pair(12, 96, dtypes)
-    labels = edge_labels(12, 96)
-    for first in (0, 1):
-        sides = (layouts.beginning_at(x, first, 128) for x in (student, teacher))
-        check_distillation(*sides, labels, backend, temperature=2.0, teachers=False)
 
 
 @pytest.mark.with_clusters
@@ -335,36 +257,6 @@ def test_nan_in_one_share_of_a_row(backend, classes, side, value):
     losses = fastkd.soft_target_loss(*tensors, reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, True, False]
     check_soft_target(*tensors, backend, temperature=2.0, teachers=False)
-
-
-# What a GPU keeps of 32 rows side by side in shared memory, with two exponentials and with three.
-KEPT_COLUMNS = (413, 583, 619, 875)
-
-
-@every_pair
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
-@pytest.mark.parametrize("classes", [5, 15, 16, 17, 33])
-def test_rows_side_by_side(kernel_backend, classes, rows, dtypes):
-    # Small ones: where p is nearly 1 nothing is left of the teacher's gradient but rounding.
-    tensors = [logits(classes, rows, dtype=dtype, scale=1.0) for dtype in dtypes]
-    labels = edge_labels(rows, classes)
-    labels[1::5] = -100
-    for temperature in (1.0, 3.0):
-        check_distillation(
-            *tensors, labels, kernel_backend, dim=0, temperature=temperature, label_smoothing=0.1
-        )
-    check_soft_target(*tensors, kernel_backend, logits(rows), dim=0, reduction="none")
-
-
-@pytest.mark.parametrize("kept", KEPT_COLUMNS)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)])
-def test_as_many_classes_side_by_side_as_there_is_room_for(backend, dtypes, kept):
-    for classes in (kept, kept + 1):
-        tensors = pair(classes, 70, dtypes)
-        labels = edge_labels(70, classes)
-        labels[1::3] = -100
-        check_soft_target(*tensors, backend, dim=0, temperature=2.0, teachers=False)
-        check_distillation(*tensors, labels, backend, dim=0, temperature=2.0, teachers=False)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -1,7 +1,7 @@
 // Attention's gradients from slopes: all features of a call in one launch.
 #include <type_traits>
 
-#include "attention_access.h"
+#include "attention_gradient.h"
 #include "attention_plan.h"
 
 namespace fastkd::cuda {

@@ -26,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cuda_check",
         description="Compile every kernel for every chip, and fail where it spills registers, "
-        "keeps a stack frame, does not move 16 bytes at a time or has a sequentially "
-        "consistent fence.",
+        "keeps a stack frame, does not move 16 bytes at a time, has a sequentially "
+        "consistent fence, or takes more instructions or barriers for a row than it may.",
     )
     parser.add_argument(
         "--architectures",

@@ -8,7 +8,7 @@ import triton
 
 from csrc import nvcc
 
-from . import listings
+from . import listings, row_path
 from .kernels import DEMANDS, Kernel, demand_of
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,7 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
         )
     )
     elf = _run(_CUOBJDUMP, "-elf", cubin)
-    sass = _run(_CUOBJDUMP, "-sass", cubin)
-    accesses, ordering = listings.accesses(sass), listings.ordering(sass)
-    lengths = listings.lengths(sass)
+    functions = listings.functions(_run(_CUOBJDUMP, "-sass", cubin))
     threads, sizes = listings.threads(elf), listings.sizes(elf, _SIZE_OF)
     kernels = []
     for symbol, used in usage.items():
@@ -40,12 +38,15 @@ def compiled(compiler: str, source: Path, architecture: int) -> list[Kernel]:
         demand = demand_of(source.stem, name)
         if demand and demand.shared:
             used["shared_bytes"] += sizes[demand.shared]
+        code = functions[symbol]
         bounds = threads.get(symbol, _NO_BOUNDS)
+        is_bounded = demand and demand.most_of_row and architecture >= demand.since
         kernels.append(
             Kernel(
                 *(name, architecture, bounds),
-                **(used | accesses[symbol] | ordering[symbol]),
-                instructions=lengths[symbol],
+                **(used | listings.accesses(code) | listings.ordering(code)),
+                instructions=listings.length(code),
+                row=row_path.row(code) if is_bounded else None,
             )
         )
     return sorted(kernels)

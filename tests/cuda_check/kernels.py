@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .row_path import Row
+
 
 class Demand(NamedTuple):
     """Of the kernels whose names begin so."""
@@ -14,11 +16,22 @@ class Demand(NamedTuple):
     since: int = 0  # the architecture; before it the kernel is empty
     bulk_copies: int = 0  # on the architectures that have them
     most_instructions: int | None = None
+    most_registers: int | None = None
+    # Of a row's path at most so many instructions, and so many more for each class of a thread.
+    most_of_row: int | None = None
+    most_of_class: float = 0
+    barriers: int | None = None  # at most, in the loop over rows
 
 
-# Each of a thread's vectors, three or more, has accesses of its own. What is added to so much code
-# must not be more than the cache of instructions holds.
-LONG_ROWS = {"loads": 6, "stores": 3, "most_instructions": 9000}
+# Each of a thread's vectors, three or more, has accesses of its own. Code that is added must leave
+# all of it in the cache of instructions. Registers are those of 512 threads on a multiprocessor.
+LONG_ROWS = {"loads": 6, "stores": 3, "most_registers": 128, "most_of_row": 210}
+OF_16_BITS = {**LONG_ROWS, "most_instructions": 9000, "most_of_class": 20.5}
+OF_FLOAT32 = {**LONG_ROWS, "most_instructions": 9000, "most_of_class": 22}
+# They choose among dtypes in each vector.
+OF_TWO_DTYPES = {**LONG_ROWS, "most_instructions": 10000, "most_of_class": 26.5}
+# A cluster's blocks meet once in a row. A single block meets once more, for the sums of its warps.
+CLUSTER, BLOCK = {"barriers": 1, "since": 90}, {"barriers": 2}
 
 # The first line that fits a kernel counts. A kernel without a line fails the check, and so does a
 # line without a kernel.
@@ -44,13 +57,28 @@ DEMANDS = {
     ],
     "soft_target": [Demand("count_kernel")],
     # Rows are fetched in a loop of one access for each side, and gradients written from registers.
-    "soft_target_short_rows": [Demand("soft_target_short_rows_kernel<", loads=2, stores=1)],
-    "soft_target_long_rows": [
-        Demand("soft_target_long_rows_kernel<ForwardKl, true", **LONG_ROWS, since=90),
-        Demand("soft_target_long_rows_kernel<ForwardKl, false", **LONG_ROWS),
+    "soft_target_short_rows": [
+        Demand(
+            "soft_target_short_rows_kernel<",
+            loads=2,
+            stores=1,
+            most_of_row=250,
+            most_of_class=23.5,
+            barriers=0,
+        )
     ],
-    # Each side's vector, and one of the gradient or of zeros.
-    "soft_target_few": [Demand("soft_target_few_kernel<", loads=2, stores=2)],
+    "soft_target_long_rows": [
+        Demand("soft_target_long_rows_kernel<ForwardKl, true, Any", **OF_TWO_DTYPES, **CLUSTER),
+        Demand("soft_target_long_rows_kernel<ForwardKl, false, Any", **OF_TWO_DTYPES, **BLOCK),
+        Demand("soft_target_long_rows_kernel<ForwardKl, true, float", **OF_FLOAT32, **CLUSTER),
+        Demand("soft_target_long_rows_kernel<ForwardKl, false, float", **OF_FLOAT32, **BLOCK),
+        Demand("soft_target_long_rows_kernel<ForwardKl, true", **OF_16_BITS, **CLUSTER),
+        Demand("soft_target_long_rows_kernel<ForwardKl, false", **OF_16_BITS, **BLOCK),
+    ],
+    # Each side's vector, and one of the gradient or of zeros. The path leads through all of it.
+    "soft_target_few": [
+        Demand("soft_target_few_kernel<", loads=2, stores=2, most_of_row=420, most_of_class=22.5)
+    ],
     "soft_target_stream": [
         Demand("soft_target_stream_kernel<ForwardKl, double"),
         Demand("soft_target_stream_kernel<", loads=4, stores=1),
@@ -108,6 +136,7 @@ class Kernel(NamedTuple):
     acquires: int = 0  # and what lets such a block see what the others wrote
     bulk_copies: int = 0
     instructions: int = 0
+    row: Row | None = None  # where the demand has bounds for one
 
 
 FIRST_WITH_BULK_COPIES = 90
@@ -168,11 +197,7 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
         met.add(demand)
         if kernel.architecture < demand.since:
             continue
-        if demand.most_instructions and kernel.instructions > demand.most_instructions:
-            found.append(
-                f"{kernel.name}: {kernel.instructions} instructions, "
-                f"not {demand.most_instructions} at most"
-            )
+        found += [f"{kernel.name}: {problem}" for problem in excesses(kernel, demand)]
         bulk_copies = demand.bulk_copies if kernel.architecture >= FIRST_WITH_BULK_COPIES else 0
         for what, there_are, least in (
             ("loads of 16 bytes", kernel.loads, demand.loads),
@@ -183,6 +208,27 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
                 found.append(f"{kernel.name}: {there_are} {what}, not {least}")
     absent = [demand.name for demand in DEMANDS.get(source, []) if demand not in met]
     return found + [f"{name}: not in {source}.cu" for name in absent]
+
+
+def excesses(kernel: Kernel, demand: Demand) -> list[str]:
+    """Of what a kernel has more than is demanded."""
+    counted = [
+        ("instructions", kernel.instructions, demand.most_instructions),
+        ("registers", kernel.registers, demand.most_registers),
+    ]
+    row = kernel.row
+    if row is not None and demand.most_of_row is not None:
+        most = demand.most_of_row + int(demand.most_of_class * row.classes)
+        counted += [
+            (f"instructions a row for {row.classes} classes a thread", row.instructions, most),
+            ("barriers in the loop over rows", row.barriers, demand.barriers),
+            ("fences in the loop over rows", row.fences, 0),
+        ]
+    return [
+        f"{there_are} {what}, not {most} at most"
+        for what, there_are, most in counted
+        if most is not None and there_are > most
+    ]
 
 
 def memory_problems(kernel: str, stack: int, spills: int) -> list[str]:

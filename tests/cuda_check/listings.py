@@ -35,27 +35,27 @@ def threads(elf: str) -> dict[str, int]:
     return found
 
 
-def accesses(sass: str) -> dict[str, dict[str, int]]:
-    """How often each kernel moves 16 bytes at a time, or more in bulk, from `cuobjdump -sass`."""
-    found = {}
-    for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
-        found[function.split(maxsplit=1)[0]] = {
-            "loads": _count(r"LDG|LDGSTS", function),
-            "stores": _count("STG", function),
-            "bulk_copies": len(re.findall(r"\bUBLKCP\b", function)),
-        }
-    return found
+def functions(sass: str) -> dict[str, str]:
+    """The instructions of each kernel, from `cuobjdump -sass`."""
+    parts = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    return {part.split(maxsplit=1)[0]: part for part in parts}
 
 
-def ordering(sass: str) -> dict[str, dict[str, int]]:
-    """What orders each kernel's accesses to memory, from `cuobjdump -sass`."""
+def accesses(code: str) -> dict[str, int]:
+    """How often a kernel moves 16 bytes at a time, or more in bulk."""
     return {
-        function.split(maxsplit=1)[0]: {
-            "fences": len(re.findall(r"\bMEMBAR\.SC\b", function)),
-            "tickets": len(re.findall(r"\bATOMG?\.[.\w]*INC\b", function)),
-            "acquires": len(re.findall(r"\bCCTL\.IVALL\b", function)),
-        }
-        for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+        "loads": _count(r"LDG|LDGSTS", code),
+        "stores": _count("STG", code),
+        "bulk_copies": len(re.findall(r"\bUBLKCP\b", code)),
+    }
+
+
+def ordering(code: str) -> dict[str, int]:
+    """What orders a kernel's accesses to memory."""
+    return {
+        "fences": len(re.findall(r"\bMEMBAR\.SC\b", code)),
+        "tickets": len(re.findall(r"\bATOMG?\.[.\w]*INC\b", code)),
+        "acquires": len(re.findall(r"\bCCTL\.IVALL\b", code)),
     }
 
 
@@ -64,12 +64,9 @@ def _count(instruction: str, code: str) -> int:
     return sum(int(width) // 128 for width in widths)
 
 
-def lengths(sass: str) -> dict[str, int]:
-    """How many instructions each kernel has, from `cuobjdump -sass`."""
-    return {
-        function.split(maxsplit=1)[0]: len(re.findall(r"/\*[0-9a-f]{4,5}\*/", function))
-        for function in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
-    }
+def length(code: str) -> int:
+    """How many instructions a kernel has."""
+    return len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code))
 
 
 def sizes(elf: str, prefix: str) -> dict[str, int]:

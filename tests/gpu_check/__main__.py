@@ -65,8 +65,14 @@ _WORKLOADS = {
 _LIMITS = {"attention": (75, 75), "logits": (90, 55), "hints": (35, 35), "relations": (40, 40)}
 _DTYPES = ("bfloat16", "float32")
 ONLY_ON_A_GPU = ("tests/test_cuda.py", "tests/test_cuda_large.py")
-# One needs a network, and one more time than there is.
-NOT_ON_THE_CPU = ("tests/test_packaging.py", "tests/test_examples.py", *ONLY_ON_A_GPU)
+# One needs a network, and the others more time than there is.
+NOT_ON_THE_CPU = (
+    "tests/test_packaging.py",
+    "tests/test_examples.py",
+    "tests/test_examples_compare.py",
+    "tests/test_examples_data.py",
+    *ONLY_ON_A_GPU,
+)
 
 
 @dataclass(frozen=True)
