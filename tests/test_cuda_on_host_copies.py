@@ -100,3 +100,29 @@ def test_bulk_copies_arrive_early_or_late(shim):
         shim.set_schedule(seed)
         seen.add(tuple("never" if np.isnan(x) else int(x) for x in shim.changed_in_bulk()))
     assert seen == {(1, 1, 1), ("never", 2, 2), ("never", "never", 2)}
+
+
+def exchanged(blocks, rounds):
+    numbers = 100 * np.arange(rounds)[:, None] + np.arange(blocks)
+    return np.broadcast_to(numbers, (blocks, rounds, blocks))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+def test_messages_between_blocks(shim, blocks):
+    assert wrong(shim, exchanged(blocks, 7), shim.exchange, blocks, 7) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ({"wait": False}, r"expect twice in a phase|when the block's last thread ends"),
+        ({"after_init": False}, r"mbarrier_init|threads have all ended"),
+        ({"more_bytes": -16}, r"deadlock:\n.* waits at mbarrier_wait|expect twice|have all ended"),
+        ({"more_bytes": 16}, r"deadlock:\n.* waits at mbarrier_wait"),
+    ],
+)
+def test_wrong_step_of_messages_shows(shim, steps, reason):
+    results = list(results_of(shim, shim.exchange, 4, 7, **steps))
+    reasons = [result for result in results if isinstance(result, str)]
+    assert reasons
+    assert all(re.search(reason, given) for given in reasons)

@@ -166,11 +166,10 @@ struct ShortPart {
 // argument or a part of that.
 template <class Shared, class RowPart, class C>
 bool launch_short(void (*kernel)(C, Share, Tickets), const C& argument, const Call& call,
-                  const Scratch& scratch, const Stream& stream) {
+                  int stages, const Scratch& scratch, const Stream& stream) {
   const int64_t vectors = vectors_of(call, RowPart::N);
   if (vectors > kWarp * RowPart::V) return false;
-  Grid grid{1, kShortThreads,
-            kHeader<Shared> + size_t((call.has_hard() ? 2 : 1) * RowPart::kStageBytes)};
+  Grid grid{1, kShortThreads, kHeader<Shared> + size_t(stages) * size_t(RowPart::kStageBytes)};
   const int64_t resident = resident_clusters(kernel, grid, stream);
   if (resident == 0) return false;
   grid.blocks =
