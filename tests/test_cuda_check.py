@@ -71,14 +71,17 @@ SASS = """\
 
 
 def kernel(name="row<float>", **changes):
-    usual = Kernel(name, 90, 256, 32, 0, stack=0, spills=0, loads=4, stores=2)
+    usual = Kernel(name, 90, 256, 32, 0, stack=0, spills=0, loads=4, stores=2, row=Row(182, 8, 3))
     return usual._replace(**changes)
 
 
 @pytest.fixture(autouse=True)
 def demands(monkeypatch):
     most = dict(most_instructions=500, most_registers=64, most_of_row=100, most_of_class=10.25)
-    lines = [Demand("row<double"), Demand("row<", loads=4, stores=2, **most, barriers=1)]
+    lines = [
+        Demand("row<double"),
+        Demand("row<", loads=4, stores=2, accesses=3, **most, barriers=1),
+    ]
     monkeypatch.setattr(kernels, "DEMANDS", {"loss": lines})
 
 
@@ -145,15 +148,19 @@ def test_a_good_kernel_has_no_problem():
         ({"instructions": 501}, "row<float>: 501 instructions, not 500 at most"),
         ({"registers": 65}, "row<float>: 65 registers, not 64 at most"),
         (
-            {"row": Row(instructions=183, classes=8)},
+            {"row": Row(instructions=183, classes=8, accesses=3)},
             "row<float>: 183 instructions a row for 8 classes a thread, not 182 at most",
         ),
         (
-            {"row": Row(182, 8, barriers=2)},
+            {"row": Row(182, 8, accesses=2)},
+            "row<float>: 2 accesses of 16 bytes a row, not 3",
+        ),
+        (
+            {"row": Row(182, 8, 3, barriers=2)},
             "row<float>: 2 barriers in the loop over rows, not 1 at most",
         ),
         (
-            {"row": Row(182, 8, barriers=1, fences=1)},
+            {"row": Row(182, 8, 3, barriers=1, fences=1)},
             "row<float>: 1 fences in the loop over rows, not 0 at most",
         ),
     ],

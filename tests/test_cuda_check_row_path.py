@@ -41,7 +41,7 @@ LOOP = """\
         /*0200*/                   BRA 0xe0 ;
 """
 # From 0x10 to 0x70, 0xa0 to 0x140, and 0x190.
-ORDINARY = Row(instructions=7 + 11 + 1, classes=2, barriers=1)
+ORDINARY = Row(instructions=7 + 11 + 1, classes=2, accesses=2, barriers=1)
 
 
 def test_the_path_of_an_ordinary_row():
@@ -50,7 +50,14 @@ def test_the_path_of_an_ordinary_row():
 
 def test_only_accesses_of_16_bytes_make_a_path_longer():
     narrow = LOOP.replace("LDGSTS.E.BYPASS.128", "LDGSTS.E")
-    assert row_path.row(narrow) == ORDINARY._replace(instructions=ORDINARY.instructions - 1)
+    assert row_path.row(narrow) == ORDINARY._replace(
+        instructions=ORDINARY.instructions - 1, accesses=1
+    )
+
+
+def test_accesses_in_a_loop_of_their_own_are_not_counted():
+    rolled = LOOP.replace("BRA 0x190 ;\n        /*0150*/", "@P5 BRA 0x110 ;\n        /*0150*/")
+    assert row_path.row(rolled).accesses == 1
 
 
 def test_barriers_and_fences_of_the_loop():
@@ -71,7 +78,9 @@ def test_a_loop_that_a_call_leaves():
 def test_a_kernel_without_a_loop():
     once = LOOP.replace("@P6 BRA 0x10 ", "NOP ")
     # And the first instruction, the fence and the exit.
-    assert row_path.row(once) == Row(instructions=ORDINARY.instructions + 3, classes=2)
+    assert row_path.row(once) == ORDINARY._replace(
+        instructions=ORDINARY.instructions + 3, barriers=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,13 @@ class Demand(NamedTuple):
     # Of a row's path at most so many instructions, and so many more for each class of a thread.
     most_of_row: int | None = None
     most_of_class: float = 0
+    accesses: int = 0  # of 16 bytes on that path, at least, and in no loop of their own
     barriers: int | None = None  # at most, in the loop over rows
 
 
 # Each of a thread's vectors, three or more, has accesses of its own. Code that is added must leave
 # all of it in the cache of instructions. Registers are those of 512 threads on a multiprocessor.
-LONG_ROWS = {"loads": 6, "stores": 3, "most_registers": 128, "most_of_row": 210}
+LONG_ROWS = {"loads": 6, "stores": 3, "accesses": 9, "most_registers": 128, "most_of_row": 210}
 OF_16_BITS = {**LONG_ROWS, "most_instructions": 9000, "most_of_class": 20.5}
 OF_FLOAT32 = {**LONG_ROWS, "most_instructions": 9000, "most_of_class": 22}
 # They choose among dtypes in each vector.
@@ -207,6 +208,11 @@ def problems(source: str, kernels: list[Kernel]) -> list[str]:
             ("loads of 16 bytes", kernel.loads, demand.loads),
             ("stores of 16 bytes", kernel.stores, demand.stores),
             ("bulk copies", kernel.bulk_copies, bulk_copies),
+            (
+                "accesses of 16 bytes a row",
+                kernel.row.accesses if kernel.row else 0,
+                demand.accesses,
+            ),
         ):
             if there_are < least:
                 found.append(f"{kernel.name}: {there_are} {what}, not {least}")

@@ -11,11 +11,13 @@ class Row(NamedTuple):
     """What the path of an ordinary row has, and barriers and fences of the whole loop over rows.
 
     An ordinary row counts, is aligned, and has no cross-entropy. Of the warps it is one that merges
-    no sums and looks up no row. A loop within that over rows is counted once or not at all.
+    no sums and looks up no row. A loop within that over rows is counted once or not at all, and its
+    accesses of 16 bytes are not.
     """
 
     instructions: int
     classes: int
+    accesses: int
     barriers: int = 0
     fences: int = 0
 
@@ -61,9 +63,14 @@ def row(code: str) -> Row:
         for i in range(start, end + 1)
     }
 
+    def accesses(path: list[int]) -> int:
+        return sum(blocks[i].accesses for i in path if i not in rolled)
+
+    def length(path: list[int]) -> int:
+        return sum(len(blocks[i].instructions) for i in path)
+
     def merit(path: list[int]) -> tuple[bool, int, int]:
-        accesses = sum(blocks[i].accesses for i in path if i not in rolled)
-        return densest in path, accesses, -sum(len(blocks[i].instructions) for i in path)
+        return densest in path, accesses(path), -length(path)
 
     paths: dict[int, list[int]] = {}  # to the end
     for i in reversed(inside):
@@ -78,8 +85,9 @@ def row(code: str) -> Row:
     has_loop = begin in blocks[max(ends)].following
     loop = [blocks[i] for i in inside] if has_loop else []
     return Row(
-        instructions=sum(len(blocks[i].instructions) for i in path),
+        instructions=length(path),
         classes=sum(blocks[i].exponentials for i in path) // 2,
+        accesses=accesses(path),
         barriers=sum(block.count("BAR.", "UCGABAR") for block in loop),
         fences=sum(block.count("MEMBAR") for block in loop),
     )
