@@ -125,15 +125,15 @@ struct MergeMeanLanes {
 template <class D, class A>
 __device__ __forceinline__ A add_mean(RowState<A>& row, A es, A p, A x, const MeanRates<A>& rates) {
   row.teacher += p;
-  A term = 0, kept = p;
-  if (p > 0) {
-    const A apart = log2(p) * rates.of_logarithm - x * rates.of_logit;
-    kept = D::kept(es, p, apart);
-    term = D::term(es, kept, apart);
-  } else if (D::kByTeacher ? x == A(-INFINITY) && !signbit(p) : x != A(-INFINITY) && signbit(p)) {
-    term = D::kByTeacher ? A(INFINITY) : A(-INFINITY);
-  }
-  row.difference += term;
+  const bool counts = p > 0;
+  // Of any number: a branch around the logarithm would take more instructions than it saves.
+  const A apart = log2(counts ? p : A(1)) * rates.of_logarithm - x * rates.of_logit;
+  const A kept = counts ? D::kept(es, p, apart) : p;
+  const bool is_infinite =
+      D::kByTeacher ? x == A(-INFINITY) && !signbit(p) : x != A(-INFINITY) && signbit(p);
+  row.difference += counts        ? D::term(es, kept, apart)
+                    : is_infinite ? A(D::kByTeacher ? INFINITY : -INFINITY)
+                                  : A(0);
   return kept;
 }
 
