@@ -27,10 +27,11 @@ def to_mixture(ratio, beta):
 def derivatives(name, beta, ratio, magnitudes):
     """By q and by p, of a divergence's terms; with `magnitudes` those of what they are made of.
 
-    A logarithm counts with what it gains by a change of one of its numbers, relative to these.
+    A quotient counts with what rounding may do to it, and a logarithm with what rounding may do to
+    its quotient: a ratio of probabilities is as precise as its logarithm is small.
     """
-    one = magnitudes
-    size = np.abs if magnitudes else np.array
+    one = magnitudes * (1 + np.minimum(np.abs(ratio), 1e4) / 8)
+    size, sign = (np.abs, one) if magnitudes else (np.array, -1)
     if name == "jsd":
         of_p, of_q = to_mixture(ratio, beta)
         by_q = (1 - beta) * (size(of_q) + one * beta * np.exp(of_p))
@@ -39,13 +40,13 @@ def derivatives(name, beta, ratio, magnitudes):
         by_q, by_p = size(-np.sign(ratio)) / 2, size(np.sign(ratio)) / 2
     elif name == "skew_kl":
         of_p, of_q = to_mixture(ratio, beta)
-        by_q = size(-(1 - beta) * np.exp(of_p))
+        by_q = sign * (1 - beta) * np.exp(of_p)
         by_p = size(of_p) + (1 + one) * (1 - beta) * np.exp(of_q)
     else:
         assert name == "skew_reverse_kl", name
         of_q, of_p = to_mixture(-ratio, beta)
         by_q = size(of_q) + (1 + one) * (1 - beta) * np.exp(of_p)
-        by_p = size(-(1 - beta) * np.exp(of_q))
+        by_p = sign * (1 - beta) * np.exp(of_q)
     return by_q, by_p
 
 
