@@ -16,6 +16,7 @@ struct SoftTargetParameters {
   double label_smoothing;
   int64_t ignore_index;
   Divergence divergence;
+  double beta;  // of the divergences of mixtures
   Reduction reduction;
   int dim;                      // of the classes, counted from the front
   std::vector<double> weights;  // of the teachers; they sum to 1
@@ -26,6 +27,7 @@ struct SoftTargetParameters {
         field("temperature", &P::temperature), field("soft_weight", &P::soft_weight),
         field("hard_weight", &P::hard_weight), field("label_smoothing", &P::label_smoothing),
         field("ignore_index", &P::ignore_index), field("divergence", &P::divergence),
+        field("beta", &P::beta),
         field("reduction", &P::reduction), field("dim", &P::dim), field("weights", &P::weights));
   }
 };

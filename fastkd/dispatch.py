@@ -113,6 +113,7 @@ def select(
     tensors: tuple[Tensor, ...],
     backend: Backend | None,
     others: tuple[Tensor | None, ...] = (),
+    divergence: str = "forward_kl",
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
@@ -134,11 +135,11 @@ def select(
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         kinds = tuple([type(t) for t in tensors])
-        return _resolve_compiled(loss, device, dtypes, kinds, requested)
+        return _resolve_compiled(loss, device, dtypes, kinds, divergence, requested)
     obstacle = obstacle_to_kernels((*tensors, *others))
     if _explaining.get():
-        raise _Explained(_explain(Facts(loss, device, dtypes, obstacle), requested))
-    return _resolve(loss, device, dtypes, obstacle, requested)
+        raise _Explained(_explain(Facts(loss, device, dtypes, obstacle, divergence), requested))
+    return _resolve(loss, device, dtypes, obstacle, divergence, requested)
 
 
 def _resolve_compiled(
@@ -146,9 +147,10 @@ def _resolve_compiled(
     device: str,
     dtypes: tuple[torch.dtype, ...],
     kinds: tuple[type[Tensor], ...],
+    divergence: str,
     requested: Backend | None,
 ) -> Backend:
-    return _resolve(loss, device, dtypes, obstacle_while_compiling(kinds), requested)
+    return _resolve(loss, device, dtypes, obstacle_while_compiling(kinds), divergence, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -162,9 +164,10 @@ def _resolve(
     device: str,
     dtypes: tuple[torch.dtype, ...],
     obstacle: str | None,
+    divergence: str,
     requested: Backend | None,
 ) -> Backend:
-    facts = Facts(loss, device, dtypes, obstacle)
+    facts = Facts(loss, device, dtypes, obstacle, divergence)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:

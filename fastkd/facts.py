@@ -18,6 +18,7 @@ class Facts(NamedTuple):
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
+    divergence: str = "forward_kl"  # of losses on logits
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.

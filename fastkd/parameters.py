@@ -19,7 +19,9 @@ _IN_SCHEMA = {
 class SoftTarget(NamedTuple):
     """Of losses on logits: `soft_weight · divergence + hard_weight · CE` of each row, reduced.
 
-    `soft_weight` holds T² where that is wanted. `weights` are the teachers', and sum to 1.
+    `soft_weight` holds T² where that is wanted. `beta` is that of a divergence which mixes both
+    sides, and never one at which it is another divergence. `weights` are the teachers', and sum to
+    1.
     """
 
     temperature: float
@@ -28,6 +30,7 @@ class SoftTarget(NamedTuple):
     label_smoothing: float
     ignore_index: int
     divergence: str
+    beta: float
     reduction: str
     dim: int
     weights: tuple[float, ...]

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import divergences
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,14 @@ _SAMPLES = {
     "soft_target_loss": (
         [(4, 10), (4, 10)],
         {"temperature": 2.0},
-        [{"reduction": "none"}, {"teacher_weights": [1, 3]}],
+        [
+            {"reduction": "none"},
+            {"teacher_weights": [1, 3]},
+            {"divergence": "reverse_kl"},
+            {"divergence": "jsd", "beta": 0.3},
+            {"divergence": "skew_kl", "reduction": "none"},
+            {"divergence": "jsd", "beta": 0.3, "teacher_weights": [1, 3]},
+        ],
     ),
     "distillation_loss": (
         [(4, 10), (4, 10)],
@@ -25,6 +33,9 @@ _SAMPLES = {
             {"reduction": "sum"},
             {"reduction": "none"},
             {"reduction": "none", "teacher_weights": [1, 3]},
+            {"divergence": "reverse_kl", "reduction": "none"},
+            {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
+            {"divergence": "tvd", "reduction": "sum"},
         ],
     ),
     "attention_map": (
@@ -132,6 +143,8 @@ def variants(name, dtype=torch.float32):
 
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
+    if not divergences.HAVE_KERNELS:
+        others = [other for other in others if "divergence" not in other]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
         if name == "fsp_loss":

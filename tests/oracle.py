@@ -5,6 +5,7 @@ returns `(loss, gradients)`, the gradients in the order of the array arguments.
 """
 
 import numpy as np
+import oracle_divergence
 
 # Logits are multiplied by this first, so that any two finite ones have a finite difference. A power
 # of 2 rounds nothing.
@@ -18,13 +19,14 @@ def log_softmax(x, temperature=1.0):
     return shifted - temperature * SCALE * np.log(exponentials.sum(-1, keepdims=True))
 
 
-def kl_rows(student, teachers, weights, temperature, magnitudes=False):
-    """T KL(p‖q) of each row, its derivative by the student, and those by the teachers.
+def divergence_rows(
+    student, teachers, weights, temperature, magnitudes=False, divergence="forward_kl", beta=0.5
+):
+    """T D(p, q) of each row, its derivative by the student, and those by the teachers.
 
-    All but the student's are times SCALE.
-    p is the weighted mean of the teachers' probabilities; those of weight 0 are not there. With
-    `magnitudes` the terms of a derivative are added up where they are subtracted: what rounding
-    errors are measured against.
+    All are times SCALE. p is the weighted mean of the teachers' probabilities; those of weight 0
+    are not there. With `magnitudes` the terms of a derivative are added up where they are
+    subtracted: what rounding errors are measured against.
     """
     log_q, *logs = (log_softmax(x, temperature) for x in (student, *teachers))
     scale = temperature * SCALE
@@ -32,8 +34,34 @@ def kl_rows(student, teachers, weights, temperature, magnitudes=False):
     log_p = logs[counted[0]]
     if len(counted) > 1:
         log_p = scale * np.logaddexp.reduce([np.log(weights[i]) + logs[i] / scale for i in counted])
+    of_counted = log_p, [logs[i] for i in counted], [weights[i] for i in counted], log_q
+    if divergence == "jsd" and beta in (0, 1):  # a convention, and no limit
+        divergence = "reverse_kl" if beta else "forward_kl"
+    if divergence.startswith("skew_") and beta == 0:
+        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[divergence]
+    if divergence == "forward_kl":
+        rows, to_student, found = forward_kl_rows(*of_counted, scale, magnitudes)
+    elif divergence == "reverse_kl":
+        rows, to_student, found = oracle_divergence.reverse_kl_rows(*of_counted, scale, magnitudes)
+        to_student = to_student / temperature
+        found = [x * SCALE for x in found]
+    else:
+        log_p, logs, of_them, log_q = of_counted
+        logarithms = log_p / scale, [x / scale for x in logs], of_them, log_q / scale
+        rows, to_student, found = oracle_divergence.bounded_rows(
+            divergence, beta, *logarithms, magnitudes
+        )
+        rows, to_student, found = rows * scale, to_student * SCALE, [x * SCALE for x in found]
+    to_teachers = [np.zeros_like(x) for x in teachers]
+    for i, gradient in zip(counted, found, strict=True):
+        to_teachers[i] = gradient
+    return rows, to_student, to_teachers
+
+
+def forward_kl_rows(log_p, logs, weights, log_q, scale, magnitudes):
+    """The same of KL(p‖q); the logarithms are times `scale`."""
     p, q = np.exp(log_p / scale), np.exp(log_q / scale)
-    is_excluded = np.all([teachers[i] == -np.inf for i in counted], 0)
+    is_excluded = log_p == -np.inf
     ratio = np.where(is_excluded, 0, log_p) - np.where(is_excluded, 0, log_q)
     # Where p underflows its logarithm may be -inf. A class that only the student excludes still is
     # infinite then.
@@ -47,8 +75,8 @@ def kl_rows(student, teachers, weights, temperature, magnitudes=False):
             slope = of_row + share * of_row.sum(-1, keepdims=True)
         else:
             slope = of_row - share * of_row.sum(-1, keepdims=True)
-        to_teachers.append(w * slope / temperature if w else np.zeros_like(share))
-    return rows, q + p if magnitudes else q - p, to_teachers
+        to_teachers.append(w * slope / (scale / SCALE))
+    return rows, SCALE * (q + p if magnitudes else q - p), to_teachers
 
 
 def _ensemble(student, teachers, weights, dim):
@@ -66,18 +94,20 @@ def _ensemble(student, teachers, weights, dim):
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def soft_target(
     student, teachers, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
-    dim=-1, teacher_weights=None, magnitudes=False,
+    dim=-1, divergence="forward_kl", beta=0.5, teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
     """Takes a teacher or a list of them; the gradients are the student's, then all teachers'."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
-    rows, to_student, to_teachers = kl_rows(student, teachers, weights, temperature, magnitudes)
+    rows, to_student, to_teachers = divergence_rows(
+        student, teachers, weights, temperature, magnitudes, divergence, beta
+    )
     weight = temperature if scale_t2 else 1 / temperature
     divisor = {"none": 1, "sum": 1, "batchmean": rows.size, "mean": student.size}[reduction]
     weight = weight / max(divisor, 1)
     upstream = np.broadcast_to(grad_output, rows.shape)[..., None] * weight
     rows = rows * weight
     loss = rows / SCALE if reduction == "none" else np.sum(rows) / SCALE
-    gradients = [upstream * to_student, *(upstream * g / SCALE for g in to_teachers)]
+    gradients = [upstream * g / SCALE for g in (to_student, *to_teachers)]
     return loss, [np.moveaxis(g, -1, dim) for g in gradients]
 
 
@@ -85,7 +115,7 @@ def soft_target(
 def distillation(
     student, teachers, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
     hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, reduction="batchmean", dim=-1,
-    teacher_weights=None, magnitudes=False,
+    divergence="forward_kl", beta=0.5, teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
     """As the others; the loss is `(loss, hard, soft)`, each reduced."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
@@ -99,8 +129,8 @@ def distillation(
     target = np.full(s.shape, label_smoothing / classes)
     target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
     hard = -np.where(target > 0, target * log_q, 0).sum(-1) / count
-    rows, soft_to_student, soft_to_teachers = kl_rows(
-        s, [t[kept] for t in teachers], weights, temperature, magnitudes
+    rows, soft_to_student, soft_to_teachers = divergence_rows(
+        s, [t[kept] for t in teachers], weights, temperature, magnitudes, divergence, beta
     )
     soft = temperature * rows / count
 
@@ -119,9 +149,8 @@ def distillation(
         q = np.exp(log_q / SCALE)
         gradients[0][kept] += hard_weight * (q + target if magnitudes else q - target)
     if soft_weight:
-        for gradient, soft_gradient in zip(
-            gradients, (soft_to_student, *soft_to_teachers), strict=True
-        ):
+        gradients[0][kept] += soft_weight * temperature * soft_to_student / SCALE
+        for gradient, soft_gradient in zip(gradients[1:], soft_to_teachers, strict=True):
             gradient[kept] += soft_weight * temperature * soft_gradient
     upstream = np.broadcast_to(grad_output, labels.shape)[..., None] / count
     gradients = [g * upstream for g in gradients]

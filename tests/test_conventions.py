@@ -3,12 +3,18 @@
 import re
 from pathlib import Path
 
+import test_conventions_divergences
 import test_conventions_features
 import test_conventions_logits
 import test_conventions_relations
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
-MODULES = test_conventions_features, test_conventions_logits, test_conventions_relations
+MODULES = (
+    test_conventions_divergences,
+    test_conventions_features,
+    test_conventions_logits,
+    test_conventions_relations,
+)
 
 
 def rows():

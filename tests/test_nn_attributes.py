@@ -18,6 +18,8 @@ VALUES = {
     (nn.SoftTargetLoss, "scale_t2"): (False, "yes"),
     (nn.SoftTargetLoss, "reduction"): ("none", "average"),
     (nn.SoftTargetLoss, "dim"): (0, 2),
+    (nn.SoftTargetLoss, "divergence"): ("reverse_kl", "kl"),
+    (nn.SoftTargetLoss, "beta"): (0.9, 1.5),
     (nn.SoftTargetLoss, "teacher_weights"): ([1, 3], [1]),
     (nn.DistillationLoss, "temperature"): (2.5, "4"),
     (nn.DistillationLoss, "soft_weight"): (0.25, None),
@@ -26,6 +28,8 @@ VALUES = {
     (nn.DistillationLoss, "label_smoothing"): (0.25, 2),
     (nn.DistillationLoss, "reduction"): ("none", "mean"),
     (nn.DistillationLoss, "dim"): (0, -3),
+    (nn.DistillationLoss, "divergence"): ("tvd", None),
+    (nn.DistillationLoss, "beta"): (0.1, "0.5"),
     (nn.DistillationLoss, "teacher_weights"): ((2.0, 1.0), "12"),
     (nn.DistillationLoss, "return_parts"): (True, 1),
     (nn.AttentionTransferLoss, "kind"): ("max_pow", "min"),
@@ -53,6 +57,13 @@ EACH = pytest.mark.parametrize(("module", "name", "value", "wrong"), CASES)
 
 def make(module, **keywords):
     return nn.HintLoss(3, 3, **keywords) if module is nn.HintLoss else module(**keywords)
+
+
+def beside(module, name):
+    """Other keywords, without which the loss does not take this one, or does not show it."""
+    if name == "beta" and module in (nn.SoftTargetLoss, nn.DistillationLoss):
+        return {"divergence": "jsd"}
+    return {"temperature": 2.0} if name == "scale_t2" else {}
 
 
 def inputs_of(module, name):
@@ -99,8 +110,7 @@ def test_an_attribute_is_what_was_passed(module, name, value, wrong):
 
 @EACH
 def test_what_is_set_changes_the_next_call(module, name, value, wrong):
-    others = {"temperature": 2.0} if name == "scale_t2" else {}
-    one, inputs = make(module, **others), inputs_of(module, name)
+    one, inputs = make(module, **beside(module, name)), inputs_of(module, name)
     if name != "resize":
         before = one(*inputs)
     setattr(one, name, value)
@@ -116,7 +126,7 @@ def test_what_is_set_changes_the_next_call(module, name, value, wrong):
 
 @EACH
 def test_nonsense_raises_at_the_next_call(module, name, value, wrong):
-    one, inputs = make(module), inputs_of(module, name)
+    one, inputs = make(module, **beside(module, name)), inputs_of(module, name)
     setattr(one, name, wrong)
     assert f"{name}={wrong!r}" in repr(one)
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -128,7 +138,7 @@ def test_nonsense_raises_at_the_next_call(module, name, value, wrong):
 
 @EACH
 def test_copies_keep_it(module, name, value, wrong):
-    one, inputs = make(module), inputs_of(module, name)
+    one, inputs = make(module, **beside(module, name)), inputs_of(module, name)
     setattr(one, name, value)
     copies = copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))
     for other in copies:
@@ -143,7 +153,7 @@ def test_copies_keep_it(module, name, value, wrong):
 @EACH
 def test_compiled_code_follows(module, name, value, wrong):
     torch._dynamo.reset()
-    one, inputs = make(module), inputs_of(module, name)
+    one, inputs = make(module, **beside(module, name)), inputs_of(module, name)
     compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
     default = getattr(one, name)
     for each in (value, default, value) if name == "resize" else (default, value, default):
@@ -157,7 +167,8 @@ def test_compiled_code_follows(module, name, value, wrong):
 @EACH
 def test_export(module, name, value, wrong):
     """An exported program holds the attributes as they were."""
-    one, inputs = make(module, **{name: value}), inputs_of(module, name)
+    one = make(module, **{**beside(module, name), name: value})
+    inputs = inputs_of(module, name)
     expected = one(*inputs)
     program = torch.export.export(one, inputs)
     assert_same(program.module()(*inputs), expected)

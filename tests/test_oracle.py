@@ -77,6 +77,90 @@ def test_soft_target_of_an_ensemble(numbers, weights):
     )
 
 
+DIVERGENCES = [
+    *[("reverse_kl", 0.5), ("tvd", 0.5)],
+    *[(name, beta) for name in ("jsd", "skew_kl", "skew_reverse_kl") for beta in (0, 0.1, 0.9, 1)],
+]
+
+
+def divergence_of(name, beta, p, q):
+    """Of two distributions, as the papers have it."""
+
+    def kl(a, b):
+        return mp.fsum(x * mp.log(x / y) for x, y in zip(a, b, strict=True))
+
+    def mixture(a, b):
+        return [beta * x + (1 - beta) * y for x, y in zip(a, b, strict=True)]
+
+    beta = mp.mpf(beta)
+    if name == "jsd" and beta in (0, 1):
+        return kl(q, p) if beta else kl(p, q)
+    return {
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, mixture(p, q)) + (1 - beta) * kl(q, mixture(p, q)),
+        "tvd": lambda: mp.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+        "skew_kl": lambda: kl(p, mixture(p, q)),
+        "skew_reverse_kl": lambda: kl(q, mixture(q, p)),
+    }[name]()
+
+
+@pytest.mark.parametrize("weights", [[1], [3, 1]])
+@pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
+def test_divergences(numbers, name, beta, weights):
+    student, *teachers = (3 * numbers(2, 3) for _ in range(1 + len(weights)))
+    shares = [mp.mpf(w) / sum(weights) for w in weights]
+
+    def row(s, *ts):
+        of_classes = zip(*(softmax(t, 2) for t in ts), strict=True)
+        p = [mp.fsum(map(mp.fmul, shares, one)) for one in of_classes]
+        return divergence_of(name, beta, p, softmax(s, 2))
+
+    check(
+        lambda s, *ts: 4 * mp.fsum(map(row, s, *ts)) / 2,
+        (student, *teachers),
+        *oracle.soft_target(
+            student, teachers, temperature=2.0, teacher_weights=weights, divergence=name, beta=beta
+        ),
+    )
+
+
+@pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
+def test_divergences_of_sides_that_nearly_agree(numbers, name, beta):
+    student = numbers(1, 3)
+    teacher = student + 1e-6 * numbers(1, 3)
+    found, gradients = oracle.soft_target(student, teacher, divergence=name, beta=beta)
+
+    def loss(s, t):
+        return divergence_of(name, beta, softmax(t[0]), softmax(s[0]))
+
+    arrays = [np.vectorize(mp.mpf, otypes=[object])(x) for x in (student, teacher)]
+    assert abs(found - float(loss(*arrays))) < 1e-15
+    for actual, expected in zip(gradients, derivatives(loss, student, teacher), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-15)
+
+
+@pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
+def test_divergences_are_limits_where_a_side_excludes_a_class(numbers, name, beta):
+    """Of probabilities that go to 0; but for the divergences that go to infinity with them."""
+    student, teacher = numbers(1, 4), numbers(1, 4)
+    keywords = {"divergence": name, "beta": beta}
+    for sides in ([student], [teacher], [student, teacher]):
+        for side in sides:
+            side[:, 1] = -1e3
+        near, near_gradients = oracle.soft_target(student, teacher, **keywords)
+        for side in sides:
+            side[:, 1] = -np.inf
+        found, gradients = oracle.soft_target(student, teacher, **keywords)
+        if np.isfinite(found):
+            np.testing.assert_allclose(found, near)
+            for one, other in zip(gradients, near_gradients, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-15)
+        else:
+            assert near > 100
+        for side in (student, teacher):
+            side[:, 1] = 0.5
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_distillation(numbers, smoothing):
     student, teacher, labels = 3 * numbers(3, 4), 3 * numbers(3, 4), np.array([1, -100, 3])

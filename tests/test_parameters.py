@@ -17,7 +17,7 @@ KINDS = [
 # Those whose fields kernels take one by one.
 WITHOUT_STRUCT = {parameters.Rkd}
 CHOICES = {
-    "divergence": ("forward_kl",),
+    "divergence": ("forward_kl", "reverse_kl", "jsd", "tvd"),
     "kind": ("sum", "sum_pow", "max_pow"),
     "distance": ("norm", "mse"),
     "reduction": ("none", "sum", "mean", "batchmean"),
@@ -83,7 +83,7 @@ def test_schemas_end_with_the_fields():
 
 
 def test_lists_of_the_dispatcher_become_tuples():
-    fields = [2.0, 1.0, 0.0, 0.0, -100, "forward_kl", "sum", 1, [0.5, 0.5], "native"]
+    fields = [2.0, 1.0, 0.0, 0.0, -100, "forward_kl", 0.5, "sum", 1, [0.5, 0.5], "native"]
     p = parameters.from_schema(parameters.SoftTarget, fields)
     assert p.weights == (0.5, 0.5)
     assert hash(p)

@@ -19,6 +19,7 @@ GRADCHECKS = {
         ([(3, 5)] * 2, {"reduction": "none", "scale_t2": False}),
         ([(2, 4, 3)] * 2, {"reduction": "mean", "dim": 1, "temperature": 0.5}),
         ([(2, 4, 3)] * 2, {"reduction": "sum", "dim": 0}),
+        ([(3, 5)] * 2, {"divergence": "jsd", "beta": 0.3, "temperature": 2.0}),
     ],
     "distillation_loss": [
         ([(3, 5)] * 2, {"labels": LABELS}),
@@ -26,6 +27,7 @@ GRADCHECKS = {
         ([(5, 3)] * 2, {"labels": LABELS, "dim": 0, "hard_weight": 3.0}),
         ([(3, 5)] * 2, {"labels": LABELS, "reduction": "none"}),
         ([(3, 5)] * 2, {"labels": LABELS, "reduction": "sum", "soft_weight": 0.0}),
+        ([(3, 5)] * 2, {"labels": LABELS, "divergence": "reverse_kl", "reduction": "none"}),
     ],
     "attention_map": [
         ([(2, 3, 4)], {"kind": "sum"}),

@@ -306,6 +306,7 @@ def test_labels_that_are_no_class(classes, wrong, dim):
         label_smoothing=0.1,
         ignore_index=-100,
         divergence="forward_kl",
+        beta=0.5,
         reduction="none",
         dim=dim,
         weights=(1.0,),

@@ -35,6 +35,7 @@ SUM = SoftTarget(
     label_smoothing=0.0,
     ignore_index=-100,
     divergence="forward_kl",
+    beta=0.5,
     reduction="sum",
     dim=1,
     weights=(1.0,),

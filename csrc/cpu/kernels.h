@@ -20,8 +20,8 @@ struct SoftTargetKernels {
   void (*forward)(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
                   void* parts, void* statistics, const Tensor& gradient,
                   const SoftTargetParameters& p, int threads);
-  // Either gradient may be absent, and of several teachers that and the statistics are.
-  // grad_output is a scalar, or one per row.
+  // Either gradient may be absent. Of several teachers, and of a divergence of probabilities, the
+  // teacher's and the statistics are. grad_output is a scalar, or one per row.
   void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
                    const Labels& labels, const void* statistics, const Tensor& to_student,
                    const Tensor& to_teacher, const SoftTargetParameters& p, int threads);

@@ -26,7 +26,7 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   with_storage(dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
     if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8)) {
-      if (rows.classes > thresholds.few_classes)
+      if (rows.classes > thresholds.few_classes || a.differs_by_row())
         return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
           forward_stretch<D, S, false>(a, begin, end);
         });
@@ -83,7 +83,7 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       if (k.has_hard) store(a.exp_hard(s), eh + i);
       if (a.to_teacher) {
         const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
-        const vec wanted = load(teacher + i) == -INFINITY ? zero : g;
+        const vec wanted = D::kByTeacher && load(teacher + i) == -INFINITY ? zero : g;
         store(k.soft ? wanted : zero, teacher + i);
       }
     }
@@ -129,9 +129,17 @@ Rows rows_of(const Tensor& student, const Tensors& teachers, const Tensor& to_st
 template <class F>
 void with_arithmetic(const Tensor& student, const Tensors& teachers, const SoftTargetParameters& p,
                      const F& f) {
-  with_divergence(p.divergence, [&](auto divergence) {
+  const auto with = [&](auto divergence) {
     in_double(student, teachers) ? f(divergence, double()) : f(divergence, float());
-  });
+  };
+  switch (p.divergence) {
+    case Divergence::forward_kl:
+      return with(ForwardKl{});
+    case Divergence::reverse_kl:
+      return with(ReverseKl{});
+    default:
+      return with(Normalized{});
+  }
 }
 
 void forward(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
@@ -166,13 +174,15 @@ void backward(const Tensor& grad_output, const Tensor& student, const Tensors& t
     using D = decltype(divergence);
     using A = decltype(number);
     const Arguments<A> a(p, rows, labels, to_student, to_teacher, grad_output);
-    if (teachers.size() > 1)
-      forward_rows_of<D>(a, threads);
-    else
-      parallel_for(rows.count, threads, [&](int64_t row) {
-        a.ignores(row) ? a.skip(row)
-                       : backward_row<D>(a, row, static_cast<const A*>(statistics) + row * kCount);
-      });
+    if constexpr (!D::kNormalizes) {
+      if (statistics)
+        parallel_for(rows.count, threads, [&](int64_t row) {
+          a.ignores(row)
+              ? a.skip(row)
+              : backward_row<D>(a, row, static_cast<const A*>(statistics) + row * kCount);
+        });
+    }
+    if (!statistics) forward_rows_of<D>(a, threads);
     zero_if_off(a, threads);
   });
 }

@@ -54,6 +54,29 @@ struct Target {
   mask_t<A> is_excluded;
 };
 
+// The terms of a vector of rows, whose sums are known.
+template <class A>
+void lane_terms(const Exponentials<A>& of, const Arguments<A>& a, Lanes<A>& rows) {
+  using vec = vec_t<A>;
+  constexpr int W = Simd<A>::width;
+  const Shares<A> shares = shares_of(a);
+  const vec of_student = A(1) / rows.student, of_teacher = A(1) / rows.teacher;
+  with_terms(a.p.divergence, [&](auto terms) {
+    over_classes(a.classes, [&](int64_t c, int64_t last) {
+      vec phi = {}, psi = {};
+      for (; c < last; ++c) {
+        const vec q = load(of.student + c * W) * of_student, p = load(of.kept + c * W) * of_teacher;
+        const Terms<vec> found = decltype(terms)::terms(p, q, shares, LogOfShare<A>{});
+        phi += found.phi;
+        psi += found.psi;
+        store(found.psi, of.kept + c * W);
+      }
+      rows.phi += phi;
+      rows.psi += psi;
+    });
+  });
+}
+
 // One vector of rows from `first` on, class after class. What lies at `of` becomes the exponentials
 // and what is kept, then the student's become the gradient. `target` makes a class's from what lies
 // in the place of what is kept.
@@ -94,6 +117,7 @@ void forward_lanes(const Exponentials<A>& of, vec_t<A> teacher_max, const F& tar
     rows.difference += difference;
     rows.shifted += shifted;
   });
+  if constexpr (D::kNormalizes) lane_terms(of, a, rows);
   const auto k = finish<D>(rows, a, first_row, lanes);
   if (!a.to_student) return;
   for (int64_t c = 0; c < a.classes; ++c)

@@ -3,7 +3,7 @@
 // the time one by one.
 #pragma once
 
-#include "soft_target.h"
+#include "soft_target_terms.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -13,6 +13,7 @@ struct Lanes {
   vec_t<A> student_max, teacher_max;
   vec_t<A> student, teacher, hard;  // sums of exponentials; the last one at temperature 1
   vec_t<A> difference;              // of the divergence's terms, scaled
+  vec_t<A> phi, psi;                // of those of probabilities
   vec_t<A> shifted;                 // Σ (s − s_max), scaled, for label smoothing
   A label[Simd<A>::width];          // the student's logit of the label
 };
@@ -31,10 +32,17 @@ Factors<A, vec_t<A>> finish(const Lanes<A>& rows, const Arguments<A>& a, int64_t
   store(rows.difference, difference);
   for (int i = 0; i < W; ++i) {
     const double zs = student[i], zt = teacher[i];
-    const double mean =
-        mean_of<D>(RowState<A>{0, 0, student[i], teacher[i], 0, difference[i], 0}, a.rates.inverse);
+    double mean;
+    if constexpr (D::kNormalizes) {
+      const RowTerms found{rows.phi[i], rows.psi[i]};
+      mean = found.mean(zs, zt);
+      divergence[i] = found.divergence(zs, zt);
+    } else {
+      mean = mean_of<D>(RowState<A>{0, 0, student[i], teacher[i], 0, difference[i], 0},
+                        a.rates.inverse);
+      divergence[i] = divergence_of<D>(mean, log_of(zs / zt));
+    }
     const auto soft = D::factors(by.soft, zs, zt, mean, a.rates.inverse);
-    divergence[i] = divergence_of<D>(mean, log_of(zs / zt));
     to_student[i] = A(soft.student);
     to_teacher[i] = A(soft.teacher);
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "soft_target_block.h"
+#include "soft_target_terms.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -69,12 +70,43 @@ struct RowMemory {
   }
 };
 
+// A row's divergence, scaled, and the mean that its gradient takes.
+struct Outcome {
+  double divergence, mean;
+};
+
+template <class D, class A>
+Outcome outcome_of(const Arguments<A>& a, const RowState<double>& sums,
+                   const RowMemory<A>& memory) {
+  if constexpr (D::kNormalizes) {
+    const Shares<A> shares = shares_of(a);
+    RowTerms total;
+    with_terms(a.p.divergence, [&](auto terms) {
+      for (int64_t b = 0; b < memory.blocks; ++b) {
+        const int64_t left = a.classes - b * memory.width;
+        const double by_s = a.rates.soft(memory.student_max[b], sums.student_max) / sums.student;
+        const double by_t = a.rates.soft(memory.teacher_max[b], sums.teacher_max) / sums.teacher;
+        const RowTerms found = add_terms<decltype(terms)>(
+            memory.block(b), int(left < memory.width ? left : memory.width), A(by_s), A(by_t),
+            shares);
+        total.phi += found.phi;
+        total.psi += found.psi;
+      }
+    });
+    return {total.divergence(sums.student, sums.teacher), total.mean(sums.student, sums.teacher)};
+  } else {
+    return {a.losses ? divergence_of<D>(sums, a.rates.inverse) : 0,
+            mean_of<D>(sums, a.rates.inverse)};
+  }
+}
+
 // The results of a row and its gradient, from the sums and what its blocks left.
 template <class D, class A>
 void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
                 const RowMemory<A>& memory) {
   const int64_t label = a.labels ? a.labels[row] : 0;
   sums.hard = a.hard_sum(sums.student, sums.hard);
+  const Outcome found = outcome_of<D>(a, sums, memory);
   if (a.losses) {
     const Side& student = a.rows.sides[kStudent];
     A logit = 0;
@@ -82,7 +114,7 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
       gather(*student.tensor, a.rows.offset(student, row) + label * student.class_stride, 1, 1,
              &logit);
     a.write(row, sums,
-            {divergence_of<D>(sums, a.rates.inverse),
+            {found.divergence,
              a.labels ? cross_entropy(std::log(sums.hard) * kLogitScale,
                                       sums.student_max * kLogitScale, double(logit) * kLogitScale,
                                       sums.logits / double(a.classes), a.p.label_smoothing)
@@ -94,8 +126,7 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
   const Tensor& to = *side.tensor;
   const int64_t offset = a.rows.offset(side, row), stride = side.class_stride;
   const Weights by = a.weights_of(row);
-  const auto soft = D::factors(by.soft, sums.student, sums.teacher,
-                               mean_of<D>(sums, a.rates.inverse), a.rates.inverse);
+  const auto soft = D::factors(by.soft, sums.student, sums.teacher, found.mean, a.rates.inverse);
   const double hard = a.labels ? by.hard / sums.hard : 0;
   alignas(64) A computed[kMostBlock];
   for (int64_t b = 0; b < memory.blocks; ++b) {
@@ -160,7 +191,7 @@ class Source {
 // computed, also from row to row: so the logits come from memory behind arithmetic.
 template <class D, class S, bool gathered, class A>
 void forward_stretch(const Arguments<A>& a, int64_t row, int64_t end) {
-  const RowMemory<A> memory(a, a.to_student);
+  const RowMemory<A> memory(a, a.to_student || D::kNormalizes);
   // The first row from `row` on that is not ignored.
   const auto find = [&](int64_t row) {
     for (; row < end && a.ignores(row); ++row) a.skip(row);

@@ -63,6 +63,17 @@ template <class D, class S, class A>
     if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = A(shifted_sum(blocks[i], s_shift[i]));
   }
 
+  if constexpr (D::kNormalizes)
+    with_terms(a.p.divergence, [&](auto terms) {
+      for (int i = 0; i < count; ++i) {
+        if (a.ignores(first + i)) continue;
+        const RowTerms found = add_terms<decltype(terms)>(exponentials(i), n, 1 / lanes.student[i],
+                                                          1 / lanes.teacher[i], shares_of(a));
+        lanes.phi[i] = A(found.phi);
+        lanes.psi[i] = A(found.psi);
+      }
+    });
+
   const auto k = finish<D>(lanes, a, first, count);
   if (!a.to_student) return;
   const Tensor& gradient = *sides[kToStudent].tensor;

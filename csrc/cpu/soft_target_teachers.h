@@ -88,7 +88,7 @@ RowState<double> take_student(const S* from, int n, const Arguments<A>& a, A sha
   const Exp<A> exp_soft = a.exp_soft, exp_hard = a.exp_hard;
   const A scale = A(kLogitScale), temperature = A(1 / a.rates.inverse * kLogitScale);
   const bool has_hard = a.rates.has_hard, smooths = a.p.label_smoothing > 0;
-  const bool has_terms = a.losses || D::kTakesMean;
+  const bool has_terms = !D::kNormalizes && (a.losses || D::kTakesMean);
   A *e = to.student, *mean = to.kept, *hard = to.hard;
   vec sum_e = {}, mass = {}, sum_hard = {}, difference = {}, shifted = {};
   over_vectors<A>(n, [&](int i, auto lanes) {

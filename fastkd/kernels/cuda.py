@@ -7,6 +7,7 @@ import torch
 from fastkd.facts import ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 OLDEST_ARCHITECTURE = 80  # what csrc/architectures.py allows
+DIVERGENCES = frozenset({"forward_kl"})  # what csrc/divergence.h has for GPUs
 
 
 def refuse(module: Any, facts: Facts) -> Refusal | None:
@@ -15,6 +16,11 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
         return Refusal("the compiled module is for NVIDIA's GPUs, not AMD's", expected=True)
     if facts.loss not in ON_GPUS:
         return Refusal(f"this release has no CUDA kernels for {facts.loss}", USE_REFERENCE)
+    if facts.divergence not in DIVERGENCES:
+        return Refusal(
+            f"the compiled module has no CUDA kernels for divergence={facts.divergence!r}",
+            USE_REFERENCE,
+        )
     archs = module.cuda_archs()
     if not archs:
         return Refusal(

@@ -24,7 +24,15 @@ def refuse(facts: Facts) -> Refusal | None:
             module,
             "Install a C++ compiler and reinstall fastkd; `python -m fastkd.info` tells more.",
         )
-    return None if device == "cpu" else cuda.refuse(module, facts)
+    if device == "cuda":
+        return cuda.refuse(module, facts)
+    if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
+        return Refusal(
+            "the compiled module has no kernels for the reverse KL divergence from several "
+            "teachers, whose mean probabilities may underflow where their logarithm counts",
+            USE_REFERENCE,
+        )
+    return None
 
 
 def soft_target_forward(
@@ -56,7 +64,7 @@ def soft_target_backward(
     p: SoftTarget,
     in_place: bool = False,
 ) -> None:
-    """Fill the gradients that are wanted, for one teacher from the statistics.
+    """Fill the gradients that are wanted, where there are statistics from these.
 
     `in_place` says that the student's is that for a `grad_output` of 1: on a GPU it stays where it
     is 1.
@@ -64,7 +72,7 @@ def soft_target_backward(
     place = place_of(student)
     grad_output = as_buffer(grad_output, compute_dtype(student, *teachers))
     labels = labels if labels is None else labels.contiguous()
-    memory = scratch(place, student, "soft_target") if len(teachers) > 1 else None
+    memory = scratch(place, student, "soft_target") if statistics is None else None
     inputs = grad_output, student, teachers, labels, statistics
     loaded().soft_target_backward(
         place, *inputs, to_student, to_teacher, memory, struct_of(p), in_place

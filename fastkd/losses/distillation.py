@@ -21,7 +21,7 @@ class DistillationParts(NamedTuple):
     Attributes:
         loss: `hard_weight * hard + soft_weight * soft`, differentiable.
         hard: the cross-entropy with the labels, unweighted and detached.
-        soft: `T^2 * KL`, unweighted and detached.
+        soft: `T^2 * KL`, or another divergence times T², unweighted and detached.
     """
 
     loss: Tensor
@@ -42,6 +42,8 @@ def distillation_loss(
     label_smoothing: float = ...,
     reduction: str = ...,
     dim: int = ...,
+    divergence: str = ...,
+    beta: float = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -61,6 +63,8 @@ def distillation_loss(
     label_smoothing: float = ...,
     reduction: str = ...,
     dim: int = ...,
+    divergence: str = ...,
+    beta: float = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -80,6 +84,8 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     reduction: str = "batchmean",
     dim: int = -1,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -87,9 +93,9 @@ def distillation_loss(
     r"""Compute soft targets and hard labels together, from one read of the logits.
 
     `hard_weight * CE(student, labels) + soft_weight * T^2 * KL(softmax(teacher/T) ‖
-    softmax(student/T))`, both averaged over the rows whose label is not `ignore_index`. The
-    cross-entropy is at temperature 1. The module is `fastkd.nn.DistillationLoss`; without labels,
-    see `soft_target_loss`.
+    softmax(student/T))`, both averaged over the rows whose label is not `ignore_index`;
+    `divergence` names others in the place of KL. The cross-entropy is at temperature 1. The module
+    is `fastkd.nn.DistillationLoss`; without labels, see `soft_target_loss`.
 
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
@@ -117,6 +123,15 @@ def distillation_loss(
             copied. Default: -1, with one warning in the process where logits of 4 or more
             dimensions have labels that fit `dim=1` as well; the last dimension as a positive
             number, such as 3, does not warn.
+        divergence: of the soft term, between the teacher's distribution P and the student's Q:
+            `"forward_kl"` for KL(P‖Q), `"reverse_kl"` for KL(Q‖P), `"jsd"` for the generalised
+            Jensen-Shannon divergence `beta KL(P‖M) + (1 − beta) KL(Q‖M)` with `M = beta P +
+            (1 − beta) Q`, `"tvd"` for the total variation `Σ|P − Q| / 2`, `"skew_kl"` for
+            `KL(P‖beta P + (1 − beta) Q)`, or `"skew_reverse_kl"` for `KL(Q‖beta Q + (1 − beta) P)`.
+            Default: `"forward_kl"`.
+        beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
+            KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
+            at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -149,12 +164,14 @@ def distillation_loss(
         ('loss', 'hard', 'soft')
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
-    section 2 (the weighted average of two objectives).
+    section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
+    other divergences.
     """
     axis, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
     temperature = checks.number("temperature", temperature, above=0)
+    divergence, beta = logits.check_divergence(divergence, beta)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
@@ -163,7 +180,8 @@ def distillation_loss(
     _check_reduction(reduction)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
     logits.check_last_dim(student_logits, dim, labels)
-    chosen = select("distillation_loss", (student_logits, *teachers), backend, (labels,))
+    tensors = student_logits, *teachers
+    chosen = select("distillation_loss", tensors, backend, (labels,), divergence)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
@@ -173,7 +191,8 @@ def distillation_loss(
         hard_weight=hard_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        divergence="forward_kl",
+        divergence=divergence,
+        beta=beta,
         reduction=reduction,
         dim=axis,
         weights=weights,

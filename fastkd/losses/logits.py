@@ -13,6 +13,15 @@ from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
 
 _MOST_TEACHERS = 64
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
+# Of the divergences of mixtures, what each is at a beta of 0 and of 1; None: its own formula.
+_ENDS: dict[str, tuple[str, str | None]] = {
+    "jsd": ("forward_kl", "reverse_kl"),
+    "skew_kl": ("forward_kl", None),
+    "skew_reverse_kl": ("reverse_kl", None),
+}
+_BETA = 0.5  # the default
+_LEAST_BETA = 1e-30  # of which float32 holds a part of a probability
 _INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -60,6 +69,26 @@ def check_logits(
         tuple([share for share in shares if share > 0]),
         [t for t, share in both if share == 0],
     )
+
+
+def check_divergence(divergence: Any, beta: Any) -> tuple[str, float]:
+    """The divergence and its beta; where that is 0 or 1, what the divergence is there."""
+    checks.choice("divergence", divergence, DIVERGENCES)
+    beta = checks.number("beta", beta, at_least=0, at_most=1)
+    if divergence not in _ENDS:
+        if beta != _BETA:
+            names = ", ".join(map(repr, _ENDS))
+            raise ValueError(
+                f"beta belongs to divergence {names}; for {divergence!r} it must stay {_BETA}, "
+                f"got {beta!r}"
+            )
+        return divergence, _BETA
+    end = _ENDS[divergence][0] if beta == 0 else _ENDS[divergence][1] if beta == 1 else None
+    if end is not None:
+        return end, _BETA
+    if beta < _LEAST_BETA:
+        raise ValueError(f"beta must be 0 or at least {_LEAST_BETA:g}, got {beta!r}")
+    return divergence, beta
 
 
 def _check_weights(weights: Any, teachers: int) -> list[float]:

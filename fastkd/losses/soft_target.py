@@ -23,13 +23,16 @@ def soft_target_loss(
     scale_t2: bool = True,
     reduction: str = "batchmean",
     dim: int = -1,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    r"""Compute the KL divergence from the student's softened distribution to the teacher's.
+    r"""Compute the divergence of the student's softened distribution from the teacher's.
 
     With `p = softmax(teacher/T)` and `q = softmax(student/T)` along `dim`, the loss of a row is
-    `T^2 * sum(p * (log p - log q))` and its gradient `T * (q - p)`. A row is one distribution. The
+    `T^2 * sum(p * (log p - log q))` and its gradient `T * (q - p)`; `divergence` names others. A
+    row is one distribution. The
     module is `fastkd.nn.SoftTargetLoss`; with labels, `distillation_loss` reads the logits once for
     both terms.
 
@@ -50,6 +53,15 @@ def soft_target_loss(
         dim: the dimension of the classes: 1 for the `(N, C, H, W)` of segmentation, which is not
             copied. Default: -1, with one warning in the process for logits of 4 or more dimensions;
             the last dimension as a positive number, such as 3, does not warn.
+        divergence: the divergence between the teacher's distribution P and the student's Q:
+            `"forward_kl"` for KL(P‖Q), `"reverse_kl"` for KL(Q‖P), `"jsd"` for the generalised
+            Jensen-Shannon divergence `beta KL(P‖M) + (1 − beta) KL(Q‖M)` with `M = beta P +
+            (1 − beta) Q`, `"tvd"` for the total variation `Σ|P − Q| / 2`, `"skew_kl"` for
+            `KL(P‖beta P + (1 − beta) Q)`, or `"skew_reverse_kl"` for `KL(Q‖beta Q + (1 − beta) P)`.
+            Default: `"forward_kl"`.
+        beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
+            KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
+            at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -61,7 +73,8 @@ def soft_target_loss(
     Returns:
         A scalar; with `reduction="none"` a tensor of the logits' shape without `dim`. In float32
         (float64 if an input is float64). 0 for an empty batch; `+inf` for a row in which the
-        student excludes a class that a teacher does not; NaN for a row that holds NaN.
+        student excludes a class that a teacher does not (with reverse KL, the teachers one that the
+        student does not; the other divergences are finite there); NaN for a row that holds NaN.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype, or a keyword is given by position.
@@ -77,23 +90,27 @@ def soft_target_loss(
         torch.Size([2, 8, 8])
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2014,
-    section 2; section 1 for ensembles, of which this takes the arithmetic mean.
+    section 2; section 1 for ensembles, of which this takes the arithmetic mean. Agarwal et al.,
+    "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
+    Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
     axis, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
     logits.check_last_dim(student_logits, dim)
     temperature = checks.number("temperature", temperature, above=0)
+    divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    chosen = select("soft_target_loss", (student_logits, *teachers), backend)
+    chosen = select("soft_target_loss", (student_logits, *teachers), backend, (), divergence)
     parameters = SoftTarget(
         temperature=temperature,
         soft_weight=temperature * temperature if scale_t2 else 1.0,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=-100,
-        divergence="forward_kl",
+        divergence=divergence,
+        beta=beta,
         reduction=reduction,
         dim=axis,
         weights=weights,

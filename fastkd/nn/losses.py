@@ -27,6 +27,8 @@ class SoftTargetLoss(Loss):
     scale_t2: bool
     reduction: str
     dim: int
+    divergence: str
+    beta: float
     teacher_weights: Iterable[float] | None
     backend: Backend | None
 
@@ -37,6 +39,8 @@ class SoftTargetLoss(Loss):
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -45,6 +49,8 @@ class SoftTargetLoss(Loss):
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
+            divergence=divergence,
+            beta=beta,
             teacher_weights=teacher_weights,
             backend=backend,
         )
@@ -70,6 +76,8 @@ class DistillationLoss(Loss):
     label_smoothing: float
     reduction: str
     dim: int
+    divergence: str
+    beta: float
     teacher_weights: Iterable[float] | None
     return_parts: bool
     backend: Backend | None
@@ -84,6 +92,8 @@ class DistillationLoss(Loss):
         label_smoothing: float = 0.0,
         reduction: str = "batchmean",
         dim: int = -1,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
@@ -96,6 +106,8 @@ class DistillationLoss(Loss):
             label_smoothing=label_smoothing,
             reduction=reduction,
             dim=dim,
+            divergence=divergence,
+            beta=beta,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,

@@ -1,6 +1,6 @@
 """Operators and autograd of soft targets, alone and with the hard labels.
 
-Both losses are one kernel: `soft_weight · KL(p‖q) + hard_weight · CE` of each row, where a loss
+Both losses are one kernel: `soft_weight · D(p, q) + hard_weight · CE` of each row, where a loss
 without labels has no second term. The target p is the mean of the teachers' probabilities, which no
 memory ever holds.
 """
@@ -36,6 +36,15 @@ from fastkd.reference.soft_target import teacher_gradients
 STATISTICS = 7
 
 _PARAMETERS = in_schema(SoftTarget)
+
+# The divergences whose gradients follow from statistics. For another one a row is read as in
+# forward, and its teacher's gradient is the student's of this one with the sides exchanged.
+_MIRRORED = {
+    "jsd": "jsd",
+    "tvd": "tvd",
+    "skew_kl": "skew_reverse_kl",
+    "skew_reverse_kl": "skew_kl",
+}
 
 
 def _outputs(
@@ -79,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, its parts `(hard, T² KL)`, what backward needs of each row, and the gradient.
 
-    There are statistics of one teacher alone.
+    There are statistics of one teacher alone, and of the KL divergences.
     """
     outputs = _outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
     kernels(p.backend, "soft_target").soft_target_forward(student, teachers, labels, *outputs, p)
@@ -170,7 +179,7 @@ class SoftTargetLoss(Fused):
             needed[3] and not any(needed[4:]) and p.reduction != "none" and eager_gradient(student)
         )
         scaled = with_gradient and scales(student)
-        with_statistics = len(teachers) == 1 and not scaled
+        with_statistics = len(teachers) == 1 and not scaled and p.divergence not in _MIRRORED
         loss, parts, statistics, gradient = forward(
             student, teachers, labels, with_parts, with_statistics, with_gradient, p
         )
@@ -230,11 +239,26 @@ def _all_gradients(
     Several teachers rarely learn: their gradients are computed in torch's own operations.
     """
     inputs = grad_output, student, teachers, labels
-    if len(teachers) == 1:
+    if len(teachers) == 1 and p.divergence not in _MIRRORED:
         return of_wanted(backward(*inputs, statistics, *wanted, p), wanted)
     to_student, *to_teachers = wanted
     found = backward(*inputs, None, True, False, p)[0] if to_student else None
-    return found, *teacher_gradients(*inputs, to_teachers, p)
+    if len(teachers) > 1:
+        return found, *teacher_gradients(*inputs, to_teachers, p)
+    if not to_teachers[0]:
+        return found, None
+    exchanged = grad_output, teachers[0], [student], labels
+    return found, backward(*exchanged, None, True, False, _mirrored(p))[0]
+
+
+def _mirrored(p: SoftTarget) -> SoftTarget:
+    """Of the divergence of student and teacher in each other's place, without the labels' term."""
+    return p._replace(
+        divergence=_MIRRORED[p.divergence],
+        beta=1 - p.beta if p.divergence == "jsd" else p.beta,
+        hard_weight=0.0,
+        label_smoothing=0.0,
+    )
 
 
 def soft_target(

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# More than the logarithm of any two probabilities' ratio of which the smaller one counts.
+_FAR = 200.0
+
 
 class Sides(NamedTuple):
     """Rows of classes, and what is known of each of them.
@@ -22,6 +25,7 @@ class Sides(NamedTuple):
     q: Callable[[], Tensor]
     lift: Tensor | float
     unit: float
+    beta: float
 
     @property
     def p(self) -> Tensor:
@@ -36,7 +40,8 @@ class Sides(NamedTuple):
 class Divergence(NamedTuple):
     """`rows` is the divergence of each row, differentiable; `slopes` what it gains by p.
 
-    The slopes of a class may lack what is the same for all classes of a row.
+    Both are multiplied by the sides' unit. The slopes of a class may lack what is the same for all
+    classes of a row.
     """
 
     rows: Callable[[Sides], Tensor]
@@ -47,17 +52,9 @@ def _forward_kl(sides: Sides) -> Tensor:
     """`sum(p * log(p / q))`."""
     ratio, p = _forward_kl_slopes(sides), sides.p
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
-    infinite = (ratio == torch.inf) & (p == 0)
-    rows = torch.zeros_like(p).masked_fill(infinite, torch.inf).sum(-1)
+    rows = _infinite(ratio, p)
     for share, weight in zip(sides.shares, sides.weights, strict=True):
-        counted = ratio.masked_fill(share == 0, 0)
-        # The sum of a teacher's share is constant, so its mean may be taken off the ratio: what is
-        # left in backward are the differences that its gradient consists of, and no larger terms
-        # that cancel.
-        with torch.no_grad():
-            mean = (share * counted).sum(-1, keepdim=True) / (weight * sides.lift)
-            mean = mean.masked_fill(~mean.isfinite(), 0)
-        rows = rows + (share * (counted - mean)).sum(-1) + weight * sides.lift * mean.squeeze(-1)
+        rows = rows + _weighed(share, ratio, weight * sides.lift)
     return rows
 
 
@@ -66,4 +63,119 @@ def _forward_kl_slopes(sides: Sides) -> Tensor:
     return sides.log_ratio.masked_fill(sides.excluded, 0)
 
 
-DIVERGENCES = {"forward_kl": Divergence(_forward_kl, _forward_kl_slopes)}
+def _reverse_kl(sides: Sides) -> Tensor:
+    """`sum(q * log(q / p))`; a class that the student excludes contributes 0."""
+    ratio, q = (-sides.log_ratio).masked_fill(sides.student == -torch.inf, 0), sides.q()
+    return _infinite(ratio, q) + _weighed(q, ratio, sides.lift) + _nan_of(sides)
+
+
+def _reverse_kl_slopes(sides: Sides) -> Tensor:
+    """`-q / p`."""
+    return -(-_log_ratio(sides)).exp() * sides.unit
+
+
+def _nan_of(sides: Sides) -> Tensor:
+    """NaN, also as a gradient to both sides, of rows in which one holds NaN; 0 of the others."""
+    p, q = (x.sum(-1) / sides.lift for x in (sides.p, sides.q()))
+    return 0 * (p * q)
+
+
+def _infinite(ratio: Tensor, probability: Tensor) -> Tensor:
+    """Infinity of the rows with an infinite class whose probability is 0; 0 of the others."""
+    infinite = (ratio == torch.inf) & (probability == 0)
+    return torch.zeros_like(ratio).masked_fill(infinite, torch.inf).sum(-1)
+
+
+def _weighed(probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tensor:
+    """The sum of ratios, weighed by probabilities that have this total."""
+    counted = ratio.masked_fill(probability == 0, 0)
+    # The sum of probabilities is constant, so their mean may be taken off the ratio: what is left
+    # in backward are the differences that its gradient consists of, and no larger terms that
+    # cancel.
+    with torch.no_grad():
+        mean = (probability * counted).sum(-1, keepdim=True) / total
+        mean = mean.masked_fill(~mean.isfinite(), 0)
+    return (probability * (counted - mean)).sum(-1) + total * mean.squeeze(-1)
+
+
+def _log_ratio(sides: Sides) -> Tensor:
+    """`log(p / q)` that is finite, also where one side or both exclude a class."""
+    ratio, excluded = sides.log_ratio, sides.excluded
+    ratio = ratio.masked_fill(excluded & (sides.student > -torch.inf), -torch.inf)
+    both = excluded & (sides.student == -torch.inf)
+    return (ratio.masked_fill(both, 0) / sides.unit).clamp(-_FAR, _FAR)
+
+
+def _to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`log(p / m)` and `log(q / m)` with `m = beta * p + (1 - beta) * q`, of `log(p / q)`."""
+    p_is_larger = (log_ratio > 0).to(log_ratio.dtype)
+    q_is_larger = 1 - p_is_larger
+    # m over the larger one, from what the smaller one lacks of it: near p = q no digit is lost.
+    smaller = log_ratio * (q_is_larger - p_is_larger)
+    # Where expm1 is nearly -1 it has lost the digits of its derivative.
+    lacks = torch.where(smaller > -1, smaller.expm1(), smaller.exp() - 1)
+    lacks = (p_is_larger * (1 - beta) + q_is_larger * beta) * lacks
+    log_m = lacks.clamp(min=torch.finfo(lacks.dtype).eps - 1).log1p()
+    return q_is_larger * log_ratio - log_m, -p_is_larger * log_ratio - log_m
+
+
+def _jsd(sides: Sides) -> Tensor:
+    """`beta * KL(p, m) + (1 - beta) * KL(q, m)` with `m = beta * p + (1 - beta) * q`."""
+    of_p, of_q = _to_mixture(_log_ratio(sides), sides.beta)
+    classes = sides.beta * (sides.p * of_p) + (1 - sides.beta) * (sides.q() * of_q)
+    return classes.sum(-1) * sides.unit + _nan_of(sides)
+
+
+def _jsd_slopes(sides: Sides) -> Tensor:
+    return sides.beta * _to_mixture(_log_ratio(sides), sides.beta)[0] * sides.unit
+
+
+def _tvd(sides: Sides) -> Tensor:
+    """`sum(|p - q|) / 2`."""
+    return (sides.p - sides.q()).abs().sum(-1) * (sides.unit / 2) + _nan_of(sides)
+
+
+def _tvd_slopes(sides: Sides) -> Tensor:
+    return (sides.p - sides.q()).sign() * (sides.unit / 2)
+
+
+def _skew_kl(sides: Sides) -> Tensor:
+    """`KL(p, beta * p + (1 - beta) * q)`."""
+    of_p, _ = _to_mixture(_log_ratio(sides), sides.beta)
+    return _to_skewed(sides.p, of_p, sides.q(), sides)
+
+
+def _skew_kl_slopes(sides: Sides) -> Tensor:
+    of_p, of_q = _to_mixture(_log_ratio(sides), sides.beta)
+    return (of_p + (1 - sides.beta) * of_q.exp()) * sides.unit
+
+
+def _skew_reverse_kl(sides: Sides) -> Tensor:
+    """`KL(q, beta * q + (1 - beta) * p)`."""
+    of_q, _ = _to_mixture(-_log_ratio(sides), sides.beta)
+    return _to_skewed(sides.q(), of_q, sides.p, sides)
+
+
+def _skew_reverse_kl_slopes(sides: Sides) -> Tensor:
+    of_q, _ = _to_mixture(-_log_ratio(sides), sides.beta)
+    return (sides.beta - 1) * of_q.exp() * sides.unit
+
+
+def _to_skewed(of: Tensor, log_ratio: Tensor, other: Tensor, sides: Sides) -> Tensor:
+    """`KL(of, m)` of `log(of / m)`, with `m = beta * of + (1 - beta) * other`.
+
+    `of - m` is taken off, so that no class has a negative term. Its sum is 0, whatever the logits.
+    """
+    with torch.no_grad():
+        surplus = (1 - sides.beta) * (of - other)
+    return (of * log_ratio - surplus).sum(-1) * sides.unit + _nan_of(sides)
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(_forward_kl, _forward_kl_slopes),
+    "reverse_kl": Divergence(_reverse_kl, _reverse_kl_slopes),
+    "jsd": Divergence(_jsd, _jsd_slopes),
+    "tvd": Divergence(_tvd, _tvd_slopes),
+    "skew_kl": Divergence(_skew_kl, _skew_kl_slopes),
+    "skew_reverse_kl": Divergence(_skew_reverse_kl, _skew_reverse_kl_slopes),
+}

@@ -46,8 +46,7 @@ def log_sum(exponentials: Tensor) -> Tensor:
 def compared(
     student: Tensor,
     teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    temperature: float,
+    p: SoftTarget,
     lift: Tensor | None = None,
 ) -> Sides:
     """What divergences are made of; logarithms are multiplied by T, and scaled.
@@ -55,6 +54,7 @@ def compared(
     p is the mean of the teachers' probabilities, not of their logits.
     """
     log_lift = 0.0 if lift is None else lift.log()
+    weights, temperature = p.weights, p.temperature
     scale = temperature * LOGIT_SCALE
     maxima = [largest(t) for t in teachers]
     # The maximum goes first, because dividing large logits would round away their differences.
@@ -71,6 +71,8 @@ def compared(
         mean = torch.stack(shares).sum(0)
         # Where p underflows its logarithm is multiplied by 0, and must be finite.
         log_p = mean.masked_fill(mean == 0, 1).log() - log_lift
+        if p.divergence == "reverse_kl":  # which multiplies it by q
+            log_p = log_of_mean(mean, log_p, exponents, totals, weights)
         ratio = scale * (log_p + of_student) - x
     return Sides(
         student=student,
@@ -81,7 +83,28 @@ def compared(
         q=lambda: exp((student - top) / temperature - of_student + log_lift),
         lift=1.0 if lift is None else lift,
         unit=scale,
+        beta=p.beta,
     )
+
+
+def log_of_mean(
+    mean: Tensor,
+    log_mean: Tensor,
+    exponents: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    weights: Sequence[float],
+) -> Tensor:
+    """`log_mean`; where the mean underflows, by the teachers' own logarithms."""
+    terms = torch.stack(
+        [
+            z - total + as_tensor(weight, z.dtype, z.device).log()
+            for z, total, weight in zip(exponents, totals, weights, strict=True)
+        ]
+    )
+    excluded = (terms == -torch.inf).all(0)
+    underflows = mean < torch.finfo(mean.dtype).tiny
+    found = torch.where(underflows, terms.masked_fill(excluded, 0).logsumexp(0), log_mean)
+    return found.masked_fill(excluded, -torch.inf)
 
 
 def divergence_rows(
@@ -92,7 +115,7 @@ def divergence_rows(
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
-    sides = compared(student, teachers, p.weights, p.temperature, lift)
+    sides = compared(student, teachers, p, lift)
     return DIVERGENCES[p.divergence].rows(sides)
 
 
@@ -155,7 +178,7 @@ def teacher_gradients(
     factor = p.soft_weight / p.temperature * grad_output.to(student.dtype)[..., None] / divisor
     if labels is not None:
         factor = factor.masked_fill((labels == p.ignore_index)[..., None], 0)
-    sides = compared(student, logits, p.weights, p.temperature)
+    sides = compared(student, logits, p)
     slopes = DIVERGENCES[p.divergence].slopes(sides)
     factor = factor / sides.unit
 

@@ -24,6 +24,10 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
+    if facts.divergence != "forward_kl":
+        return Refusal(
+            f"fastkd has no Triton kernels for divergence={facts.divergence!r}", USE_REFERENCE
+        )
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
     if facts.obstacle is not None:

@@ -38,6 +38,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         label_smoothing=0.0,
         ignore_index=-100,
         divergence="forward_kl",
+        beta=0.5,
         reduction="batchmean",
         dim=dim,
         weights=(1 / len(teachers),) * len(teachers),

@@ -1,0 +1,56 @@
+// The pass between for divergences of probabilities: a row's exponentials are in cache and its sums
+// are known.
+#pragma once
+
+#include <limits>
+
+#include "logarithm.h"
+#include "soft_target.h"
+
+namespace fastkd::FASTKD_ISA {
+
+template <class A>
+struct LogOfShare {
+  vec_t<A> operator()(vec_t<A> x, vec_t<A> more) const { return log_of(x, more); }
+  // Of a mixture; 0 where both sides underflow.
+  static vec_t<A> inverse(vec_t<A> m) {
+    return m < std::numeric_limits<A>::min() ? vec_t<A>{} : A(1) / m;
+  }
+};
+
+template <class A>
+Shares<A> shares_of(const Arguments<A>& a) {
+  return {A(a.p.beta), A(1 - a.p.beta)};
+}
+
+// The divergence of a row, and the Σψ that its gradient takes.
+struct RowTerms {
+  double phi = 0, psi = 0;
+
+  // Scaled. Of a row without a class or with NaN on either side nothing else is to be seen.
+  double divergence(double student, double teacher) const {
+    return student > 0 && teacher > 0 ? (phi < 0 ? 0 : phi) * kLogitScale : NAN;
+  }
+  double mean(double student, double teacher) const {
+    return student > 0 && teacher > 0 ? psi : NAN;
+  }
+};
+
+// Of `n` exponentials, of which each factor makes probabilities; ψ takes the teacher's place.
+template <class T, class A>
+RowTerms add_terms(const Exponentials<A>& from, int n, A of_student, A of_teacher,
+                   Shares<A> shares) {
+  const Exponentials<A> of = from;
+  vec_t<A> phi = {}, psi = {};
+  over_vectors<A>(n, [&](int i, auto lanes) {
+    const vec_t<A> q = load_lanes<A>(of.student + i, lanes, A(0)) * of_student;
+    const vec_t<A> p = load_lanes<A>(of.kept + i, lanes, A(0)) * of_teacher;
+    const Terms<vec_t<A>> found = T::terms(p, q, shares, LogOfShare<A>{});
+    phi += found.phi;
+    psi += found.psi;
+    store(found.psi, of.kept + i);
+  });
+  return {sum<A>(phi), sum<A>(psi)};
+}
+
+}  // namespace fastkd::FASTKD_ISA
