@@ -6,9 +6,12 @@ import pytest
 import torch
 from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
 from divergences import BOUNDED, DIVERGENCES, FEW, HAVE_KERNELS, is_reverse_kl, name_of, sides
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkd
+from fastkd.facts import Facts
+from fastkd.kernels import cuda
 
 pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="no kernels of the compiled module's")
 
@@ -110,6 +113,28 @@ def test_who_refuses_what(kernel_backend):
     assert "several teachers" in answer.reasons[kernel_backend]
     with pytest.raises(fastkd.BackendUnavailableError, match="several teachers"):
         fastkd.soft_target_loss(*sides, divergence="jsd", beta=1, backend=kernel_backend)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl"])
+def test_cuda_refuses_what_it_has_no_kernels_for(name):
+    facts = Facts("soft_target_loss", "cuda:0", (torch.float32,) * 2, None, divergence=name)
+    refusal = cuda.refuse(None, facts)
+    assert f"no CUDA kernels for divergence={name!r}" in str(refusal)
+
+
+def test_a_schedule_of_beta_compiles_twice(backend):
+    torch._dynamo.reset()
+    student, teacher = logits(4, 10), logits(4, 10)
+    counter = CompileCounter()
+    compiled = torch.compile(fastkd.soft_target_loss, fullgraph=True, backend=counter)
+    keywords = {"divergence": "jsd", "backend": backend}
+    for beta in (0.1, 0.2, 0.3, 0.7):
+        actual = compiled(student, teacher, beta=beta, **keywords)
+        torch.testing.assert_close(
+            actual, fastkd.soft_target_loss(student, teacher, beta=beta, **keywords)
+        )
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 0]])

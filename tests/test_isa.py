@@ -20,6 +20,7 @@ from agreement import (
     points,
 )
 from conftest import BACKENDS
+from divergences import FEW, name_of, sides
 from layouts import channels_last, contiguous, cropped, sliced
 
 import fastkd
@@ -103,6 +104,18 @@ def test_ensembles(isa, dtype):
         check_distillation(
             student, teachers, labels, "native", teachers=False, label_smoothing=0.1, **keywords
         )
+
+
+@pytest.mark.parametrize("keywords", FEW, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergences(isa, dtype, keywords):
+    for size in SIZES[1::2]:
+        pair = sides(16, size, dtype, dtype, temperature=2.0)
+        check_soft_target(*pair, "native", temperature=2.0, **keywords)
+        labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
+        check_distillation(*pair, labels, "native", temperature=2.0, teachers=False, **keywords)
+        columns = [x.t().contiguous() for x in pair]
+        check_soft_target(*columns, "native", temperature=2.0, dim=0, **keywords)
 
 
 @pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])

@@ -24,9 +24,11 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
-    if facts.divergence != "forward_kl":
+    if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
         return Refusal(
-            f"fastkd has no Triton kernels for divergence={facts.divergence!r}", USE_REFERENCE
+            "fastkd has no Triton kernels for the reverse KL divergence from several teachers, "
+            "whose mean probabilities may underflow where their logarithm counts",
+            USE_REFERENCE,
         )
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)

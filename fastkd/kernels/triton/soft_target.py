@@ -37,6 +37,8 @@ from fastkd.kernels.triton.soft_target_rows import (
     first_pass,
     store_losses,
     store_statistics,
+    terms_in_blocks,
+    terms_of_rows,
 )
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, shift, whole
 from fastkd.kernels.triton.tiles import launch
@@ -65,6 +67,7 @@ def logits_forward(
     soft_weight: tl.float64,
     hard_weight: tl.float64,
     t2: tl.float64,
+    beta: tl.float64,  # of a divergence of mixtures
     ignore_index,
     rate: tl.float64,  # log₂(e) / T, of scaled logits
     soft: tl.float64,  # the factor of the divergence's gradient
@@ -87,6 +90,7 @@ def logits_forward(
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
     AT_ONCE: tl.constexpr,  # whether the last pass finds the divergence along with the gradient
+    NORMALIZES: tl.constexpr,  # whether the divergence is one of probabilities
 ):
     """Loss, statistics and gradient of a tile of rows.
 
@@ -117,17 +121,30 @@ def logits_forward(
         difference = divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         s_sum, t_sum, hard_sum, pivoted = es, et, eh, tl.where(column < classes, x, 0)
     else:
-        pivot, s_max, s_sum, hard_sum, pivoted, t_max, shares, t_sum, difference = first_pass(
+        pivot, s_max, s_sum, hard_sum, pivoted, t_max, weights, t_sum, difference = first_pass(
             *(s_at, t_ats, class_strides, counts, column, classes, mean, rate),
-            *(HAS_HARD, SMOOTHS, AT_ONCE, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE),
         )
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
     hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if HAS_HARD else s_sum
     outputs = losses, parts, sums, rows, row, is_row, counts
     kl, ce = tl.zeros_like(s_sum), tl.zeros_like(s_sum)
-    if not AT_ONCE:
+    shares = tl.full([1, 1], beta, COMPUTE), tl.full([1, 1], 1 - beta, COMPUTE)
+    outcome = kl  # what the gradient takes: the loss, or Σψ of a divergence of probabilities
+    if NORMALIZES:
+        # Probabilities need no sum.
+        t_sum = tl.full([1, 1], 1, COMPUTE) if SEVERAL else tl.sum(t_sum, 1, keep_dims=True)
+        if WHOLE:
+            kl, outcome = terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE)
+        else:
+            kl, outcome = terms_in_blocks(
+                *(s_at, t_ats, class_strides, counts, column, classes, s_max, t_max),
+                *(weights, s_sum, t_sum, rate, shares, DIVERGENCE),
+            )
+    elif not AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)
         kl = divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE)
+        outcome = kl / SCALE
     if labels is not None:
         at = s_at + label.to(tl.int64) * class_strides[0]
         ce = cross_entropy(
@@ -148,8 +165,8 @@ def logits_forward(
         # Probabilities need no sum.
         t_sum = tl.full([1, 1], 1, COMPUTE) if SEVERAL else t_sum
         of = factors(
-            *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl, unit),
-            *(HAS_HARD, DIVERGENCE),
+            *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, outcome),
+            *(unit, shares, HAS_HARD, DIVERGENCE),
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
         if WHOLE:
@@ -159,8 +176,9 @@ def logits_forward(
         else:
             seen = counts if SEVERAL else lives
             t_sum, difference = last_pass(
-                *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max, shares, rate),
-                *(mean, g_at, label, is_row, lives, of, HAS_HARD, DIVERGENCE),
+                *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
+                *(weights, rate, mean, g_at, label, is_row, lives, of),
+                *(HAS_HARD, DIVERGENCE),
             )
     if AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)
@@ -206,12 +224,13 @@ def soft_target_forward(
         student,
         *(student, tuple(teachers), gradient, labels, *of_rows, statistics, sums, kept),
         *(grad_output, mean_of_teachers(p.weights, rate)),
-        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature),
+        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta),
         *(ignore_index, rate, *others),
         () if grad_output is None else plan.upstream_strides,
         SMOOTHS=p.label_smoothing > 0,
         IN_PLACE=in_place,
         WHOLE=whole,
+        NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
         **constants(plan, labels, dtype, p),
     )

@@ -23,8 +23,9 @@ def factors(
     s_sum,
     t_sum,
     hard_sum,
-    kl,
+    found,
     unit,
+    shares,
     HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
@@ -36,7 +37,7 @@ def factors(
     of_label = tl.where(is_class | (hard * by == 0), hard * by, float("nan"))
     log_ratio, unit = tl.log2(s_sum / t_sum) * LN_2, unit * LN_2 / SCALE
     of_student, of_teacher = divergence.factors(
-        soft * by, s_sum, t_sum, kl / SCALE, log_ratio, unit, DIVERGENCE
+        soft * by, s_sum, t_sum, found, log_ratio, unit, shares, DIVERGENCE
     )
     of_hard = of_label / hard_sum
     if not HAS_HARD:
@@ -159,8 +160,8 @@ def logits_backward(
         by /= tl.maximum(tl.load(kept), 1)
     unit = rate * SCALE
     of = factors(
-        *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl, unit),
-        *(HAS_HARD, DIVERGENCE),
+        *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl / SCALE),
+        *(unit, None, HAS_HARD, DIVERGENCE),
     )
     for first in range(0, classes, CLASSES):
         k = first + column
@@ -175,7 +176,9 @@ def logits_backward(
         if to_teacher is not None:
             surplus = ((y - x) * unit + tl.log2(s_sum / t_sum) * SCALE) * LN_2 - kl
             of_student, of_teacher = soft * by / s_sum, soft * by / t_sum
-            g = divergence.to_teacher(es, et, of_student, of_teacher, surplus, DIVERGENCE)
+            g = divergence.to_teacher(
+                *(es, et, of_student, of_teacher, surplus, excluded, DIVERGENCE)
+            )
             g_at = to_teacher + locate(inner, outer, sizes, row_strides[3], UNIT)
-            g = tl.where(excluded | (soft == 0) | ~lives, 0, g)
+            g = tl.where((soft == 0) | ~lives, 0, g)
             store(g_at, k, class_strides[3], mask, g)

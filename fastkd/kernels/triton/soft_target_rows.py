@@ -5,9 +5,18 @@ import triton.language as tl
 
 from fastkd.kernels.triton import divergence
 from fastkd.kernels.triton.divergence import LN_2, SCALE
+from fastkd.kernels.triton.probabilities import probability_terms
 from fastkd.kernels.triton.reduction import weighted
+from fastkd.kernels.triton.rows import load
 from fastkd.kernels.triton.soft_target_gradient import STATISTICS, last_pass
-from fastkd.kernels.triton.softmax import in_blocks, normalisers, share_of, shift
+from fastkd.kernels.triton.softmax import (
+    exponentials,
+    in_blocks,
+    normalisers,
+    share_of,
+    shift,
+    target,
+)
 
 
 @triton.jit
@@ -18,6 +27,53 @@ def divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE: tl.co
     found = divergence.of_row(mean, tl.log2(s_sum / t_sum) * SCALE, DIVERGENCE)
     # Rounding may leave a tiny negative number.
     return tl.where(counts, tl.where(found < 0, 0, found * LN_2), 0)
+
+
+@triton.jit
+def terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE: tl.constexpr):
+    """A divergence of probabilities, scaled as the others are, and Σψ; of rows that are here."""
+    phi, psi = probability_terms(et * (1 / t_sum), es * (1 / s_sum), shares, DIVERGENCE)
+    return finish_terms(phi, psi, counts)
+
+
+@triton.jit
+def terms_in_blocks(
+    s_at,
+    t_ats,
+    strides,
+    counts,
+    column,
+    classes,
+    s_max,
+    maxima,
+    weights,
+    s_sum,
+    t_sum,
+    rate,
+    shares,
+    DIVERGENCE: tl.constexpr,
+):
+    """The same of rows of any length, whose sums are known."""
+    phi = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
+    psi = phi
+    # Backwards: what was read last may still be in the cache.
+    for block in range(tl.cdiv(classes, column.shape[1]) - 1, -1, -1):
+        k = block * column.shape[1] + column
+        mask = counts & (k < classes)
+        s = load(s_at, k, strides[0], mask, rate.dtype)
+        et, _, _ = target(t_ats, k, strides, mask, maxima, weights, rate)
+        _, es, _ = exponentials(s, s_max, rate)
+        found = probability_terms(et * (1 / t_sum), es * (1 / s_sum), shares, DIVERGENCE)
+        phi += found[0]
+        psi += found[1]
+    return finish_terms(phi, psi, counts)
+
+
+@triton.jit
+def finish_terms(phi, psi, counts):
+    """Sums over classes, scaled; rounding may leave a tiny negative number."""
+    found = tl.sum(phi, 1, keep_dims=True) * SCALE
+    return tl.where(counts, tl.where(found < 0, 0, found), 0), tl.sum(psi, 1, keep_dims=True)
 
 
 @triton.jit
@@ -81,6 +137,7 @@ def first_pass(
     HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    NORMALIZES: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """Of rows of any length the pivot, the student's normalisers, and what is of the teachers.
@@ -108,7 +165,7 @@ def first_pass(
             s_at, strides[0], counts, column, classes, pivot, rate, HAS_HARD, SMOOTHS
         )
         t_sum, difference = s_sum, s_sum
-        if not AT_ONCE:
+        if not AT_ONCE and not NORMALIZES:
             t_sum, difference = last_pass(
                 *(s_at, t_ats, strides, counts, column, classes, s_max, maxima, shares, rate),
                 *(mean, None, None, None, None, None, False, DIVERGENCE),

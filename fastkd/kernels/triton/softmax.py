@@ -193,7 +193,7 @@ def in_blocks(
         mass *= by
         apart = (shift(t_max) - shift(t_next)) - (shift(s_max) - shift(s_next))
         moved = difference * by + divergence.term(mass, mass, apart, DIVERGENCE)
-        difference = tl.where(difference == INFINITY, INFINITY, moved)
+        difference = tl.where(tl.abs(difference) == INFINITY, difference, moved)
         excluded = s == -INFINITY, t == -INFINITY
         difference += divergence.terms(es, et, y - x, *excluded, DIVERGENCE)
         if SMOOTHS:

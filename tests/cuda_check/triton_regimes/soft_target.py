@@ -51,6 +51,16 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
     def forward(*args: Any) -> Callable[[], None]:
         return functools.partial(soft_target.soft_target_forward, student, teachers, *args)
 
+    # The others than forward KL, of which several teachers have no reverse KL.
+    divergences = [
+        Regime(
+            name,
+            forward(None, scalar, None, None, gradient, soft._replace(divergence=name)),
+            Narrow(0, 3),
+        )
+        for name in ("jsd", "tvd", "skew_kl", "skew_reverse_kl", "reverse_kl")
+    ]
+
     def backward(upstream: Tensor, *args: Any) -> Callable[[], None]:
         return functools.partial(
             soft_target.soft_target_backward, upstream, student, teachers, *args
@@ -71,6 +81,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Regime(
                 "backward by row", backward(row, None, None, gradient, None, by_row), Narrow(1, 0)
             ),
+            *divergences[:-1],
         ]
     to_teacher = torch.empty_like(teachers[0])
     return [
@@ -95,6 +106,15 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             backward(scalar, labels, statistics, gradient, None, hard, True),
             Narrow(9, 0),
         ),
+        *divergences,
+        Regime(
+            "reverse_kl backward",
+            backward(
+                *(scalar, labels, statistics, gradient, to_teacher),
+                hard._replace(divergence="reverse_kl"),
+            ),
+            Narrow(9, 0),
+        ),
     ]
 
 
@@ -104,6 +124,8 @@ def _both(*shape: int, dtype: torch.dtype = float32) -> list[Tensor]:
 
 _USES = {"hard", "soft", "loss only", "by row", "backward", "backward by row", "in place"}
 
+_DIVERGENCES = {"jsd", "tvd", "skew_kl", "skew_reverse_kl", "reverse_kl", "reverse_kl backward"}
+
 _LOGITS_OF_3 = {
     (classes, dtype): [meta(512, classes, dtype=dtype)] * 3
     for classes in (10, 1000, 4096, 32000)
@@ -112,7 +134,7 @@ _LOGITS_OF_3 = {
 
 # A student and its teachers, the dimension of the classes, and the uses that are compiled.
 _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
-    "1,000 classes": (_both(512, 1000), 1, _USES),
+    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES),
     "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
         [meta(512, 1000, dtype=float16), meta(512, 1000)],
@@ -122,13 +144,17 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "4,096 classes": (_both(512, 4096), 1, {"hard", "soft"}),
     "4,096 classes, bfloat16": (_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
     "32,000 classes": (_both(512, 32000), 1, {"hard", "loss only"}),
-    "32,000 classes, bfloat16": (_both(512, 32000, dtype=bfloat16), 1, {"hard", "backward"}),
+    "32,000 classes, bfloat16": (
+        _both(512, 32000, dtype=bfloat16),
+        1,
+        {"hard", "backward"} | _DIVERGENCES,
+    ),
     "2,048 classes, float64": (_both(512, 2048, dtype=float64), 1, {"hard", "backward"}),
     "5,000 classes, float64": (_both(512, 5000, dtype=float64), 1, {"hard"}),
     "10 classes": (_both(512, 10), 1, {"hard", "backward"}),
     "33 classes, bfloat16": (_both(512, 33, dtype=bfloat16), 1, {"hard"}),
     "50,257 classes, bfloat16": (_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
-    "rows side by side": ([MAPS, MAPS], 1, {"hard", "soft", "backward"}),
+    "rows side by side": ([MAPS, MAPS], 1, {"hard", "soft", "backward", "jsd"}),
     "rows side by side, bfloat16": (_both(8, 150, 65, 65, dtype=bfloat16), 1, {"hard"}),
     "rows side by side and apart": ([MAPS, channels_last(MAPS)], 1, {"hard"}),
     "far apart": (
@@ -149,7 +175,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     ),
     "2 teachers, 4,096 classes": (_LOGITS_OF_3[4096, float32], 1, {"hard"}),
     "2 teachers, 4,096 classes, bfloat16": (_LOGITS_OF_3[4096, bfloat16], 1, {"hard"}),
-    "2 teachers, 32,000 classes": (_LOGITS_OF_3[32000, float32], 1, {"backward"}),
+    "2 teachers, 32,000 classes": (_LOGITS_OF_3[32000, float32], 1, {"backward", "jsd"}),
     "2 teachers, 32,000 classes, bfloat16": (
         _LOGITS_OF_3[32000, bfloat16],
         1,
