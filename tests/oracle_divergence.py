@@ -103,9 +103,11 @@ def reverse_kl_rows(log_p, logs, weights, log_q, scale, magnitudes):
     if len(logs) == 1:
         return rows, to_student, [p + q if magnitudes else p - q]
     to_teachers = []
-    for weight, log in zip(weights, logs, strict=True):
+    of_shares = [np.log(w) + log / scale for w, log in zip(weights, logs, strict=True)]
+    total = np.logaddexp.reduce(of_shares)
+    for log, of_share in zip(logs, of_shares, strict=True):
         # q times a teacher's part of the target, where both may underflow.
-        part = times(q, np.exp(np.log(weight) + (log - log_p) / scale))
+        part = times(q, np.exp(of_share - np.where(total == -np.inf, 0, total)))
         mean = np.exp(log / scale) * part.sum(-1, keepdims=True)
         to_teachers.append(mean + part if magnitudes else mean - part)
     return rows, to_student, to_teachers

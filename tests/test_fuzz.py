@@ -178,8 +178,8 @@ def test_soft_target_loss(backend, data):
     }
     keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
     keywords = odd_keywords(draw, keywords)
-    if not alone and is_reverse_kl(**keywords):
-        backend = "reference"  # alone has it of several teachers
+    if backend == "triton" and not alone and is_reverse_kl(**keywords):
+        backend = "reference"
     compare(
         lambda s, *t, **k: fastkd.soft_target_loss(s, t[0] if alone else t, **k), backend,
         [student, *teachers],

@@ -11,7 +11,10 @@ namespace {
 template <class D, class A>
 void forward_rows_of(const Arguments<A>& a, int threads) {
   const Rows& rows = a.rows;
-  if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row())
+  // Where the mean of teachers underflows its logarithm counts, or it does not.
+  const bool has_logits = a.teachers == 1 || D::kByTeacher;
+  if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row() &&
+      has_logits)
     return forward_columns<D>(a, threads);
   if (a.teachers > 1)
     return parallel_for(rows.count, threads,

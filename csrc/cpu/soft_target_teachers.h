@@ -11,6 +11,8 @@
 
 namespace fastkd::FASTKD_ISA {
 
+constexpr int kMostTeachers = 64;  // as in fastkd/losses/logits.py
+
 // A teacher's exponentials. Those of a class that it excludes are -0, which sums preserve only
 // where no teacher has anything else: so a class that all exclude is told from one that underflows.
 template <class A>
@@ -55,10 +57,29 @@ A maximum_of(const S* from, int n) {
   return max_of<A>(maximum);
 }
 
-// The maximum of a block's logits, and the sum of exponentials relative to it.
+// The maximum of logits of a block or a row, and the sum of exponentials relative to it.
 struct Part {
   double maximum, sum;
 };
+
+// T log u of one class, scaled, where u underflows and its logarithm counts: by the logarithms of
+// the teachers' own probabilities, of which `sums` has the rows'.
+template <class A>
+double logit_of(const Arguments<A>& a, const Part* sums, int64_t row, int64_t c) {
+  double highest = -INFINITY, total = 0;
+  for (int64_t m = 0; m < a.teachers; ++m) {
+    const Side& side = a.rows.sides[size_t(kTeacher + m)];
+    A logit;
+    gather(*side.tensor, a.rows.offset(side, row) + c * side.class_stride, 1, 1, &logit);
+    const double x = (double(logit) - sums[m].maximum) * a.rates.inverse +
+                     std::log(a.p.weights[size_t(m)] / sums[m].sum);
+    if (x == -INFINITY) continue;
+    const double both = x > highest ? x : highest;
+    total = total * std::exp(highest - both) + std::exp(x - both);
+    highest = both;
+  }
+  return (highest + std::log(total)) / a.rates.inverse * kLogitScale;
+}
 
 // The exponentials of a teacher's block take the place of the teacher's before, whose `share` goes
 // into the mean. `earlier` is how many came before: none, one, or more.
@@ -79,10 +100,10 @@ Part take_teacher(const S* from, int n, Exp<A> exp_soft, A share, const Exponent
 }
 
 // The student's block, when the last teacher's exponentials are in the student's place: `share` of
-// them completes the mean.
-template <class D, class A, class S>
+// them completes the mean. `exact(i)` is the logit of a class whose mean underflows.
+template <class D, class A, class S, class F>
 RowState<double> take_student(const S* from, int n, const Arguments<A>& a, A share,
-                              const Exponentials<A>& to) {
+                              const Exponentials<A>& to, const F& exact) {
   using vec = vec_t<A>;
   const A maximum = maximum_of<A>(from, n), by = shift(maximum);
   const Exp<A> exp_soft = a.exp_soft, exp_hard = a.exp_hard;
@@ -99,7 +120,14 @@ RowState<double> take_student(const S* from, int n, const Arguments<A>& a, A sha
     sum_e += es;
     vec kept = u;
     if (has_terms) {
-      const vec apart = logits_of<A>(u, temperature) - s;
+      vec y = logits_of<A>(u, temperature);
+      if constexpr (!D::kByTeacher) {
+        const auto low = u < std::numeric_limits<A>::min() * A(0x1p24);
+        if (fold(low, [](auto x, auto y) { return x | y; }))
+          for (int k = 0; k < All<A>::value && i + k < n; ++k)
+            if (low[k] && !std::signbit(u[k])) y[k] = A(exact(i + k));
+      }
+      const vec apart = y - s;
       kept = D::kept(es, u, apart);
       difference +=
           keep<A>(term_of<D>(es, kept, apart, logits == -INFINITY, excludes<A>(u)), lanes);
@@ -139,6 +167,7 @@ void mean_row(const Arguments<A>& a, int64_t row) {
 
   // What brings the exponentials of a teacher's block to its share in the mean.
   double maximum = 0, factor = 0;
+  Part teachers[D::kByTeacher ? 1 : kMostTeachers];
   const auto share = [&](int64_t b) {
     return A(factor * a.rates.soft(memory.teacher_max[b], maximum));
   };
@@ -155,13 +184,15 @@ void mean_row(const Arguments<A>& a, int64_t row) {
       highest = both;
       memory.teacher_max[b] = A(part.maximum);
     });
+    if constexpr (!D::kByTeacher) teachers[m] = {highest, total};
     maximum = highest;
     factor = a.p.weights[size_t(m)] / total;
   }
 
   RowState<double> sums{};
   over_blocks(a.rows.sides[kStudent], [&](int64_t b, const auto* from, int n) {
-    const RowState<double> found = take_student<D>(from, n, a, share(b), memory.block(b));
+    const auto exact = [&](int i) { return logit_of(a, teachers, row, b * memory.width + i); };
+    const RowState<double> found = take_student<D>(from, n, a, share(b), memory.block(b), exact);
     memory.student_max[b] = A(found.student_max);
     memory.teacher_max[b] = 0;
     if (b == 0)

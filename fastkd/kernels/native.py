@@ -24,15 +24,7 @@ def refuse(facts: Facts) -> Refusal | None:
             module,
             "Install a C++ compiler and reinstall fastkd; `python -m fastkd.info` tells more.",
         )
-    if device == "cuda":
-        return cuda.refuse(module, facts)
-    if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
-        return Refusal(
-            "the compiled module has no kernels for the reverse KL divergence from several "
-            "teachers, whose mean probabilities may underflow where their logarithm counts",
-            USE_REFERENCE,
-        )
-    return None
+    return None if device == "cpu" else cuda.refuse(module, facts)
 
 
 def soft_target_forward(

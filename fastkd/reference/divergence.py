@@ -21,6 +21,7 @@ class Sides(NamedTuple):
     teachers: Sequence[Tensor]
     log_ratio: Tensor  # NaN where both sides exclude a class
     shares: Sequence[Tensor]  # of each teacher in p, whose weights these have for sums
+    log_parts: Callable[[], Sequence[Tensor]]  # of what each share is of p
     weights: Sequence[float]
     q: Callable[[], Tensor]
     lift: Tensor | float
@@ -38,14 +39,29 @@ class Sides(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """`rows` is the divergence of each row, differentiable; `slopes` what it gains by p.
+    """`rows` is the divergence of each row, differentiable, and `to_teachers` its gradients.
 
-    Both are multiplied by the sides' unit. The slopes of a class may lack what is the same for all
-    classes of a row.
+    Both are multiplied by the sides' unit, and the gradients by T.
     """
 
     rows: Callable[[Sides], Tensor]
-    slopes: Callable[[Sides], Tensor]
+    to_teachers: Callable[[Sides], Sequence[Tensor]]
+
+
+def _by_slopes(slopes: Callable[[Sides], Tensor]) -> Callable[[Sides], Sequence[Tensor]]:
+    """The teachers' gradients by what a divergence gains by p.
+
+    That may lack what is the same for all classes of a row.
+    """
+
+    def to_teachers(sides: Sides) -> Sequence[Tensor]:
+        found = slopes(sides)
+        return [
+            share * (found - (share * found).sum(-1, keepdim=True) / weight)
+            for share, weight in zip(sides.shares, sides.weights, strict=True)
+        ]
+
+    return to_teachers
 
 
 def _forward_kl(sides: Sides) -> Tensor:
@@ -69,9 +85,14 @@ def _reverse_kl(sides: Sides) -> Tensor:
     return _infinite(ratio, q) + _weighed(q, ratio, sides.lift) + _nan_of(sides)
 
 
-def _reverse_kl_slopes(sides: Sides) -> Tensor:
-    """`-q / p`."""
-    return -(-_log_ratio(sides)).exp() * sides.unit
+def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
+    """By `-q / p` times the shares, also where these underflow."""
+    q = sides.q() * -sides.unit
+    gains = [q * part.exp().masked_fill(sides.excluded, 0) for part in sides.log_parts()]
+    return [
+        gain - share * (gain.sum(-1, keepdim=True) / weight)
+        for gain, share, weight in zip(gains, sides.shares, sides.weights, strict=True)
+    ]
 
 
 def _nan_of(sides: Sides) -> Tensor:
@@ -172,10 +193,10 @@ def _to_skewed(of: Tensor, log_ratio: Tensor, other: Tensor, sides: Sides) -> Te
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(_forward_kl, _forward_kl_slopes),
-    "reverse_kl": Divergence(_reverse_kl, _reverse_kl_slopes),
-    "jsd": Divergence(_jsd, _jsd_slopes),
-    "tvd": Divergence(_tvd, _tvd_slopes),
-    "skew_kl": Divergence(_skew_kl, _skew_kl_slopes),
-    "skew_reverse_kl": Divergence(_skew_reverse_kl, _skew_reverse_kl_slopes),
+    "forward_kl": Divergence(_forward_kl, _by_slopes(_forward_kl_slopes)),
+    "reverse_kl": Divergence(_reverse_kl, _reverse_kl_to_teachers),
+    "jsd": Divergence(_jsd, _by_slopes(_jsd_slopes)),
+    "tvd": Divergence(_tvd, _by_slopes(_tvd_slopes)),
+    "skew_kl": Divergence(_skew_kl, _by_slopes(_skew_kl_slopes)),
+    "skew_reverse_kl": Divergence(_skew_reverse_kl, _by_slopes(_skew_reverse_kl_slopes)),
 }

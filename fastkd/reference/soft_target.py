@@ -63,6 +63,7 @@ def compared(
     shares = [exp(z - total + log_lift) for z, total in zip(exponents, totals, strict=True)]
     top = largest(student)
     x, of_student = shifted(student, top), log_sum(((student - top) / temperature).exp())
+    log_p = exponents[0] - totals[0]
     if len(teachers) == 1:
         # The difference of logits comes first: at a large T it is the smaller part of both.
         ratio = (shifted(teachers[0], maxima[0]) - x) + scale * (of_student - totals[0])
@@ -72,13 +73,14 @@ def compared(
         # Where p underflows its logarithm is multiplied by 0, and must be finite.
         log_p = mean.masked_fill(mean == 0, 1).log() - log_lift
         if p.divergence == "reverse_kl":  # which multiplies it by q
-            log_p = log_of_mean(mean, log_p, exponents, totals, weights)
+            log_p = log_of_mean(mean, log_p, log_shares(exponents, totals, weights))
         ratio = scale * (log_p + of_student) - x
     return Sides(
         student=student,
         teachers=teachers,
         log_ratio=ratio,
         shares=shares,
+        log_parts=lambda: [log - log_p for log in log_shares(exponents, totals, weights)],
         weights=weights,
         q=lambda: exp((student - top) / temperature - of_student + log_lift),
         lift=1.0 if lift is None else lift,
@@ -87,20 +89,19 @@ def compared(
     )
 
 
-def log_of_mean(
-    mean: Tensor,
-    log_mean: Tensor,
-    exponents: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    weights: Sequence[float],
-) -> Tensor:
-    """`log_mean`; where the mean underflows, by the teachers' own logarithms."""
-    terms = torch.stack(
-        [
-            z - total + as_tensor(weight, z.dtype, z.device).log()
-            for z, total, weight in zip(exponents, totals, weights, strict=True)
-        ]
-    )
+def log_shares(
+    exponents: Sequence[Tensor], totals: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
+    """Of each teacher's weighted probabilities."""
+    return [
+        z - total + as_tensor(weight, z.dtype, z.device).log()
+        for z, total, weight in zip(exponents, totals, weights, strict=True)
+    ]
+
+
+def log_of_mean(mean: Tensor, log_mean: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """`log_mean`; where the mean underflows, of the shares' logarithms."""
+    terms = torch.stack([*shares])
     excluded = (terms == -torch.inf).all(0)
     underflows = mean < torch.finfo(mean.dtype).tiny
     found = torch.where(underflows, terms.masked_fill(excluded, 0).logsumexp(0), log_mean)
@@ -168,8 +169,7 @@ def teacher_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the teachers that want one, for kernels that leave them to torch.
 
-    With slopes r and `p_m` one teacher's probabilities it is `w_m/T p_m (r - sum(p_m r))`, as of a
-    loss with one teacher.
+    With slopes r and `p_m` one teacher's probabilities it is `w_m/T p_m (r - sum(p_m r))`.
     """
     wanting = list(zip(teachers, wanted, strict=True))
     if p.soft_weight == 0 or not any(wanted):
@@ -179,14 +179,9 @@ def teacher_gradients(
     if labels is not None:
         factor = factor.masked_fill((labels == p.ignore_index)[..., None], 0)
     sides = compared(student, logits, p)
-    slopes = DIVERGENCES[p.divergence].slopes(sides)
     factor = factor / sides.unit
-
-    def gradient(teacher: Tensor, share: Tensor, weight: float) -> Tensor:
-        found = share * (slopes - (share * slopes).sum(-1, keepdim=True) / weight)
-        return (factor * found).movedim(-1, p.dim).to(teacher.dtype)
-
+    gradients = DIVERGENCES[p.divergence].to_teachers(sides)
     return [
-        gradient(teacher, share, weight) if want else None
-        for (teacher, want), share, weight in zip(wanting, sides.shares, p.weights, strict=True)
+        (factor * gradient).movedim(-1, p.dim).to(teacher.dtype) if want else None
+        for (teacher, want), gradient in zip(wanting, gradients, strict=True)
     ]
