@@ -121,10 +121,10 @@ def _weighed(probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tenso
 
 def _log_ratio(sides: Sides) -> Tensor:
     """`log(p / q)` that is finite, also where one side or both exclude a class."""
-    ratio, excluded = sides.log_ratio, sides.excluded
-    ratio = ratio.masked_fill(excluded & (sides.student > -torch.inf), -torch.inf)
-    both = excluded & (sides.student == -torch.inf)
-    return (ratio.masked_fill(both, 0) / sides.unit).clamp(-_FAR, _FAR)
+    # Where the mean of several teachers underflows there is no logarithm of it.
+    no_p, no_q = sides.p == 0, sides.student == -torch.inf
+    ratio = sides.log_ratio.masked_fill(no_p & ~no_q, -torch.inf).masked_fill(no_p & no_q, 0)
+    return (ratio / sides.unit).clamp(-_FAR, _FAR)
 
 
 def _to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
