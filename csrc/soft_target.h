@@ -15,6 +15,7 @@ struct SoftTargetParameters {
   double hard_weight;
   double label_smoothing;
   int64_t ignore_index;
+  bool labels_are_classes;  // or they only tell which rows count
   Divergence divergence;
   double beta;  // of the divergences of mixtures
   Reduction reduction;
@@ -26,9 +27,10 @@ struct SoftTargetParameters {
     return std::make_tuple(
         field("temperature", &P::temperature), field("soft_weight", &P::soft_weight),
         field("hard_weight", &P::hard_weight), field("label_smoothing", &P::label_smoothing),
-        field("ignore_index", &P::ignore_index), field("divergence", &P::divergence),
-        field("beta", &P::beta),
-        field("reduction", &P::reduction), field("dim", &P::dim), field("weights", &P::weights));
+        field("ignore_index", &P::ignore_index),
+        field("labels_are_classes", &P::labels_are_classes), field("divergence", &P::divergence),
+        field("beta", &P::beta), field("reduction", &P::reduction), field("dim", &P::dim),
+        field("weights", &P::weights));
   }
 };
 

@@ -21,7 +21,7 @@ class SoftTarget(NamedTuple):
 
     `soft_weight` holds T² where that is wanted. `beta` is that of a divergence which mixes both
     sides, and never one at which it is another divergence. `weights` are the teachers', and sum to
-    1.
+    1. Labels are classes, or only tell which rows count.
     """
 
     temperature: float
@@ -29,6 +29,7 @@ class SoftTarget(NamedTuple):
     hard_weight: float
     label_smoothing: float
     ignore_index: int
+    labels_are_classes: bool
     divergence: str
     beta: float
     reduction: str

@@ -132,9 +132,9 @@ def edge_labels(rows, classes, phase=0):
     return chosen
 
 
-def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, **_):
+def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, mask=None, **_):
     """T² of each row, reduced as the loss is: what a row's loss is rounded against."""
-    rows = math.prod(shape) / shape[dim]
+    rows = math.prod(shape) / shape[dim] if mask is None else max(mask.sum().item(), 1)
     per_row = temperature**2 if scale_t2 else 1.0
     return per_row * {"sum": rows, "mean": 1 / shape[dim]}.get(reduction, 1)
 

@@ -94,20 +94,26 @@ def _ensemble(student, teachers, weights, dim):
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def soft_target(
     student, teachers, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
-    dim=-1, divergence="forward_kl", beta=0.5, teacher_weights=None, magnitudes=False,
+    dim=-1, divergence="forward_kl", beta=0.5, mask=None, teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
     """Takes a teacher or a list of them; the gradients are the student's, then all teachers'."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
-    rows, to_student, to_teachers = divergence_rows(
-        student, teachers, weights, temperature, magnitudes, divergence, beta
-    )
+    kept = np.ones(student.shape[:-1], dtype=bool) if mask is None else np.asarray(mask)
+    rows, *found = divergence_rows(
+        student[kept], [t[kept] for t in teachers], weights, temperature, magnitudes, divergence,
+        beta,
+    )  # fmt: skip
     weight = temperature if scale_t2 else 1 / temperature
-    divisor = {"none": 1, "sum": 1, "batchmean": rows.size, "mean": student.size}[reduction]
-    weight = weight / max(divisor, 1)
-    upstream = np.broadcast_to(grad_output, rows.shape)[..., None] * weight
-    rows = rows * weight
-    loss = rows / SCALE if reduction == "none" else np.sum(rows) / SCALE
-    gradients = [upstream * g / SCALE for g in (to_student, *to_teachers)]
+    count = kept.sum()
+    divisor = {"none": 1, "sum": 1, "batchmean": count, "mean": count * student.shape[-1]}
+    weight = weight / max(divisor[reduction], 1)
+    upstream = np.broadcast_to(grad_output, kept.shape)[kept][..., None] * weight
+    losses = np.zeros(kept.shape)
+    losses[kept] = rows * weight
+    loss = losses / SCALE if reduction == "none" else np.sum(losses) / SCALE
+    gradients = [np.zeros_like(x) for x in (student, *teachers)]
+    for gradient, of_kept in zip(gradients, (found[0], *found[1]), strict=True):
+        gradient[kept] = upstream * of_kept / SCALE
     return loss, [np.moveaxis(g, -1, dim) for g in gradients]
 
 

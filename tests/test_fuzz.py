@@ -183,6 +183,10 @@ def test_soft_target_loss(backend, data):
         "teacher_weights": draw(weights),
     }
     keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
+    if shape and draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        rows = np.delete(shape, keywords["dim"])
+        keywords["mask"] = torch.as_tensor(rng.random(rows) < draw(st.sampled_from([0.7, 0.1])))
     keywords = odd_keywords(draw, keywords)
     if backend == "triton" and not alone and is_reverse_kl(**keywords):
         backend = "reference"

@@ -305,6 +305,7 @@ def test_labels_that_are_no_class(classes, wrong, dim):
         hard_weight=0.5,
         label_smoothing=0.1,
         ignore_index=-100,
+        labels_are_classes=True,
         divergence="forward_kl",
         beta=0.5,
         reduction="none",

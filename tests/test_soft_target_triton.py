@@ -34,6 +34,7 @@ SUM = SoftTarget(
     hard_weight=0.0,
     label_smoothing=0.0,
     ignore_index=-100,
+    labels_are_classes=True,
     divergence="forward_kl",
     beta=0.5,
     reduction="sum",

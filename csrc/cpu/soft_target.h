@@ -64,7 +64,8 @@ struct Arguments {
         exp_hard(1 / kLogitScale),
         raw_exp_soft(1 / p.temperature),
         raw_exp_hard(1),
-        rates{exp_soft.rate * kLogitScale, labels != nullptr && p.temperature != 1} {
+        rates{exp_soft.rate * kLogitScale,
+              labels != nullptr && p.labels_are_classes && p.temperature != 1} {
     divisor = p.reduction == Reduction::batchmean ? double(of.kept)
               : p.reduction == Reduction::mean    ? double(of.kept) * double(classes)
                                                   : 1;

@@ -36,6 +36,7 @@ struct Call {
   Axis axis[kMaxDims];
   const int64_t* labels;  // one a row, or absent
   int64_t ignore_index;
+  bool labels_are_classes;
   Reduction reduction;
   Divergence divergence;
   double temperature, soft_weight, hard_weight, smoothing;
@@ -55,7 +56,9 @@ struct Call {
   constexpr bool sums_losses() const { return reduction != Reduction::none && loss != nullptr; }
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
   // Whether temperature 1 has exponentials of its own.
-  constexpr bool has_hard() const { return labels != nullptr && temperature != 1; }
+  constexpr bool has_hard() const {
+    return labels != nullptr && labels_are_classes && temperature != 1;
+  }
 };
 
 // exp2, within 2 ulp; what would leave float's normal range is 0.

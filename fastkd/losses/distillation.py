@@ -44,6 +44,7 @@ def distillation_loss(
     dim: int = ...,
     divergence: str = ...,
     beta: float = ...,
+    mask: Tensor | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -65,6 +66,7 @@ def distillation_loss(
     dim: int = ...,
     divergence: str = ...,
     beta: float = ...,
+    mask: Tensor | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -86,6 +88,7 @@ def distillation_loss(
     dim: int = -1,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    mask: Tensor | None = None,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -132,6 +135,8 @@ def distillation_loss(
         beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
             KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
             at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
+        mask: booleans of the labels' shape. A row of False is a row whose label is `ignore_index`,
+            whatever its label is. Default: None.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -179,6 +184,9 @@ def distillation_loss(
     ignore_index = checks.integer("ignore_index", ignore_index)
     _check_reduction(reduction)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
+    if mask is not None:
+        logits.check_mask(student_logits, mask, axis)
+        labels = labels.masked_fill(~mask, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
     tensors = student_logits, *teachers
     chosen = select("distillation_loss", tensors, backend, (labels,), divergence)
@@ -191,6 +199,7 @@ def distillation_loss(
         hard_weight=hard_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        labels_are_classes=True,
         divergence=divergence,
         beta=beta,
         reduction=reduction,

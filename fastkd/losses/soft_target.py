@@ -25,6 +25,7 @@ def soft_target_loss(
     dim: int = -1,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    mask: Tensor | None = None,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -62,6 +63,9 @@ def soft_target_loss(
         beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
             KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
             at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
+        mask: booleans of the rows' shape, that of the logits without `dim`: a row of False has no
+            loss and a gradient of 0, is not counted, and is not read, so that it may hold NaN.
+            Default: None, every row counts.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -102,13 +106,16 @@ def soft_target_loss(
     divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    chosen = select("soft_target_loss", (student_logits, *teachers), backend, (), divergence)
+    marks = None if mask is None else logits.marks_of(student_logits, mask, axis)
+    tensors = student_logits, *teachers
+    chosen = select("soft_target_loss", tensors, backend, (marks,), divergence)
     parameters = SoftTarget(
         temperature=temperature,
         soft_weight=temperature * temperature if scale_t2 else 1.0,
         hard_weight=0.0,
         label_smoothing=0.0,
-        ignore_index=-100,
+        ignore_index=logits.MASKED,
+        labels_are_classes=False,
         divergence=divergence,
         beta=beta,
         reduction=reduction,
@@ -117,7 +124,7 @@ def soft_target_loss(
         backend=chosen,
     )
     if chosen == "reference":
-        loss = reference.soft_target_loss(student_logits, teachers, parameters)
+        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
     else:
-        (loss,) = soft_target(student_logits, teachers, None, parameters)
+        (loss,) = soft_target(student_logits, teachers, marks, parameters)
     return logits.tied(loss, unused)

@@ -55,9 +55,15 @@ class SoftTargetLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | Iterable[Tensor]) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Iterable[Tensor],
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """See `fastkd.soft_target_loss`."""
-        return soft_target_loss(student_logits, teacher_logits, **self._keywords())
+        return soft_target_loss(student_logits, teacher_logits, mask=mask, **self._keywords())
 
 
 class DistillationLoss(Loss):
@@ -114,10 +120,17 @@ class DistillationLoss(Loss):
         )
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | Iterable[Tensor], labels: Tensor
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Iterable[Tensor],
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
-        return distillation_loss(student_logits, teacher_logits, labels, **self._keywords())
+        return distillation_loss(
+            student_logits, teacher_logits, labels, mask=mask, **self._keywords()
+        )
 
 
 class AttentionTransferLoss(Loss):

@@ -144,9 +144,11 @@ def prepared(
     return student, others, (rows * of_row).clamp(min=1)
 
 
-def soft_target_loss(student: Tensor, teachers: Sequence[Tensor], p: SoftTarget) -> Tensor:
-    """`soft_weight * D(p, q)` of each row, reduced."""
-    student, teachers, divisor = prepared(student, teachers, None, p)
+def soft_target_loss(
+    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
+) -> Tensor:
+    """`soft_weight * D(p, q)` of each row that counts, reduced."""
+    student, teachers, divisor = prepared(student, teachers, labels, p)
     factor = p.soft_weight / p.temperature / divisor
     lift = lift_for(factor)
     # Divided before they are added up, because only the mean may be representable.

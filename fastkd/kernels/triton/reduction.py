@@ -146,7 +146,7 @@ def constants(
     """What kernels are compiled for."""
     return {
         "COMPUTE": COMPUTE[dtype],
-        "HAS_HARD": labels is not None and p.temperature != 1,
+        "HAS_HARD": labels is not None and p.labels_are_classes and p.temperature != 1,
         "DIVERGENCE": p.divergence,
         **plan.tile,
     }

@@ -37,6 +37,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=-100,
+        labels_are_classes=True,
         divergence="forward_kl",
         beta=0.5,
         reduction="batchmean",
