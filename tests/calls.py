@@ -18,6 +18,7 @@ _SAMPLES = {
         [
             {"reduction": "none"},
             {"teacher_weights": [1, 3]},
+            {"mask": [True, False, True, True]},
             {"divergence": "reverse_kl"},
             {"divergence": "jsd", "beta": 0.3},
             {"divergence": "skew_kl", "reduction": "none"},
@@ -33,6 +34,7 @@ _SAMPLES = {
             {"reduction": "sum"},
             {"reduction": "none"},
             {"reduction": "none", "teacher_weights": [1, 3]},
+            {"mask": [True, True, True, False], "reduction": "none"},
             {"divergence": "reverse_kl", "reduction": "none"},
             {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
             {"divergence": "tvd", "reduction": "sum"},
@@ -147,6 +149,8 @@ def variants(name, dtype=torch.float32):
         others = [other for other in others if "divergence" not in other]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
+        if "mask" in other:
+            other = {**other, "mask": torch.tensor(other["mask"])}
         if name == "fsp_loss":
             changed = pair(function)
         if "teacher_weights" in other:

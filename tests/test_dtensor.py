@@ -39,9 +39,9 @@ def placements(name):
 def compare(call, mesh, placement):
     leaves = [distribute_tensor(x, mesh, [placement]).requires_grad_() for x in call.tensors]
     keywords = dict(call.keywords)
-    if "labels" in keywords:
-        of_labels = Replicate() if placement == Shard(1) else placement
-        keywords["labels"] = distribute_tensor(keywords["labels"], mesh, [of_labels])
+    for name in {"labels", "mask"}.intersection(keywords):
+        of_rows = Replicate() if placement == Shard(1) else placement
+        keywords[name] = distribute_tensor(keywords[name], mesh, [of_rows])
     loss = call(*leaves, **keywords)
     loss.sum().backward()
     plain = call.leaves()

@@ -36,7 +36,9 @@ def test_every_module_is_tested():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_defaults_are_the_function_s(module):
-    assert keyword_defaults(module) == keyword_defaults(MODULES[module])
+    expected = keyword_defaults(MODULES[module])
+    expected.pop("mask", None)  # a tensor, which a call takes
+    assert keyword_defaults(module) == expected
 
 
 def test_the_defaults_of_hint_loss():

@@ -26,7 +26,12 @@ CHOICES = {
 
 def values(kind, draw):
     """Other ones for every field, so that none is taken for another."""
-    of_types = {float: lambda i: i + 0.5, int: lambda i: i, tuple[float, ...]: lambda i: (i, 0.25)}
+    of_types = {
+        bool: lambda _: draw % 2 == 1,
+        float: lambda i: i + 0.5,
+        int: lambda i: i,
+        tuple[float, ...]: lambda i: (i, 0.25),
+    }
     hints = inspect.get_annotations(kind, eval_str=True)
     for i, (name, hint) in enumerate(hints.items()):
         if hint is str:
@@ -83,7 +88,7 @@ def test_schemas_end_with_the_fields():
 
 
 def test_lists_of_the_dispatcher_become_tuples():
-    fields = [2.0, 1.0, 0.0, 0.0, -100, "forward_kl", 0.5, "sum", 1, [0.5, 0.5], "native"]
+    fields = [2.0, 1.0, 0.0, 0.0, -100, True, "jsd", 0.5, "sum", 1, [0.5, 0.5], "native"]
     p = parameters.from_schema(parameters.SoftTarget, fields)
     assert p.weights == (0.5, 0.5)
     assert hash(p)
