@@ -27,10 +27,9 @@ def to_mixture(ratio, beta):
 def derivatives(name, beta, ratio, magnitudes):
     """By q and by p, of a divergence's terms; with `magnitudes` those of what they are made of.
 
-    A quotient counts with what rounding may do to it, and a logarithm with what rounding may do to
-    its quotient: a ratio of probabilities is as precise as its logarithm is small.
+    A logarithm counts with what rounding may do to its quotient.
     """
-    one = magnitudes * (1 + np.minimum(np.abs(ratio), 1e4) / 8)
+    one = float(magnitudes)
     size, sign = (np.abs, one) if magnitudes else (np.array, -1)
     if name == "jsd":
         of_p, of_q = to_mixture(ratio, beta)
