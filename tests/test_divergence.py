@@ -13,7 +13,7 @@ import fastkd
 from fastkd.facts import Facts
 from fastkd.kernels import cuda, triton
 
-pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="no kernels of the compiled module's")
+pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="the CUDA kernels have forward KL alone")
 
 every_divergence = pytest.mark.parametrize("keywords", DIVERGENCES, ids=name_of)
 some_divergences = pytest.mark.parametrize("keywords", FEW, ids=name_of)
