@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits
+from fastkd.losses import checks, logits, rows
 from fastkd.ops.soft_target import soft_target
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
@@ -45,6 +45,7 @@ def distillation_loss(
     divergence: str = ...,
     beta: float = ...,
     mask: Tensor | None = ...,
+    normalizer: float | Tensor | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -67,6 +68,7 @@ def distillation_loss(
     divergence: str = ...,
     beta: float = ...,
     mask: Tensor | None = ...,
+    normalizer: float | Tensor | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -89,6 +91,7 @@ def distillation_loss(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -137,6 +140,10 @@ def distillation_loss(
             at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
         mask: booleans of the labels' shape. A row of False is a row whose label is `ignore_index`,
             whatever its label is. Default: None.
+        normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
+            number of rows in `"batchmean"`: the tokens of all accumulated batches, or of all ranks.
+            A tensor is not waited for, gets no gradient, and costs a pass over the student's
+            gradient in backward. Default: None, the rows that count.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -183,9 +190,10 @@ def distillation_loss(
     return_parts = checks.flag("return_parts", return_parts)
     ignore_index = checks.integer("ignore_index", ignore_index)
     _check_reduction(reduction)
+    divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
     if mask is not None:
-        logits.check_mask(student_logits, mask, axis)
+        rows.check_mask(student_logits, mask, axis)
         labels = labels.masked_fill(~mask, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
     tensors = student_logits, *teachers
@@ -195,14 +203,14 @@ def distillation_loss(
         logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
     parameters = SoftTarget(
         temperature=temperature,
-        soft_weight=soft_weight * (temperature * temperature),
-        hard_weight=hard_weight,
+        soft_weight=soft_weight * (temperature * temperature) / divisor.number,
+        hard_weight=hard_weight / divisor.number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         labels_are_classes=True,
         divergence=divergence,
         beta=beta,
-        reduction=reduction,
+        reduction=divisor.reduction,
         dim=axis,
         weights=weights,
         backend=chosen,
@@ -211,8 +219,10 @@ def distillation_loss(
         loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
     else:
         loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)
-    loss = logits.tied(loss, unused)
-    return DistillationParts(loss, *parts) if return_parts else loss
+    loss = logits.tied(divisor.of(loss), unused)
+    if not return_parts:
+        return loss
+    return DistillationParts(loss, *map(divisor.of_part, parts))
 
 
 def _check_reduction(reduction: str) -> None:

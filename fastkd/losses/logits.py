@@ -13,7 +13,6 @@ from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
 
 _MOST_TEACHERS = 64
-MASKED = -1  # in place of the label of a row that does not count
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
 # Of the divergences of mixtures, what each is at a beta of 0 and of 1; None: its own formula.
 _ENDS: dict[str, tuple[str, str | None]] = {
@@ -179,27 +178,6 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
     if _has_values(wide) and too_large.any():
         raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
     return wide.masked_fill(too_large, -2 if ignore_index == -1 else -1)
-
-
-def check_mask(logits: Tensor, mask: Any, dim: int) -> None:
-    """It is booleans, one for each row."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must hold booleans, True for rows that count, got {mask.dtype}")
-    checks.same_device("student_logits", logits, "mask", mask)
-    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if mask.shape != rows:
-        raise ValueError(
-            f"mask must have the logits' shape without dim {dim}, {tuple(rows)}, "
-            f"got {tuple(mask.shape)}"
-        )
-
-
-def marks_of(logits: Tensor, mask: Any, dim: int) -> Tensor:
-    """Labels that tell which rows count, and nothing else: MASKED where they do not."""
-    check_mask(logits, mask, dim)
-    return mask.to(torch.int64) + MASKED
 
 
 def _fit_dim_1(logits: Tensor, labels: Tensor) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits
+from fastkd.losses import checks, logits, rows
 from fastkd.ops.soft_target import soft_target
 from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
@@ -26,6 +26,7 @@ def soft_target_loss(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -66,6 +67,10 @@ def soft_target_loss(
         mask: booleans of the rows' shape, that of the logits without `dim`: a row of False has no
             loss and a gradient of 0, is not counted, and is not read, so that it may hold NaN.
             Default: None, every row counts.
+        normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
+            number of rows in `"batchmean"` and `"mean"`: the tokens of all accumulated batches, or
+            of all ranks. A tensor is not waited for, gets no gradient, and costs a pass over the
+            student's gradient in backward. Default: None, the rows that count.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -106,19 +111,20 @@ def soft_target_loss(
     divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    marks = None if mask is None else logits.marks_of(student_logits, mask, axis)
+    divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
+    marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
     tensors = student_logits, *teachers
     chosen = select("soft_target_loss", tensors, backend, (marks,), divergence)
     parameters = SoftTarget(
         temperature=temperature,
-        soft_weight=temperature * temperature if scale_t2 else 1.0,
+        soft_weight=(temperature * temperature if scale_t2 else 1.0) / divisor.number,
         hard_weight=0.0,
         label_smoothing=0.0,
-        ignore_index=logits.MASKED,
+        ignore_index=rows.MASKED,
         labels_are_classes=False,
         divergence=divergence,
         beta=beta,
-        reduction=reduction,
+        reduction=divisor.reduction,
         dim=axis,
         weights=weights,
         backend=chosen,
@@ -127,4 +133,4 @@ def soft_target_loss(
         loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
     else:
         (loss,) = soft_target(student_logits, teachers, marks, parameters)
-    return logits.tied(loss, unused)
+    return logits.tied(divisor.of(loss), unused)

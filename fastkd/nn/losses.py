@@ -61,9 +61,12 @@ class SoftTargetLoss(Loss):
         teacher_logits: Tensor | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """See `fastkd.soft_target_loss`."""
-        return soft_target_loss(student_logits, teacher_logits, mask=mask, **self._keywords())
+        return soft_target_loss(
+            student_logits, teacher_logits, mask=mask, normalizer=normalizer, **self._keywords()
+        )
 
 
 class DistillationLoss(Loss):
@@ -126,10 +129,16 @@ class DistillationLoss(Loss):
         labels: Tensor,
         *,
         mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
         return distillation_loss(
-            student_logits, teacher_logits, labels, mask=mask, **self._keywords()
+            student_logits,
+            teacher_logits,
+            labels,
+            mask=mask,
+            normalizer=normalizer,
+            **self._keywords(),
         )
 
 
