@@ -42,7 +42,7 @@ class Plan {
     call.share = 1 / double(call.classes);
     call.labels = labels.as<int64_t>();
     call.ignore_index = p.ignore_index;
-    call.labels_are_classes = p.labels_are_classes;
+    call.has_hard = call.labels != nullptr && p.labels_are_classes && p.temperature != 1;
     call.reduction = p.reduction;
     call.divergence = p.divergence;
     call.temperature = p.temperature;

@@ -31,12 +31,12 @@ struct Call {
   bool is_dense;    // a row's classes are contiguous in every tensor,
   bool is_aligned;  // and every row begins where an access of 16 bytes may
   bool is_double;   // a tensor is of float64, and so is the arithmetic
+  bool has_hard;    // temperature 1 has exponentials of its own
   uint32_t rows;
   int axes;
   Axis axis[kMaxDims];
   const int64_t* labels;  // one a row, or absent
   int64_t ignore_index;
-  bool labels_are_classes;
   Reduction reduction;
   Divergence divergence;
   double temperature, soft_weight, hard_weight, smoothing;
@@ -55,10 +55,6 @@ struct Call {
   // Whether the losses of rows are added up.
   constexpr bool sums_losses() const { return reduction != Reduction::none && loss != nullptr; }
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
-  // Whether temperature 1 has exponentials of its own.
-  constexpr bool has_hard() const {
-    return labels != nullptr && labels_are_classes && temperature != 1;
-  }
 };
 
 // exp2, within 2 ulp; what would leave float's normal range is 0.
@@ -90,7 +86,7 @@ struct Rates {
   __device__ explicit Rates(const Call& call)
       : at_temperature(sizeof(A) == 8 ? A(kLog2E / call.temperature / kLogitScale) : A(call.rate)),
         at_one(A(kLog2E / kLogitScale)),
-        has_hard(call.has_hard()) {}
+        has_hard(call.has_hard) {}
 
   __device__ __forceinline__ A exp_soft(A x) const { return exp2_of(x * at_temperature); }
   __device__ __forceinline__ A exp_hard(A x) const { return exp2_of(x * at_one); }

@@ -177,7 +177,7 @@ template <class D, class S, class T>
 void launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Stream& stream) {
   constexpr auto kernel = soft_target_columns_kernel<D, S, T>;
   Grid grid{1, kThreads, kHeader<Shared>};
-  const size_t places = size_t(call.classes) * kWarp * sizeof(float) * (call.has_hard() ? 3 : 2);
+  const size_t places = size_t(call.classes) * kWarp * sizeof(float) * (call.has_hard ? 3 : 2);
   const int capacity = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream);
   const bool is_kept = grid.shared_bytes + places <= size_t(capacity);
   if (is_kept) grid.shared_bytes += places;

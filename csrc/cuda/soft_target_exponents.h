@@ -16,7 +16,7 @@ class Exponents {
 
   __device__ __forceinline__ Exponents(const Call& call, bool is_rounded)
       : is_rounded(is_rounded),
-        has_hard(call.has_hard()),
+        has_hard(call.has_hard),
         scaled_rate_(call.rate),
         inverse_(call.inverse) {}
 

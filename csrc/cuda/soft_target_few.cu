@@ -214,7 +214,7 @@ bool launch_vectors(const Call& call, const Scratch& scratch, const Stream& stre
   constexpr int N = kVector<S, T>;
   const int warps = int(std::min<int64_t>(call.rows, kWarps));
   Grid grid{(int64_t(call.rows) + warps - 1) / warps, warps * kWarp, kHeader<Shared>};
-  if (call.has_hard()) grid.shared_bytes += size_t(grid.threads) * V * N * sizeof(float);
+  if (call.has_hard) grid.shared_bytes += size_t(grid.threads) * V * N * sizeof(float);
   // More rows than these are better served by blocks that stay and fetch ahead.
   if (grid.blocks > std::min(resident_clusters(kernel, grid, stream), kMostBlocks)) return false;
   launch(kernel, grid, stream, call, scratch.tickets(call, stream));

@@ -58,7 +58,7 @@ struct LongPart {
     return {stages + ((V * kPlanes + v * kHard) * threads + thread) * kAccess, threads * kAccess};
   }
   static constexpr int planes(const Call& call) {
-    return V * (kPlanes + (call.has_hard() ? planes_of<float>(N) : 0));
+    return V * (kPlanes + (call.has_hard ? planes_of<float>(N) : 0));
   }
 
   // The warp's sum of a row's logits, which are in the first planes of its threads' stages, scaled.

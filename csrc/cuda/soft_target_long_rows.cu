@@ -56,9 +56,9 @@ struct LongRows {
       for (int k = 0; k < N; ++k)
         add_exponents<D>(own, fmaf(x[k], rates.rate(), -cs), fmaf(y[k], rates.rate(), -ct),
                          es[v * N + k], kept[v * N + k]);
-      if (rates.has_hard) own.hard += exponentials_at_one(x, part.of_hard(v));
+      if (call.has_hard) own.hard += exponentials_at_one(x, part.of_hard(v));
     }
-    add_over_lanes<kWarp>(own, rates.has_hard, false);
+    add_over_lanes<kWarp>(own, call.has_hard, false);
     own.student_max = shared.own_max[warp].x;
     own.teacher_max = shared.own_max[warp].y;
     return own;

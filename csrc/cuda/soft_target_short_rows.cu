@@ -172,7 +172,7 @@ bool launch_typed(D, S*, T*, const Call& call, const Scratch& scratch, const Str
   const auto attempt = [&](auto v) {
     constexpr int V = decltype(v)::value;
     return launch_short<Shared, typename Rows<D, S, T, V>::RowPart>(
-        soft_target_short_rows_kernel<D, S, T, V>, call, call, call.has_hard() ? 2 : 1, scratch,
+        soft_target_short_rows_kernel<D, S, T, V>, call, call, call.has_hard ? 2 : 1, scratch,
         stream);
   };
   return attempt(std::integral_constant<int, kFew / N>()) ||

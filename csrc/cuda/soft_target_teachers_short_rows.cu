@@ -188,7 +188,7 @@ template <class D, int V>
 bool launch_with(const MeanCall& of, const Scratch& scratch, const Stream& stream) {
   return launch_short<ShortShared, typename Rows<D, V>::RowPart>(
       soft_target_teachers_short_rows_kernel<D, V>, of, of.call,
-      kDepth + (of.call.has_hard() ? 1 : 0), scratch, stream);
+      kDepth + (of.call.has_hard ? 1 : 0), scratch, stream);
 }
 
 }  // namespace
