@@ -21,6 +21,7 @@ _ENDS: dict[str, tuple[str, str | None]] = {
     "skew_reverse_kl": ("reverse_kl", None),
 }
 _BETA = 0.5  # the default
+_DEFAULT = ("forward_kl", _BETA)
 _LEAST_BETA = 1e-30  # of which float32 holds a part of a probability
 _INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -73,6 +74,8 @@ def check_logits(
 
 def check_divergence(divergence: Any, beta: Any) -> tuple[str, float]:
     """The divergence and its beta; where that is 0 or 1, what the divergence is there."""
+    if type(divergence) is str and type(beta) is float and (divergence, beta) == _DEFAULT:
+        return _DEFAULT  # sooner than the checks would
     checks.choice("divergence", divergence, DIVERGENCES)
     beta = checks.number("beta", beta, at_least=0, at_most=1)
     if divergence not in _ENDS:

@@ -50,10 +50,13 @@ class Divisor(NamedTuple):
         return self.of(total if self.number == 1 else total / self.number)
 
 
+_COUNTED = {reduction: Divisor(reduction) for reduction in ("none", "sum", "mean", "batchmean")}
+
+
 def divisor_of(logits: Tensor, reduction: str, normalizer: Any, dim: int) -> Divisor:
     """Of a checked reduction. Without a normalizer the kernels count the rows themselves."""
     if normalizer is None:
-        return Divisor(reduction)
+        return _COUNTED[reduction]
     if reduction not in ("mean", "batchmean"):
         raise ValueError(
             "normalizer takes the place of the number of rows, by which "
