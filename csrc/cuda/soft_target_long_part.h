@@ -74,6 +74,22 @@ struct LongPart {
     });
     return warp_sum(sum * kLogitScale);
   }
+  // Sends a warp's state to all blocks of the row; `step` counts such calls.
+  __device__ __forceinline__ void send(LongShared& shared, const RowState<float>& own,
+                                       int step) const {
+    if constexpr (kIsCluster) {
+      if (thread == 0) shared.parts.expect(unsigned(warps * share.blocks), step);
+      if (lane < share.blocks)
+        shared.parts.send(own, unsigned(rank() * warps + warp), unsigned(lane), step);
+    } else {
+      if (lane == 0) shared.parts.messages[0][warp] = own;
+      __syncthreads();
+    }
+  }
+  // The states of all warps, when they are there.
+  __device__ __forceinline__ static const RowState<float>* receive(LongShared& shared, int step) {
+    return kIsCluster ? shared.parts.receive(step) : shared.parts.messages[0];
+  }
   // A row that does not count has no loss and no gradient.
   template <class S>
   __device__ __forceinline__ void write_ignored(uint32_t row, const Start<>& start) const {

@@ -81,24 +81,12 @@ struct LongRows {
     return sum;
   }
 
-  // Sends a warp's state to all blocks; `step` counts such calls.
-  __device__ __forceinline__ void send(const RowState<float>& own, int step) const {
-    if constexpr (kIsCluster) {
-      if (part.thread == 0) shared.parts.expect(unsigned(warps * share.blocks), step);
-      if (lane < share.blocks)
-        shared.parts.send(own, unsigned(part.rank() * warps + warp), unsigned(lane), step);
-    } else {
-      if (lane == 0) shared.parts.messages[0][warp] = own;
-      __syncthreads();
-    }
-  }
   // Puts the states of all warps together, and the factors of the row with them.
   __device__ __forceinline__ void collect(const QueuedRow& row, const Exponents& units, int step,
                                           int found) const {
     if (warp != 0) return;
     const int all = warps * share.blocks;
-    const RowState<float>* const parts =
-        kIsCluster ? shared.parts.receive(step) : shared.parts.messages[0];
+    const RowState<float>* const parts = part.receive(shared, step);
     const RowState<float> state = merged(parts, all, units);
     if (lane == 0) publish(state, units, row, found);
   }
@@ -169,7 +157,7 @@ struct LongRows {
       bool is_rounded = true;
       for (;;) {
         const int step = first_step + !is_rounded;
-        send(own, step);
+        part.send(shared, own, step);
         if (is_rounded) queue.look_ahead(index + 2);
         collect(row, Exponents(call, is_rounded), step, index);
         __syncthreads();

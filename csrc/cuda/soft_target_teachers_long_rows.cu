@@ -52,23 +52,11 @@ struct TeachersRows : TeachersTarget<kIsCluster, S, kVectors> {
     return own;
   }
 
-  // Sends a warp's state to all blocks, whose first warps put all of them together, and the factors
-  // of the row with them; `index` counts such calls.
-  __device__ __forceinline__ void send(const RowState<float>& own, int index) const {
-    if constexpr (kIsCluster) {
-      if (part.thread == 0) shared.parts.expect(unsigned(warps * share.blocks), index);
-      if (lane < share.blocks)
-        shared.parts.send(own, unsigned(part.rank() * warps + warp), unsigned(lane), index);
-    } else {
-      if (lane == 0) shared.parts.messages[0][warp] = own;
-      __syncthreads();
-    }
-  }
+  // Puts the states of all warps together, and the factors of the row with them.
   __device__ __forceinline__ void collect(const QueuedRow& row, int index) const {
     if (warp != 0) return;
     const int all = warps * share.blocks;
-    const RowState<float>* const parts =
-        kIsCluster ? shared.parts.receive(index) : shared.parts.messages[0];
+    const RowState<float>* const parts = part.receive(shared, index);
     RowState<float> state;
 #pragma unroll 1
     for (int i = lane; i < all; i += kWarp)
@@ -120,7 +108,7 @@ struct TeachersRows : TeachersTarget<kIsCluster, S, kVectors> {
       this->fetch_teacher(index + 1, 0);
       RowState<float> own = sums(s, es, p);
       own.logits = logits;
-      send(own, index);
+      part.send(shared, own, index);
       queue.look_ahead(index + 2);
       collect(row, index);
       __syncthreads();

@@ -88,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, its parts `(hard, T² KL)`, what backward needs of each row, and the gradient.
 
-    There are statistics of one teacher alone, and of the KL divergences.
+    There are statistics where there is one teacher and the divergence is a KL divergence.
     """
     outputs = _outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
     kernels(p.backend, "soft_target").soft_target_forward(student, teachers, labels, *outputs, p)
