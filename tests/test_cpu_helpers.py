@@ -102,7 +102,7 @@ class Case:
         self.arithmetic, self.in_double = arithmetic, arithmetic == torch.float64
         self.width = helpers.width(isa, self.in_double)
         self.streamed = helpers.streamed_bytes(isa, self.in_double, self.dtype)
-        self.drawn = {dtype: numbers(4000, dtype) for dtype in {arithmetic, storage}}
+        self.drawn = {dtype: numbers(4000, dtype) for dtype in dict.fromkeys((arithmetic, storage))}
         self.noise = torch.randint(256, (4 * GUARD + 8 * 256,), dtype=torch.uint8)
 
     def numbers(self, count, dtype):
