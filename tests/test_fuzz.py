@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import oracle
+import oracle_rows
 import pytest
 import thresholds
 import torch
@@ -100,6 +101,16 @@ def sometimes(draw, value, others):
 PAIR_WEIGHTS = st.none() | st.none() | st.lists(st.sampled_from([0, 0.5, -2]), max_size=3)
 
 
+def of_rows(draw, rows):
+    """Keywords that have a number for each row, and one about the classes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weights = torch.as_tensor(rng.integers(-1, 3, rows) / 2)
+    return {
+        "num_classes": draw(st.sampled_from([None, None, 1, 3])),
+        "row_weight": draw(st.sampled_from([None, None, weights])),
+    }
+
+
 def odd_keywords(draw, keywords):
     return {name: sometimes(draw, value, ODD) for name, value in keywords.items()}
 
@@ -187,6 +198,7 @@ def test_soft_target_loss(backend, data):
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         rows = np.delete(shape, keywords["dim"])
         keywords["mask"] = torch.as_tensor(rng.random(rows) < draw(st.sampled_from([0.7, 0.1])))
+        keywords |= of_rows(draw, rows)
     keywords = odd_keywords(draw, keywords)
     if backend == "triton" and not alone and is_reverse_kl(**keywords):
         backend = "reference"
@@ -194,7 +206,8 @@ def test_soft_target_loss(backend, data):
         lambda s, *t, **k: fastkd.soft_target_loss(s, t[0] if alone else t, **k), backend,
         [student, *teachers],
         lambda: without_infinite(
-            oracle.soft_target(array(student), [*map(array, teachers)], 2.0, **keywords), **keywords
+            oracle_rows.soft_target(array(student), [*map(array, teachers)], 2.0, **keywords),
+            **keywords,
         ),
         **keywords,
     )  # fmt: skip
@@ -225,12 +238,13 @@ def test_distillation_loss(backend, data):
         "ignore_index": draw(st.sampled_from([-100, -100, -100, 1])),
         "reduction": draw(st.sampled_from(["batchmean", "sum", "none", "mean"])),
         "dim": dim,
+        **of_rows(draw, rows),
     }
     keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
     keywords = odd_keywords(draw, keywords)
 
     def expected():
-        parts, gradients = oracle.distillation(
+        parts, gradients = oracle_rows.distillation(
             array(student), array(teacher), array(labels), 2.0, **keywords
         )
         return without_infinite((parts[0], gradients), **keywords)

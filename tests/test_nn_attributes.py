@@ -19,6 +19,7 @@ VALUES = {
     (nn.SoftTargetLoss, "scale_t2"): (False, "yes"),
     (nn.SoftTargetLoss, "reduction"): ("none", "average"),
     (nn.SoftTargetLoss, "dim"): (0, 2),
+    (nn.SoftTargetLoss, "num_classes"): (3, 5),
     (nn.SoftTargetLoss, "divergence"): ("reverse_kl", "kl"),
     (nn.SoftTargetLoss, "beta"): (0.9, 1.5),
     (nn.SoftTargetLoss, "teacher_weights"): ([1, 3], [1]),
@@ -29,6 +30,7 @@ VALUES = {
     (nn.DistillationLoss, "label_smoothing"): (0.25, 2),
     (nn.DistillationLoss, "reduction"): ("none", "mean"),
     (nn.DistillationLoss, "dim"): (0, -3),
+    (nn.DistillationLoss, "num_classes"): (3, 0),
     (nn.DistillationLoss, "divergence"): ("tvd", None),
     (nn.DistillationLoss, "beta"): (0.1, "0.5"),
     (nn.DistillationLoss, "teacher_weights"): ((2.0, 1.0), "12"),
@@ -81,7 +83,7 @@ def inputs_of(module, name):
     if module in (nn.SoftTargetLoss, nn.DistillationLoss):
         student, *teachers = (torch.randn(4, 4) for _ in range(3))
         teachers = teachers if name == "teacher_weights" else teachers[0]
-        labels = torch.tensor([0, 3, 2, 1])
+        labels = torch.tensor([0, 3, 2, 1]).clamp(max=2 if name == "num_classes" else 3)
         return (student, teachers, labels) if module is nn.DistillationLoss else (student, teachers)
     if module is nn.AttentionTransferLoss:
         smaller = 3 if name == "resize" else 5

@@ -27,6 +27,7 @@ class SoftTargetLoss(Loss):
     scale_t2: bool
     reduction: str
     dim: int
+    num_classes: int | None
     divergence: str
     beta: float
     teacher_weights: Iterable[float] | None
@@ -39,6 +40,7 @@ class SoftTargetLoss(Loss):
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
+        num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
         teacher_weights: Iterable[float] | None = None,
@@ -49,6 +51,7 @@ class SoftTargetLoss(Loss):
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
+            num_classes=num_classes,
             divergence=divergence,
             beta=beta,
             teacher_weights=teacher_weights,
@@ -61,11 +64,17 @@ class SoftTargetLoss(Loss):
         teacher_logits: Tensor | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """See `fastkd.soft_target_loss`."""
         return soft_target_loss(
-            student_logits, teacher_logits, mask=mask, normalizer=normalizer, **self._keywords()
+            student_logits,
+            teacher_logits,
+            mask=mask,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            **self._keywords(),
         )
 
 
@@ -85,6 +94,7 @@ class DistillationLoss(Loss):
     label_smoothing: float
     reduction: str
     dim: int
+    num_classes: int | None
     divergence: str
     beta: float
     teacher_weights: Iterable[float] | None
@@ -101,6 +111,7 @@ class DistillationLoss(Loss):
         label_smoothing: float = 0.0,
         reduction: str = "batchmean",
         dim: int = -1,
+        num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
         teacher_weights: Iterable[float] | None = None,
@@ -115,6 +126,7 @@ class DistillationLoss(Loss):
             label_smoothing=label_smoothing,
             reduction=reduction,
             dim=dim,
+            num_classes=num_classes,
             divergence=divergence,
             beta=beta,
             teacher_weights=teacher_weights,
@@ -129,6 +141,7 @@ class DistillationLoss(Loss):
         labels: Tensor,
         *,
         mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
@@ -137,6 +150,7 @@ class DistillationLoss(Loss):
             teacher_logits,
             labels,
             mask=mask,
+            row_weight=row_weight,
             normalizer=normalizer,
             **self._keywords(),
         )

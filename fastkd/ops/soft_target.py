@@ -47,6 +47,24 @@ _MIRRORED = {
 }
 
 
+def _existing(
+    p: SoftTarget, student: Tensor, teachers: Sequence[Tensor], *gradients: Tensor | None
+) -> tuple[Any, ...]:
+    """The same tensors without the classes that do not exist, where gradients become 0."""
+    count = p.num_classes
+    if count is None:
+        return student, teachers, *gradients
+
+    def existing(x: Tensor) -> Tensor:
+        return x.narrow(p.dim, 0, count)
+
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.narrow(p.dim, count, gradient.shape[p.dim] - count).zero_()
+    to = [None if gradient is None else existing(gradient) for gradient in gradients]
+    return existing(student), [existing(teacher) for teacher in teachers], *to
+
+
 def _outputs(
     student: Tensor,
     teachers: Sequence[Tensor],
@@ -91,7 +109,11 @@ def forward(
     There are statistics where there is one teacher and the divergence is a KL divergence.
     """
     outputs = _outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
-    kernels(p.backend, "soft_target").soft_target_forward(student, teachers, labels, *outputs, p)
+    *of_rows, gradient = outputs
+    student, teachers, gradient = _existing(p, student, teachers, gradient)
+    kernels(p.backend, "soft_target").soft_target_forward(
+        student, teachers, labels, *of_rows, gradient, p
+    )
     return outputs
 
 
@@ -128,10 +150,14 @@ def backward(
     p: SoftTarget,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the student and of its one teacher, computed from the inputs."""
-    inputs = grad_output, student, teachers, labels, statistics
-    to = _gradients(*inputs, to_student, to_teacher, p)
-    kernels(p.backend, "soft_target").soft_target_backward(*inputs, *to, p)
-    return to
+    found = _gradients(
+        grad_output, student, teachers, labels, statistics, to_student, to_teacher, p
+    )
+    student, teachers, *to = _existing(p, student, teachers, *found)
+    kernels(p.backend, "soft_target").soft_target_backward(
+        grad_output, student, teachers, labels, statistics, *to, p
+    )
+    return found
 
 
 @define(
@@ -154,8 +180,9 @@ def rescale(
 
     `in_place` says that `gradient` holds forward's, for a `grad_output` of 1.
     """
+    student, teachers, to = _existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output, student, teachers, labels, statistics, gradient, None, p, in_place
+        grad_output, student, teachers, labels, statistics, to, None, p, in_place
     )
 
 

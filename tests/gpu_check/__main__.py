@@ -51,7 +51,8 @@ TRAINING = "tests/test_train_step.py"
 # The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
 FUSED = {
     "attention": "attention",
-    "logits": "soft_target or distillation or divergence or mask or normalizer or extreme",
+    "logits": "soft_target or distillation or divergence or mask or normalizer or "
+    "row_weight or num_classes or extreme",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }
