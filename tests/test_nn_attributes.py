@@ -22,6 +22,7 @@ VALUES = {
     (nn.SoftTargetLoss, "num_classes"): (3, 5),
     (nn.SoftTargetLoss, "divergence"): ("reverse_kl", "kl"),
     (nn.SoftTargetLoss, "beta"): (0.9, 1.5),
+    (nn.SoftTargetLoss, "inplace"): (True, "yes"),
     (nn.SoftTargetLoss, "teacher_weights"): ([1, 3], [1]),
     (nn.DistillationLoss, "temperature"): (2.5, "4"),
     (nn.DistillationLoss, "soft_weight"): (0.25, None),
@@ -33,6 +34,7 @@ VALUES = {
     (nn.DistillationLoss, "num_classes"): (3, 0),
     (nn.DistillationLoss, "divergence"): ("tvd", None),
     (nn.DistillationLoss, "beta"): (0.1, "0.5"),
+    (nn.DistillationLoss, "inplace"): (True, 1),
     (nn.DistillationLoss, "teacher_weights"): ((2.0, 1.0), "12"),
     (nn.DistillationLoss, "return_parts"): (True, 1),
     (nn.AttentionTransferLoss, "kind"): ("max_pow", "min"),
@@ -130,7 +132,7 @@ def test_what_is_set_changes_the_next_call(module, name, value, wrong):
     assert f"{name}={value!r}" in repr(one)
     after = one(*inputs)
     assert_same(after, call(module, one, inputs))
-    if name in ("resize", "backend"):
+    if name in ("resize", "backend", "inplace"):
         return
     changed = type(before) is not type(after) or before.shape != after.shape
     assert changed or not torch.allclose(before, after)

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows
+from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target_inplace import soft_target_
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
 
@@ -48,6 +50,7 @@ def distillation_loss(
     mask: Tensor | None = ...,
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -73,6 +76,7 @@ def distillation_loss(
     mask: Tensor | None = ...,
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -98,6 +102,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    inplace: bool = False,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -161,6 +166,13 @@ def distillation_loss(
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
         return_parts: return a `DistillationParts` in place of the loss. Default: False.
+        inplace: write the student's gradient over the student's logits in forward, so that a step
+            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
+            raises in backward, a use without gradient reads the gradient. The logits must be no
+            leaf and no view, the teachers must not learn, and the loss must be one number of rows
+            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            multiplies them. Without a gradient to compute, and in compiled code, nothing is
+            overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -214,6 +226,7 @@ def distillation_loss(
     if row_weight is not None and not row_weight.requires_grad:
         labels = rows.skipping(labels, row_weight, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
+    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
     chosen = select("distillation_loss", tensors, backend, (labels, row_weight), divergence)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
@@ -235,7 +248,16 @@ def distillation_loss(
         num_classes=num_classes,
         backend=chosen,
     )
-    if chosen == "reference":
+    if in_place:
+        loss, *parts = soft_target_(
+            student_logits,
+            teachers,
+            labels,
+            parameters,
+            return_parts,
+            lambda student: reference.distillation_loss(student, teachers, labels, parameters),
+        )
+    elif chosen == "reference":
         loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
     else:
         loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)

@@ -7,7 +7,9 @@ from torch import Tensor
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows
+from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target_inplace import soft_target_
 from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
 
@@ -29,6 +31,7 @@ def soft_target_loss(
     mask: Tensor | None = None,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    inplace: bool = False,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -83,6 +86,13 @@ def soft_target_loss(
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
+        inplace: write the student's gradient over the student's logits in forward, so that a step
+            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
+            raises in backward, a use without gradient reads the gradient. The logits must be no
+            leaf and no view, the teachers must not learn, and the loss must be one number of rows
+            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            multiplies them. Without a gradient to compute, and in compiled code, nothing is
+            overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -127,6 +137,7 @@ def soft_target_loss(
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
         marks = rows.skipping(marks, row_weight, rows.MASKED)
+    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
     chosen = select("soft_target_loss", tensors, backend, (marks, row_weight), divergence)
     parameters = SoftTarget(
@@ -144,7 +155,16 @@ def soft_target_loss(
         num_classes=num_classes,
         backend=chosen,
     )
-    if chosen == "reference":
+    if in_place:
+        (loss,) = soft_target_(
+            student_logits,
+            teachers,
+            marks,
+            parameters,
+            False,
+            lambda student: [reference.soft_target_loss(student, teachers, marks, parameters)],
+        )
+    elif chosen == "reference":
         loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
     else:
         (loss,) = soft_target(student_logits, teachers, marks, parameters)

@@ -30,6 +30,7 @@ class SoftTargetLoss(Loss):
     num_classes: int | None
     divergence: str
     beta: float
+    inplace: bool
     teacher_weights: Iterable[float] | None
     backend: Backend | None
 
@@ -43,6 +44,7 @@ class SoftTargetLoss(Loss):
         num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
+        inplace: bool = False,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class SoftTargetLoss(Loss):
             num_classes=num_classes,
             divergence=divergence,
             beta=beta,
+            inplace=inplace,
             teacher_weights=teacher_weights,
             backend=backend,
         )
@@ -97,6 +100,7 @@ class DistillationLoss(Loss):
     num_classes: int | None
     divergence: str
     beta: float
+    inplace: bool
     teacher_weights: Iterable[float] | None
     return_parts: bool
     backend: Backend | None
@@ -114,6 +118,7 @@ class DistillationLoss(Loss):
         num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
+        inplace: bool = False,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
@@ -129,6 +134,7 @@ class DistillationLoss(Loss):
             num_classes=num_classes,
             divergence=divergence,
             beta=beta,
+            inplace=inplace,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,

@@ -47,7 +47,7 @@ _MIRRORED = {
 }
 
 
-def _existing(
+def existing(
     p: SoftTarget, student: Tensor, teachers: Sequence[Tensor], *gradients: Tensor | None
 ) -> tuple[Any, ...]:
     """The same tensors without the classes that do not exist, where gradients become 0."""
@@ -65,7 +65,7 @@ def _existing(
     return existing(student), [existing(teacher) for teacher in teachers], *to
 
 
-def _outputs(
+def outputs(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
@@ -74,6 +74,7 @@ def _outputs(
     with_gradient: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the loss, its parts, the statistics and the gradient, as far as they are wanted."""
     dtype = compute_dtype(student, *teachers)
     rows: Sequence[int] = ()
     if p.reduction == "none":
@@ -92,7 +93,7 @@ def _outputs(
     "soft_target_forward(Tensor student, Tensor[] teachers, Tensor? labels, bool with_parts, "
     f"bool with_statistics, bool with_gradient, {_PARAMETERS}) "
     "-> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
-    _outputs,
+    outputs,
     SoftTarget,
 )
 def forward(
@@ -108,13 +109,13 @@ def forward(
 
     There are statistics where there is one teacher and the divergence is a KL divergence.
     """
-    outputs = _outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
-    *of_rows, gradient = outputs
-    student, teachers, gradient = _existing(p, student, teachers, gradient)
+    found = outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
+    *of_rows, gradient = found
+    student, teachers, gradient = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_forward(
         student, teachers, labels, *of_rows, gradient, p
     )
-    return outputs
+    return found
 
 
 def _gradients(
@@ -153,7 +154,7 @@ def backward(
     found = _gradients(
         grad_output, student, teachers, labels, statistics, to_student, to_teacher, p
     )
-    student, teachers, *to = _existing(p, student, teachers, *found)
+    student, teachers, *to = existing(p, student, teachers, *found)
     kernels(p.backend, "soft_target").soft_target_backward(
         grad_output, student, teachers, labels, statistics, *to, p
     )
@@ -180,7 +181,7 @@ def rescale(
 
     `in_place` says that `gradient` holds forward's, for a `grad_output` of 1.
     """
-    student, teachers, to = _existing(p, student, teachers, gradient)
+    student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_backward(
         grad_output, student, teachers, labels, statistics, to, None, p, in_place
     )
