@@ -100,6 +100,9 @@ test-all: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run every test, also
 test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU and of the tools
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
+test-peers: .venv/native .venv/with-test,peers  ## Compare with TRL and Liger-Kernel, which it installs
+	$(BIN)/pytest tests/test_peers_*.py $(ARGS)
+
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
 	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)
 
@@ -214,5 +217,6 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(PIP) --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo compare test test-all test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \
-    lint format bench fuzz crashes coverage sanitize sanitize-cpu sanitize-cuda sanitize-fuzz clean
+.PHONY: help demo compare test test-all test-cpu test-triton test-cuda test-peers cuda-on-host \
+    cpu-helpers cuda-check gpu-check lint format bench fuzz crashes coverage sanitize sanitize-cpu \
+    sanitize-cuda sanitize-fuzz clean
