@@ -33,7 +33,8 @@ SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libas
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # What reaches every address that a CPU kernel may, and every branch of one.
 SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation divergence mask \
-    divergence_edges extreme_logits fsp fuzz hint isa rkd similarity soft_target soft_target_teachers)
+    divergence_edges extreme_logits fsp fuzz hint isa metrics metrics_edges rkd similarity \
+    soft_target soft_target_teachers)
 # $(call cmake,source folder,build folder,options) compiles what only tests use.
 cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \

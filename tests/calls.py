@@ -77,6 +77,9 @@ _SAMPLES = {
 # How many of the tensors are the student's, where it is not one.
 _STUDENTS = {"fsp_loss": 2}
 LOSSES = tuple(_SAMPLES)
+# A public function that is no loss, and has neither gradient nor module; tests/test_metrics.py and
+# its neighbours check it.
+METRICS = "distillation_metrics"
 # HintLoss aside, which is made with channels.
 MODULES = {
     fastkd.nn.SoftTargetLoss: fastkd.soft_target_loss,
@@ -169,11 +172,15 @@ def sample(name, dtype=torch.float32):
 
 
 def public_losses():
-    """The functions that take a backend, whether the table above has them or not."""
+    """The functions that take a backend, whether the table above has them or not.
+
+    Without the one that has no gradient.
+    """
     return sorted(
         name
         for name in fastkd.__all__
-        if inspect.isfunction(value := getattr(fastkd, name))
+        if name != METRICS
+        and inspect.isfunction(value := getattr(fastkd, name))
         and "backend" in inspect.signature(value).parameters
     )
 

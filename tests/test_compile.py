@@ -7,6 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fastkd
 from fastkd import operators
+from fastkd.ops import metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -164,8 +165,9 @@ def test_operators_pass_opcheck(kernel_backend, name):
 
 def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
-    # Only compiled code calls the product; tests/test_product.py checks it.
-    seen.add(torch.ops.fastkd.product.default)
+    # Only compiled code calls the product; tests/test_product.py checks it. What has no gradient
+    # is in tests/test_metrics_calls.py.
+    seen |= {torch.ops.fastkd.product.default, metrics.metrics.overload}
     assert seen == set(operators.OPERATORS.values())
 
 
