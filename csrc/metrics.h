@@ -49,18 +49,6 @@ struct MetricsState {
   // exponentials for the forward divergence, by the student's for the reverse one.
   A student_logits = 0, teacher_logits = 0, forward = 0, reverse = 0;
 
-  // Adds a class that either side may exclude, of scaled logits relative to the maxima.
-  FASTKD_ANYWHERE void add(A x, A y, A es, A et, A ratio) {
-    const bool student_excludes = x == A(-INFINITY), teacher_excludes = y == A(-INFINITY);
-    const A apart = y * ratio - x;
-    student += es;
-    teacher += et;
-    student_logits += student_excludes ? A(0) : es * x;
-    teacher_logits += teacher_excludes ? A(0) : et * y;
-    forward += term_of<ForwardKl>(es, et, apart, student_excludes, teacher_excludes);
-    reverse += term_of<ReverseKl>(es, et, apart, student_excludes, teacher_excludes);
-  }
-
   // Relative to other maxima, which are no smaller. `by_s` and `by_t` bring exponentials there.
   FASTKD_ANYWHERE void move(A to_student, A to_teacher, A by_s, A by_t, A ratio) {
     const A x = shift(student_max) - shift(to_student), y = shift(teacher_max) - shift(to_teacher);

@@ -166,7 +166,6 @@ def test_equal_sides(backend):
         assert (found.overlap <= 1).all()
         assert (found.forward_kl >= 0).all()
         assert (found.reverse_kl >= 0).all()
-        torch.testing.assert_close(found.student_entropy, found.teacher_entropy, rtol=0, atol=0)
 
 
 def test_many_rows(backend):

@@ -44,6 +44,7 @@ ON_THE_DEVICE = tuple(
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
+        *("metrics", "metrics_edges", "metrics_calls"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -51,7 +52,8 @@ TRAINING = "tests/test_train_step.py"
 # The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
 FUSED = {
     "attention": "attention",
-    "logits": "soft_target or distillation or divergence or mask or normalizer or extreme",
+    "logits": "soft_target or distillation or divergence or mask or normalizer or extreme "
+    "or metrics",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }
