@@ -119,7 +119,7 @@ def test_compile(backend, case, fresh_compiler):
 
 
 @pytest.mark.thorough
-def test_inductor(backend, fresh_compiler):
+def test_compile_with_inductor(backend, fresh_compiler):
     compiled = torch.compile(fastkd.distillation_metrics, fullgraph=True)
     torch.testing.assert_close(
         compiled(S, T, backend=backend), fastkd.distillation_metrics(S, T, backend=backend)

@@ -86,9 +86,8 @@ int64_t argmax_of(const S* from, int64_t n, double sum, A maximum, int64_t block
     if (found >= 0) return found;
   }
   const int64_t left = n - block;
-  const int64_t found = first_of<A>(from + block, left < width ? left : width,
-                                    [&](vec_t<A> x) { return x == maximum; });
-  return found < 0 ? 0 : block + found;
+  return block + first_of<A>(from + block, left < width ? left : width,
+                             [&](vec_t<A> x) { return x == maximum; });
 }
 
 // The sums of a block, whose exponentials are left in memory. Where `excludes` is false, and a side
