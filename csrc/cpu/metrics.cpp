@@ -15,6 +15,9 @@ namespace {
 
 enum { kStudent, kTeacher, kSides };
 
+// Bytes between the logits computed and those fetched: the next block.
+constexpr int64_t kAhead = 8192;
+
 // Both sides, contiguous.
 template <class S>
 struct Classes {
@@ -103,6 +106,8 @@ MetricsState<double> sums_of(const Classes<S>& block, A s_max, A t_max, const Ca
   const Classes<S> of = block;
   MetricsState<vec> sums{{}, {}, {}, {}, {}, {}, {}, {}};
   over_vectors<A>(of.size, [&](int64_t i, auto lanes) {
+    fetch(of.student + i, Simd<A>::width, kAhead);
+    fetch(of.teacher + i, Simd<A>::width, kAhead);
     const vec x = load_lanes<A>(of.student + i, lanes, A(-INFINITY)) * scale - s_shift;
     const vec y = load_lanes<A>(of.teacher + i, lanes, A(-INFINITY)) * scale - t_shift;
     const vec e = exp_student(x), p = exp_teacher(y), apart = y * ratio - x;
