@@ -41,6 +41,7 @@ struct Operator<void(const Place&, Arguments...)> {
 
 inline void bind_operators(pybind11::module_& m) {
   bind_parameters<SoftTargetParameters>(m, "SoftTarget");
+  bind_parameters<MetricsParameters>(m, "Metrics");
   bind_parameters<MapParameters>(m, "Map");
   bind_parameters<TransferParameters>(m, "Transfer");
   bind_parameters<HintParameters>(m, "Hint");
@@ -51,6 +52,7 @@ inline void bind_operators(pybind11::module_& m) {
   Operator<decltype(cpu::name)>::bind(m, #name, FASTKD_CPU(name), nullptr)
   FASTKD_BIND(soft_target_forward);
   FASTKD_BIND(soft_target_backward);
+  FASTKD_BIND(distillation_metrics);
   FASTKD_BIND(attention_map_forward);
   FASTKD_BIND(attention_transfer_forward);
   FASTKD_BIND(attention_backward);

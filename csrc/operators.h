@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "hint.h"
+#include "metrics.h"
 #include "place.h"
 #include "soft_target.h"
 

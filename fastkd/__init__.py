@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
     from fastkd.losses.hint import hint_loss
+    from fastkd.losses.metrics import DistillationMetrics, distillation_metrics
     from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
     from fastkd.losses.similarity import similarity_preserving_loss
     from fastkd.losses.soft_target import soft_target_loss
@@ -27,11 +28,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "DistillationMetrics",
     "DistillationParts",
     "FallbackWarning",
     "attention_map",
     "attention_transfer_loss",
     "distillation_loss",
+    "distillation_metrics",
     "explain",
     "fsp_loss",
     "hint_loss",
@@ -55,6 +58,8 @@ _HOME = {
     "rkd_angle_loss": "losses.rkd",
     "rkd_distance_loss": "losses.rkd",
     "similarity_preserving_loss": "losses.similarity",
+    "DistillationMetrics": "losses.metrics",
+    "distillation_metrics": "losses.metrics",
     "DistillationParts": "losses.distillation",
     "distillation_loss": "losses.distillation",
     "soft_target_loss": "losses.soft_target",

@@ -69,6 +69,7 @@ ON_GPUS = frozenset(
         "attention_map",
         "attention_transfer_loss",
         "distillation_loss",
+        "distillation_metrics",
         "fsp_loss",
         "hint_loss",
         "rkd_angle_loss",

@@ -122,6 +122,7 @@ def _backends(torch: Any, device: str) -> dict[str, Any]:
         calls = {
             "soft_target_loss": (x, x),
             "distillation_loss": (x, x, labels),
+            "distillation_metrics": (x, x),
             "attention_map": (x,),
             "attention_transfer_loss": (x, x),
             "hint_loss": (x, x),

@@ -44,6 +44,15 @@ class SoftTarget(NamedTuple):
     backend: str
 
 
+class Metrics(NamedTuple):
+    """Of a look at both sides, without a loss."""
+
+    temperature: float
+    teacher_temperature: float
+    dim: int
+    backend: str
+
+
 class Map(NamedTuple):
     """Of attention maps."""
 

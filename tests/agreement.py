@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import oracle
+import oracle_metrics
 import oracle_rows
 import torch
 from torch import float32, float64
@@ -337,3 +338,17 @@ def check_flow(student, teacher, backend, grad_output=None):
         return oracle.fsp(in_pairs(x[:count]), in_pairs(x[count:]), grad_output)
 
     check(loss, expected, flat, students=count, grad_output=grad_output)
+
+
+def check_metrics(student, teacher, backend, **keywords):
+    found = fastkd.distillation_metrics(student, teacher, backend=backend, **keywords)
+    on_host = {k: array(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    expected = oracle_metrics.distillation_metrics(array(student), array(teacher), **on_host)
+    assert found._fields == tuple(expected)
+    for name, value in found._asdict().items():
+        assert not value.requires_grad
+        if "argmax" in name:
+            assert value.dtype == torch.int64
+            np.testing.assert_array_equal(array(value), expected[name], err_msg=name)
+        else:
+            assert_loss(value, expected[name], (student, teacher), size=1)

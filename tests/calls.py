@@ -83,6 +83,9 @@ _STUDENTS = {"fsp_loss": 2}
 LOSSES = tuple(_SAMPLES)
 # The keywords that are tensors with one number for each row.
 OF_ROWS = ("labels", "mask", "row_weight")
+# A public function that is no loss, and has neither gradient nor module; tests/test_metrics.py and
+# its neighbours check it.
+METRICS = "distillation_metrics"
 # HintLoss aside, which is made with channels.
 MODULES = {
     fastkd.nn.SoftTargetLoss: fastkd.soft_target_loss,
@@ -174,11 +177,15 @@ def sample(name, dtype=torch.float32):
 
 
 def public_losses():
-    """The functions that take a backend, whether the table above has them or not."""
+    """The functions that take a backend, whether the table above has them or not.
+
+    Without the one that has no gradient.
+    """
     return sorted(
         name
         for name in fastkd.__all__
-        if inspect.isfunction(value := getattr(fastkd, name))
+        if name != METRICS
+        and inspect.isfunction(value := getattr(fastkd, name))
         and "backend" in inspect.signature(value).parameters
     )
 

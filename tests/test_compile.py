@@ -7,6 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fastkd
 from fastkd import operators
+from fastkd.ops import metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -164,9 +165,13 @@ def test_operators_pass_opcheck(kernel_backend, name):
 
 def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
-    # Only compiled code calls the product, and no leaf is overwritten: test_product.py and
-    # test_inplace.py check these.
-    seen |= {torch.ops.fastkd.product.default, torch.ops.fastkd.soft_target_forward_.default}
+    # Only compiled code calls the product, no leaf is overwritten, and what has no gradient is no
+    # loss: test_product.py, test_inplace.py and test_metrics_calls.py check these.
+    seen |= {
+        torch.ops.fastkd.product.default,
+        torch.ops.fastkd.soft_target_forward_.default,
+        metrics.metrics.overload,
+    }
     assert seen == set(operators.OPERATORS.values())
 
 

@@ -53,6 +53,19 @@ def compare(call, mesh, placement):
         torch.testing.assert_close(x.grad.full_tensor(), y.grad)
 
 
+def compare_metrics(mesh, placement):
+    tensors = torch.randn(4, 10), torch.randn(4, 10)
+    mask = torch.tensor([True, False, True, True])
+    of_rows = Replicate() if placement == Shard(1) else placement
+    found = fastkd.distillation_metrics(
+        *[distribute_tensor(x, mesh, [placement]) for x in tensors],
+        mask=distribute_tensor(mask, mesh, [of_rows]),
+    )
+    expected = fastkd.distillation_metrics(*tensors, mask=mask, backend="reference")
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.full_tensor(), wanted)
+
+
 def on_each_rank(rank, port):
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=RANKS)
@@ -62,6 +75,8 @@ def on_each_rank(rank, port):
         for placement in placements(name):
             for call in variants(name):
                 compare(call, mesh, placement)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        compare_metrics(mesh, placement)
     torch.distributed.destroy_process_group()
 
 

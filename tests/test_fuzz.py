@@ -6,7 +6,7 @@ import numpy as np
 import oracle_rows
 import pytest
 import torch
-from agreement import array
+from agreement import array, check_metrics
 from conftest import DEVICE
 from divergences import HAVE_KERNELS, is_reverse_kl
 from fuzzing import compare, examples, odd_keywords, shapes, sometimes, started, tensors
@@ -128,3 +128,39 @@ def test_distillation_loss(backend, data):
         lambda s, t, **k: fastkd.distillation_loss(s, t, labels, **k), backend,
         [student, teacher], expected, **keywords,
     )  # fmt: skip
+
+
+@examples(150)
+@given(st.data())
+def test_distillation_metrics(backend, data):
+    draw = started(data)
+    shape = draw(shapes())
+    dim = draw(st.integers(-len(shape), max(len(shape) - 1, 0)))
+    specials = (math.nan, -math.inf, math.inf, 1e4, 0.0, STUDENT_MASK, *TEACHER_MASKS)
+    sides, most = [], draw(st.sampled_from([0, 0, 1, 20]))
+    for stream in range(2):
+        padded = list(sometimes(draw, shape, shapes()))
+        if len(padded) == len(shape) > 0:
+            padded[dim] += most and draw(st.integers(0, most))
+        sides.append(draw(tensors(tuple(padded), specials=specials, stream=stream)))
+    keywords = {
+        "temperature": draw(st.sampled_from([0.5, 1.0, 4, 20.0, np.float32(3)])),
+        "teacher_temperature": draw(st.sampled_from([None, None, 0.3, 1, 7.0])),
+        "num_classes": shape[dim] if shape and most else None,
+        "dim": dim,
+    }
+    if shape and draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        rows = np.delete(shape, dim)
+        keywords["mask"] = torch.as_tensor(rng.random(rows) < draw(st.sampled_from([0.7, 0.1])))
+    keywords = odd_keywords(draw, keywords)
+    try:
+        fastkd.distillation_metrics(*sides, backend=backend, **keywords)
+    except (ValueError, TypeError) as error:
+        with pytest.raises(type(error)) as other:
+            fastkd.distillation_metrics(*sides, backend="reference", **keywords)
+        assert str(other.value) == str(error)
+        return
+    temperatures = [float(keywords["temperature"]), float(keywords["teacher_temperature"] or 1)]
+    if 1e-3 < min(temperatures) and max(temperatures) < 1e3:  # that nothing crashed is the test
+        check_metrics(*sides, backend, **keywords)

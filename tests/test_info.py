@@ -17,6 +17,7 @@ from fastkd.kernels import compiled
 LOSSES = {
     "soft_target_loss",
     "distillation_loss",
+    "distillation_metrics",
     "attention_map",
     "attention_transfer_loss",
     "hint_loss",

@@ -11,6 +11,7 @@ from agreement import (
     check_flow,
     check_hint,
     check_map,
+    check_metrics,
     check_relation,
     check_similarity,
     check_soft_target,
@@ -335,3 +336,12 @@ def test_gradients_of_maxima_lie_as_the_features_do(isa):
         (gradient,) = torch.autograd.grad(pooled.sum(), features)
         assert gradient.stride() == features.stride()
         assert torch.equal(gradient != 0, torch.isin(features, pooled))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_metrics(isa, dtype):
+    for classes in SIZES:
+        student, teacher = (logits(5, classes, dtype=dtype) for _ in range(2))
+        check_metrics(sliced(student), teacher, "native", temperature=2.0)
+        student[1:3, ::2], teacher[2:4, ::3] = -torch.inf, -torch.inf
+        check_metrics(student, teacher, "native", teacher_temperature=0.7)

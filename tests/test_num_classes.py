@@ -122,8 +122,13 @@ def test_compiled_as_one_graph(backend):
     ("shapes", "num_classes", "error", "message"),
     [
         ([(12, 40), (12, 48)], None, ValueError, "must have the same shape"),
-        ([(12, 40), (11, 48)], 40, ValueError, r"same shape but for dim -?1, got \(12, 40\) and"),
-        ([(12, 40), (1, 12, 48)], 40, ValueError, "same shape but for dim"),
+        (
+            [(12, 40), (11, 48)],
+            40,
+            ValueError,
+            r"but for the classes along dim -?1, got \(12, 40\) and",
+        ),
+        ([(12, 40), (1, 12, 48)], 40, ValueError, "same shape but for the classes"),
         ([(12, 40), (12, 48)], 41, ValueError, r"num_classes must lie in \[1, 40\].* got 41"),
         ([(12, 40), (12, 48)], 0, ValueError, r"num_classes must lie in \[1, 40\].* got 0"),
         ([(12, 40), (12, 48)], 40.0, TypeError, "num_classes must be an int"),

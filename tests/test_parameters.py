@@ -73,6 +73,7 @@ def test_schemas_end_with_the_fields():
     importlib.import_module("fastkd.nn")  # whose losses define their operators
     of_operators = {
         "soft_target_": (parameters.SoftTarget,),
+        "distillation_metrics": (parameters.Metrics,),
         "attention_transfer_forward": (parameters.Transfer, parameters.Map),
         "attention_map_forward": (parameters.Map,),
         "hint_": (parameters.Hint,),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import LOSSES, MODULES, operators_of, public_losses
+from calls import LOSSES, METRICS, MODULES, operators_of, public_losses
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -22,12 +22,12 @@ def test_every_public_loss_has_a_sample():
     assert sorted(LOSSES) == public_losses()
 
 
-@pytest.mark.parametrize("name", public_losses())
+@pytest.mark.parametrize("name", [*public_losses(), METRICS])
 def test_reference(name):
     assert callable(getattr(importlib.import_module(f"fastkd.reference.{home(name)}"), name))
 
 
-@pytest.mark.parametrize("name", public_losses())
+@pytest.mark.parametrize("name", [*public_losses(), METRICS])
 def test_docstring_names_every_argument_and_its_source(name):
     function = getattr(fastkd, name)
     arguments = [name for name in function.__annotations__ if name != "return"]

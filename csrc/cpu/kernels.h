@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../attention.h"
+#include "../metrics.h"
 #include "../soft_target.h"
 
 namespace fastkd {
@@ -79,6 +80,14 @@ struct FspKernels {
                  int threads);
 };
 
+// The values of rows, each of all rows after another, and the arg-maxima of both sides. The mask,
+// one byte a row, may be absent.
+struct MetricsKernels {
+  void (*measure)(const Tensor& student, const Tensor& teacher, const Tensor& mask,
+                  const Tensor& values, const Tensor& argmax, const MetricsParameters& p,
+                  int threads);
+};
+
 struct Kernels {
   const char* isa;
   SoftTargetKernels soft_target;
@@ -87,6 +96,7 @@ struct Kernels {
   RkdKernels rkd;
   SimilarityKernels similarity;
   FspKernels fsp;
+  MetricsKernels metrics;
 };
 
 // The kernels of each instruction set, defined by its object files.
@@ -98,6 +108,7 @@ struct Kernels {
   extern const RkdKernels rkd_kernels;                \
   extern const SimilarityKernels similarity_kernels;  \
   extern const FspKernels fsp_kernels;                \
+  extern const MetricsKernels metrics_kernels;        \
   }
 FASTKD_DECLARE(baseline)
 FASTKD_DECLARE(avx2)

@@ -124,6 +124,12 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
                                  to[1], p, place.threads());
 }
 
+void distillation_metrics(const Place& place, const Tensor& student, const Tensor& teacher,
+                          const Tensor& mask, const Tensor& values, const Tensor& argmax,
+                          const MetricsParameters& p) {
+  kernels().metrics.measure(student, teacher, mask, values, argmax, p, place.threads());
+}
+
 void attention_map_forward(const Place& place, const Tensor& features, const Tensor& raw,
                            const Tensor& argmax, const MapParameters& p) {
   check_channels(features, p);

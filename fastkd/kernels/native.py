@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastkd.facts import OBSTACLES, USE_REFERENCE, Facts, Refusal
 from fastkd.kernels import cuda
 from fastkd.kernels.compiled import as_buffer, load, loaded, place_of, scratch, struct_of
-from fastkd.parameters import Hint, Map, SoftTarget, Transfer
+from fastkd.parameters import Hint, Map, Metrics, SoftTarget, Transfer
 from fastkd.precision import compute_dtype
 
 
@@ -68,6 +69,22 @@ def soft_target_backward(
     inputs = grad_output, student, teachers, labels, statistics
     loaded().soft_target_backward(
         place, *inputs, to_student, to_teacher, memory, struct_of(p), in_place
+    )
+
+
+def distillation_metrics(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    values: Tensor,
+    argmax: Tensor,
+    p: Metrics,
+) -> None:
+    """Fill the values of rows, one after another, and both arg-maxima."""
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
+    loaded().distillation_metrics(
+        place_of(student), student, teacher, mask, values, argmax, struct_of(p)
     )
 
 

@@ -50,10 +50,10 @@ def check_logits(
         if num_classes is None:
             checks.same_shape("student_logits", student, name, one)
         else:
-            _check_same_rows(student, name, one, dim)
+            check_same_rows(student, name, one, dim)
     if num_classes is not None:
         stored = [x.shape[dim] for x in (student, *teachers)]
-        num_classes = _check_num_classes(num_classes, stored)
+        num_classes = check_num_classes(num_classes, stored)
     classes = student.shape[dim] if num_classes is None else num_classes
     if classes == 0:
         raise ValueError(
@@ -82,22 +82,22 @@ def check_logits(
     )
 
 
-def _check_same_rows(student: Tensor, name: str, teacher: Tensor, dim: int) -> None:
+def check_same_rows(student: Tensor, name: str, teacher: Tensor, dim: int) -> None:
     """Their shapes are the same but for the number of classes."""
     if student.ndim != teacher.ndim or rows.shape_of(student, dim) != rows.shape_of(teacher, dim):
         raise ValueError(
-            f"student_logits and {name} must have the same shape but for dim {dim}, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"student_logits and {name} must have the same shape but for the classes along "
+            f"dim {dim}, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
 
 
-def _check_num_classes(num_classes: Any, stored: list[int]) -> int | None:
+def check_num_classes(num_classes: Any, stored: list[int]) -> int | None:
     """All logits have so many. None where none has more."""
     count = checks.integer("num_classes", num_classes)
     if not 1 <= count <= min(stored):
         raise ValueError(
-            f"num_classes must lie in [1, {min(stored)}], of which all logits have as many, "
-            f"got {count}"
+            f"num_classes must lie in [1, {min(stored)}], since the logits have "
+            f"{' and '.join(map(str, stored))} classes, got {count}"
         )
     return None if count == max(stored) else count
 

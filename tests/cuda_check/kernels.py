@@ -59,6 +59,12 @@ DEMANDS = {
         Demand("hint_kernel<", shared="Shared", loads=9, stores=3),
         Demand("hint_rows_kernel<"),
     ],
+    # Both passes read both sides, and each row has numbers of its own.
+    "metrics": [
+        Demand("metrics_kernel<double"),
+        Demand("metrics_kernel<float, Any", loads=4),
+        Demand("metrics_kernel<float", loads=4),
+    ],
     "soft_target": [Demand("count_kernel")],
     # Rows are fetched in a loop of one access for each side, and gradients written from registers.
     "soft_target_short_rows": [

@@ -44,6 +44,7 @@ ON_THE_DEVICE = tuple(
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
+        *("metrics", "metrics_edges", "metrics_calls"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -52,7 +53,7 @@ TRAINING = "tests/test_train_step.py"
 FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or divergence or mask or normalizer or "
-    "row_weight or num_classes or inplace or extreme",
+    "row_weight or num_classes or inplace or extreme or metrics",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }
