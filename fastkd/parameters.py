@@ -19,12 +19,14 @@ _IN_SCHEMA = {
 class SoftTarget(NamedTuple):
     """Of losses on logits: `soft_weight · divergence + hard_weight · CE` of each row, reduced.
 
-    `soft_weight` holds T² where that is wanted. `beta` is that of a divergence which mixes both
-    sides, and never one at which it is another divergence. `weights` are the teachers', and sum to
-    1. Labels are classes, or only tell which rows count.
+    `soft_weight` holds T² where that is wanted, T being the student's; with an operand of
+    temperatures it does not, and both temperatures here are 1. `beta` is that of a divergence which
+    mixes both sides, and never one at which it is another divergence. `weights` are the teachers',
+    and sum to 1. Labels are classes, or only tell which rows count.
     """
 
     temperature: float
+    teacher_temperature: float
     soft_weight: float
     hard_weight: float
     label_smoothing: float

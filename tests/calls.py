@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 import divergences
+import temperatures
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,10 @@ _SAMPLES = {
             {"divergence": "jsd", "beta": 0.3},
             {"divergence": "skew_kl", "reduction": "none"},
             {"divergence": "jsd", "beta": 0.3, "teacher_weights": [1, 3]},
+            {"temperature": [1.0, 2.0, 0.5, 3.0]},
+            {"temperature": 3.0, "teacher_temperature": 1.5, "reduction": "none"},
+            {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "teacher_weights": [1, 3]},
+            {"temperature": [3.0, 1.0, 0.5, 2.0], "divergence": "jsd", "beta": 0.3},
         ],
     ),
     "distillation_loss": (
@@ -38,6 +43,7 @@ _SAMPLES = {
             {"divergence": "reverse_kl", "reduction": "none"},
             {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
             {"divergence": "tvd", "reduction": "sum"},
+            {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1},
         ],
     ),
     "attention_map": (
@@ -147,10 +153,14 @@ def variants(name, dtype=torch.float32):
     calls = []
     if not divergences.HAVE_KERNELS:
         others = [other for other in others if "divergence" not in other]
+    if not temperatures.HAVE_KERNELS:
+        others = [other for other in others if not temperatures.NAMES & {*other}]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
         if "mask" in other:
             other = {**other, "mask": torch.tensor(other["mask"])}
+        of_rows = {n: torch.tensor(other[n]) for n in temperatures.NAMES & {*other}}
+        other = {**other, **of_rows}
         if name == "fsp_loss":
             changed = pair(function)
         if "teacher_weights" in other:

@@ -20,6 +20,7 @@ import fastkd
 pytestmark = pytest.mark.filterwarnings("ignore::fastkd.FallbackWarning")
 
 RANKS = 2
+NAMES = ("labels", "mask", "temperature", "teacher_temperature")
 IS_NEW = torch.__version__ >= "2.13"
 REFUSAL = r"DTensors need torch 2\.13 or newer, got 2.*to_local"
 
@@ -40,8 +41,9 @@ def compare(call, mesh, placement):
     leaves = [distribute_tensor(x, mesh, [placement]).requires_grad_() for x in call.tensors]
     keywords = dict(call.keywords)
     # In one order on all ranks, for each of these is sent from one rank to the others.
-    for name in [n for n in ("labels", "mask") if n in keywords]:
-        of_rows = Replicate() if placement == Shard(1) else placement
+    for name in [n for n in NAMES if torch.is_tensor(keywords.get(n))]:
+        is_whole = placement == Shard(1) or keywords[name].ndim == 0
+        of_rows = Replicate() if is_whole else placement
         keywords[name] = distribute_tensor(keywords[name], mesh, [of_rows])
     loss = call(*leaves, **keywords)
     loss.sum().backward()

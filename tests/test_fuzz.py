@@ -6,6 +6,7 @@ import os
 import numpy as np
 import oracle
 import pytest
+import temperatures
 import thresholds
 import torch
 from agreement import array
@@ -100,6 +101,22 @@ def sometimes(draw, value, others):
 PAIR_WEIGHTS = st.none() | st.none() | st.lists(st.sampled_from([0, 0.5, -2]), max_size=3)
 
 
+def draw_temperatures(draw, keywords, shape):
+    """Sometimes tensors, or another one of the teacher."""
+    if not temperatures.HAVE_KERNELS or draw(st.booleans()) or not shape:
+        return {}
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return temperatures.of_kind(
+        draw(st.sampled_from(temperatures.KINDS)), shape, dim=keywords["dim"]
+    )
+
+
+def arrays_of(keywords):
+    """For the oracle, whose gradients of temperatures come last and are not looked at."""
+    is_heat = temperatures.NAMES.__contains__
+    return {k: array(x) if is_heat(k) and torch.is_tensor(x) else x for k, x in keywords.items()}
+
+
 def odd_keywords(draw, keywords):
     return {name: sometimes(draw, value, ODD) for name, value in keywords.items()}
 
@@ -127,14 +144,16 @@ def compare(function, backend, leaves, expected, **keywords):
     value, gradients = expected()
     weights = [float(keywords.get(name, 1.0)) for name in ("beta", "soft_weight", "hard_weight")]
     # Soft targets are multiplied by the temperature's square, and their gradient divided by it.
-    temperature = float(keywords.get("temperature", 1.0))
-    weights += [temperature, 1 / temperature]
+    temperature = largest(keywords.get("temperature", 1.0))
+    own = keywords.get("teacher_temperature")
+    of_teacher = temperature if own is None else largest(own)
+    weights += [temperature, 1 / temperature, of_teacher, 1 / of_teacher]
     if max(map(abs, weights)) > 1e3:
         return  # 1e30 times a rounding error can be anything; that nothing crashed is the test
     # KL is right to a fraction of 1, and so is T² KL to one of T².
     scale = max(1.0, temperature**2)
     assert_near(actual[0], value, scale)
-    wanted = [g for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
+    wanted = [g for x, g in zip(leaves, gradients[: len(leaves)], strict=True) if x.requires_grad]
     if "divergence" in keywords and is_reverse_kl(keywords["divergence"], keywords["beta"]):
         # A student's gradient q (log q/p - D) is a difference of terms as large as D, which a mask
         # of the teacher makes huge; where another term is infinite the loss does not tell it.
@@ -144,6 +163,11 @@ def compare(function, backend, leaves, expected, **keywords):
     for gradient, one in zip(actual[1], wanted, strict=True):
         # Where the oracle has none, the loss says so and any gradient will do.
         assert_near(torch.where(torch.as_tensor(one).isnan(), torch.nan, gradient), one, scale)
+
+
+def largest(temperature):
+    """Of all rows."""
+    return max([float(x) for x in torch.as_tensor(temperature).flatten()], default=1.0)
 
 
 def without_infinite(found, divergence, **_):
@@ -187,6 +211,7 @@ def test_soft_target_loss(backend, data):
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         rows = np.delete(shape, keywords["dim"])
         keywords["mask"] = torch.as_tensor(rng.random(rows) < draw(st.sampled_from([0.7, 0.1])))
+    keywords |= draw_temperatures(draw, keywords, shape)
     keywords = odd_keywords(draw, keywords)
     if backend == "triton" and not alone and is_reverse_kl(**keywords):
         backend = "reference"
@@ -194,7 +219,10 @@ def test_soft_target_loss(backend, data):
         lambda s, *t, **k: fastkd.soft_target_loss(s, t[0] if alone else t, **k), backend,
         [student, *teachers],
         lambda: without_infinite(
-            oracle.soft_target(array(student), [*map(array, teachers)], 2.0, **keywords), **keywords
+            oracle.soft_target(
+                array(student), [*map(array, teachers)], 2.0, **arrays_of(keywords)
+            ),
+            **keywords,
         ),
         **keywords,
     )  # fmt: skip
@@ -227,11 +255,12 @@ def test_distillation_loss(backend, data):
         "dim": dim,
     }
     keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
+    keywords |= draw_temperatures(draw, keywords, shape)
     keywords = odd_keywords(draw, keywords)
 
     def expected():
         parts, gradients = oracle.distillation(
-            array(student), array(teacher), array(labels), 2.0, **keywords
+            array(student), array(teacher), array(labels), 2.0, **arrays_of(keywords)
         )
         return without_infinite((parts[0], gradients), **keywords)
 

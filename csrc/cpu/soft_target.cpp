@@ -14,11 +14,21 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   // Where the mean of teachers underflows its logarithm counts, or it does not.
   const bool has_logits = a.teachers == 1 || D::kByTeacher;
   if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row() &&
-      has_logits)
+      has_logits && !a.own)
     return forward_columns<D>(a, threads);
   if (a.teachers > 1)
-    return parallel_for(rows.count, threads,
-                        [&](int64_t row) { a.ignores(row) ? a.skip(row) : mean_row<D>(a, row); });
+    return parallel_for(rows.count, threads, [&](int64_t row) {
+      if (a.ignores(row))
+        a.skip(row);
+      else if (a.own)
+        mean_row<D>(a.of_row(row), row);
+      else
+        mean_row<D>(a, row);
+    });
+  if (a.own)
+    return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+      forward_stretch<D, A, true, true>(a, begin, end);
+    });
   const DType dtype = rows.sides[kStudent].tensor->dtype;
   bool gathers = dtype != rows.sides[kTeacher].tensor->dtype;
   for (const Side& side : rows.sides) gathers |= side.class_stride != 1;
@@ -43,7 +53,7 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
 }
 
 // The gradients of a row from its statistics.
-template <class D, class A>
+template <class D, bool own, class A>
 void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
@@ -65,7 +75,9 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       D::factors(by.soft, zs, zt, D::mean_of(statistics[kKl], log_ratio), a.rates.inverse);
   const Factors<A> k = a.factors(SoftFactors<A>{A(soft.student), A(soft.teacher)},
                                  A(a.labels ? by.hard / statistics[kHardSum] : 0), by);
-  const A of_student = A(by.soft / zs), of_teacher = A(by.soft / zt);
+  [[maybe_unused]] const A ratio = A(a.rates.ratio);
+  const double by_teacher = by.soft * a.rates.ratio;
+  const A of_student = A(by_teacher / zs), of_teacher = A(by_teacher / zt);
   const A surplus = A(log_ratio - double(statistics[kKl])), inverse = A(a.rates.inverse);
   const A scale = A(kLogitScale);
   const A s_shift = statistics[kStudentMax] * scale, t_shift = statistics[kTeacherMax] * scale;
@@ -80,7 +92,15 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
     for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
     for (int i = 0; i < n; i += W) {
       const vec s = load(student + i) * scale - s_shift, t = load(teacher + i) * scale - t_shift;
-      const vec e = a.exp_soft(s), p = a.exp_soft(t), apart = t - s;
+      const vec e = a.exp_soft(s);
+      vec p, apart;
+      if constexpr (own) {
+        p = a.exp_teacher(t);
+        apart = at_student(t, ratio) - s;
+      } else {
+        p = a.exp_soft(t);
+        apart = t - s;
+      }
       store(e, es + i);
       store(D::kept(e, p, apart), kept + i);
       if (k.has_hard) store(a.exp_hard(s), eh + i);
@@ -145,15 +165,15 @@ void with_arithmetic(const Tensor& student, const Tensors& teachers, const SoftT
   }
 }
 
-void forward(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
-             void* parts, void* statistics, const Tensor& gradient, const SoftTargetParameters& p,
-             int available) {
+void forward(const Tensor& student, const Tensors& teachers, const Labels& labels,
+             const Tensors& temperatures, void* loss, void* parts, void* statistics,
+             const Tensor& gradient, const SoftTargetParameters& p, int available) {
   const Rows rows = rows_of(student, teachers, gradient, absent, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    Arguments<A> a(p, rows, labels, gradient, absent, absent);
+    Arguments<A> a(p, rows, labels, temperatures, gradient, absent, absent);
     Array<A> losses(statistics ? 0 : 2 * rows.count);
     a.losses = losses.data();
     if (statistics) {
@@ -169,20 +189,25 @@ void forward(const Tensor& student, const Tensors& teachers, const Labels& label
 }
 
 void backward(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
-              const Labels& labels, const void* statistics, const Tensor& to_student,
-              const Tensor& to_teacher, const SoftTargetParameters& p, int available) {
+              const Labels& labels, const Tensors& temperatures, const void* statistics,
+              const Tensor& to_student, const Tensor& to_teacher, const SoftTargetParameters& p,
+              int available) {
   const Rows rows = rows_of(student, teachers, to_student, to_teacher, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    const Arguments<A> a(p, rows, labels, to_student, to_teacher, grad_output);
+    const Arguments<A> a(p, rows, labels, temperatures, to_student, to_teacher, grad_output);
     if constexpr (!D::kNormalizes) {
       if (statistics)
         parallel_for(rows.count, threads, [&](int64_t row) {
-          a.ignores(row)
-              ? a.skip(row)
-              : backward_row<D>(a, row, static_cast<const A*>(statistics) + row * kCount);
+          const A* const found = static_cast<const A*>(statistics) + row * kCount;
+          if (a.ignores(row))
+            a.skip(row);
+          else if (a.own)
+            backward_row<D, true>(a.of_row(row), row, found);
+          else
+            backward_row<D, false>(a, row, found);
         });
     }
     if (!statistics) forward_rows_of<D>(a, threads);

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits, rows
+from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.ops.soft_target import soft_target
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
@@ -35,7 +35,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     ignore_index: int = ...,
@@ -58,7 +59,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     ignore_index: int = ...,
@@ -81,7 +83,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
+    teacher_temperature: float | Tensor | None = None,
     soft_weight: float = 0.9,
     hard_weight: float = 0.1,
     ignore_index: int = -100,
@@ -112,7 +115,12 @@ def distillation_loss(
             probabilities, not of logits.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
-        temperature: T, above 0, of the soft term only. Default: 4.0.
+        temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the
+            rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
+            receives its gradient, that of T² included, if it requires one. It is floating, on the
+            logits' device. Default: 4.0.
+        teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
+            T² stays the student's. Default: None, the student's.
         soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
             on ImageNet. Default: 0.9.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
@@ -182,7 +190,6 @@ def distillation_loss(
     axis, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim
     )
-    temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
@@ -197,13 +204,18 @@ def distillation_loss(
         labels = labels.masked_fill(~mask, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
     tensors = student_logits, *teachers
-    chosen = select("distillation_loss", tensors, backend, (labels,), divergence)
+    heat = temperatures.check(
+        tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
+    )
+    others = labels, *heat.tensors
+    chosen = select("distillation_loss", tensors, backend, others, divergence, heat.are_own)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
     parameters = SoftTarget(
-        temperature=temperature,
-        soft_weight=soft_weight * (temperature * temperature) / divisor.number,
+        temperature=heat.student,
+        teacher_temperature=heat.teacher,
+        soft_weight=soft_weight * (heat.student * heat.student) / divisor.number,
         hard_weight=hard_weight / divisor.number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
@@ -216,9 +228,13 @@ def distillation_loss(
         backend=chosen,
     )
     if chosen == "reference":
-        loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
+        loss, *parts = reference.distillation_loss(
+            student_logits, teachers, labels, parameters, heat.tensors
+        )
     else:
-        loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)
+        loss, *parts = soft_target(
+            student_logits, teachers, labels, parameters, heat.tensors, return_parts
+        )
     loss = logits.tied(divisor.of(loss), unused)
     if not return_parts:
         return loss

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits, rows
+from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.ops.soft_target import soft_target
 from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
@@ -19,7 +19,8 @@ def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Iterable[Tensor],
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     scale_t2: bool = True,
     reduction: str = "batchmean",
     dim: int = -1,
@@ -45,7 +46,12 @@ def soft_target_loss(
             receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
             tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
             probabilities, not of logits.
-        temperature: T, above 0; papers on images use 4. Default: 1.0.
+        temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
+            rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
+            receives its gradient, that of T² included, if it requires one. It is floating, on the
+            logits' device. Default: 1.0.
+        teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
+            T² stays the student's. Default: None, the student's.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
             Default: True.
         reduction: `"batchmean"` for the sum over the number of rows, `"sum"`, `"mean"` for the sum
@@ -107,17 +113,21 @@ def soft_target_loss(
         student_logits, teacher_logits, teacher_weights, dim
     )
     logits.check_last_dim(student_logits, dim)
-    temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
     tensors = student_logits, *teachers
-    chosen = select("soft_target_loss", tensors, backend, (marks,), divergence)
+    heat = temperatures.check(
+        tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
+    )
+    others = marks, *heat.tensors
+    chosen = select("soft_target_loss", tensors, backend, others, divergence, heat.are_own)
     parameters = SoftTarget(
-        temperature=temperature,
-        soft_weight=(temperature * temperature if scale_t2 else 1.0) / divisor.number,
+        temperature=heat.student,
+        teacher_temperature=heat.teacher,
+        soft_weight=(heat.student * heat.student if scale_t2 else 1.0) / divisor.number,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=rows.MASKED,
@@ -130,7 +140,7 @@ def soft_target_loss(
         backend=chosen,
     )
     if chosen == "reference":
-        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
+        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters, heat.tensors)
     else:
-        (loss,) = soft_target(student_logits, teachers, marks, parameters)
+        (loss,) = soft_target(student_logits, teachers, marks, parameters, heat.tensors)
     return logits.tied(divisor.of(loss), unused)

@@ -197,6 +197,7 @@ def soft_target_forward(
     p: SoftTarget,
     grad_output: Tensor | None = None,
     in_place: bool = False,
+    temperatures: Sequence[Tensor] = (),
 ) -> None:
     """Fill those that are wanted of the loss, its parts, the statistics and the gradient.
 
@@ -248,6 +249,7 @@ def soft_target_backward(
     to_teacher: Tensor | None,
     p: SoftTarget,
     in_place: bool = False,
+    temperatures: Sequence[Tensor] = (),
 ) -> None:
     """Fill the gradients that are wanted, for one teacher from the statistics.
 
