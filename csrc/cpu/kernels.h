@@ -21,11 +21,12 @@ struct SoftTargetKernels {
                   const Tensors& temperatures, void* loss, void* parts, void* statistics,
                   const Tensor& gradient, const SoftTargetParameters& p, int threads);
   // Either gradient may be absent. Of several teachers, and of a divergence of probabilities, the
-  // teacher's and the statistics are. grad_output is a scalar, or one per row.
+  // teacher's and the statistics are, and the gradients of the three temperatures of each row.
+  // grad_output is a scalar, or one per row.
   void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
                    const Labels& labels, const Tensors& temperatures, const void* statistics,
                    const Tensor& to_student, const Tensor& to_teacher,
-                   const SoftTargetParameters& p, int threads);
+                   const Tensor& to_temperatures, const SoftTargetParameters& p, int threads);
 };
 
 struct AttentionKernels {

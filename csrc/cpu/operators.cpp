@@ -116,12 +116,14 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor&,
-                          const SoftTargetParameters& p, bool, const Tensors& temperatures) {
+                          const SoftTargetParameters& p, bool, const Tensors& temperatures,
+                          const Tensor& to_temperatures) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensors to{to_student, to_teacher};
   expect_writing(to);
   kernels().soft_target.backward(grad_output, student, teachers, checked, temperatures,
-                                 statistics.data, to[0], to[1], p, place.threads());
+                                 statistics.data, to[0], to[1], to_temperatures, p,
+                                 place.threads());
 }
 
 void attention_map_forward(const Place& place, const Tensor& features, const Tensor& raw,

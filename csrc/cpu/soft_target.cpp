@@ -82,6 +82,9 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   const A scale = A(kLogitScale);
   const A s_shift = statistics[kStudentMax] * scale, t_shift = statistics[kTeacherMax] * scale;
   const vec zero = {};
+  [[maybe_unused]] const A to_es = A(soft.student), to_kept = A(soft.teacher);
+  [[maybe_unused]] double by_student = 0,
+                          by_own = 0;  // the sums that the temperatures' gradients take
   alignas(64) A student[kMostBlock], teacher[kMostBlock];
   alignas(64) A es[kMostBlock], kept[kMostBlock], eh[kMostBlock];
   const int64_t size = thresholds.block;
@@ -90,6 +93,7 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
     gather_side(kStudent, first, n, student);
     gather_side(kTeacher, first, n, teacher);
     for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
+    [[maybe_unused]] vec of_temperature = zero, of_teacher_temperature = zero;
     for (int i = 0; i < n; i += W) {
       const vec s = load(student + i) * scale - s_shift, t = load(teacher + i) * scale - t_shift;
       const vec e = a.exp_soft(s);
@@ -101,14 +105,30 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
         p = a.exp_soft(t);
         apart = t - s;
       }
+      const vec keeps = D::kept(e, p, apart);
       store(e, es + i);
-      store(D::kept(e, p, apart), kept + i);
+      store(keeps, kept + i);
       if (k.has_hard) store(a.exp_hard(s), eh + i);
+      if constexpr (own)
+        if (a.to_temperatures) {
+          const auto product = [&](vec g, vec x, vec logits) {
+            const vec found = g == 0 ? zero : logits == -INFINITY ? zero : g * x;
+            return n - i < W ? keep<A>(found, n - i) : found;
+          };
+          const vec g = e * to_es + D::with_teacher(e, keeps, to_kept);
+          const vec h = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
+          of_temperature += product(g, s, load(student + i));
+          of_teacher_temperature += product(h, t, load(teacher + i));
+        }
       if (a.to_teacher) {
         const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
         const vec wanted = D::kByTeacher && load(teacher + i) == -INFINITY ? zero : g;
         store(k.soft ? wanted : zero, teacher + i);
       }
+    }
+    if constexpr (own) {
+      by_student += sum<A>(of_temperature);
+      by_own += sum<A>(of_teacher_temperature);
     }
     if (a.to_teacher) scatter_side(teacher, kToTeacher, first, n);
     if (!a.to_student) continue;
@@ -117,6 +137,8 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       student[a.labels[row] - first] -= k.label;
     scatter_side(student, kToStudent, first, n);
   }
+  if (own && a.to_temperatures)
+    a.write_temperatures(row, by.soft, by_student, by_own, statistics[kKl]);
 }
 
 // Where both terms are switched off nothing is left of a gradient, NaN neither.
@@ -190,21 +212,23 @@ void forward(const Tensor& student, const Tensors& teachers, const Labels& label
 
 void backward(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
               const Labels& labels, const Tensors& temperatures, const void* statistics,
-              const Tensor& to_student, const Tensor& to_teacher, const SoftTargetParameters& p,
-              int available) {
+              const Tensor& to_student, const Tensor& to_teacher, const Tensor& to_temperatures,
+              const SoftTargetParameters& p, int available) {
   const Rows rows = rows_of(student, teachers, to_student, to_teacher, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    const Arguments<A> a(p, rows, labels, temperatures, to_student, to_teacher, grad_output);
+    Arguments<A> a(p, rows, labels, temperatures, to_student, to_teacher, grad_output);
+    a.to_temperatures = to_temperatures.as<A>();
     if constexpr (!D::kNormalizes) {
       if (statistics)
         parallel_for(rows.count, threads, [&](int64_t row) {
           const A* const found = static_cast<const A*>(statistics) + row * kCount;
-          if (a.ignores(row))
+          if (a.ignores(row)) {
             a.skip(row);
-          else if (a.own)
+            if (a.to_temperatures) a.write_temperatures(row, 0, 0, 0, 0);
+          } else if (a.own)
             backward_row<D, true>(a.of_row(row), row, found);
           else
             backward_row<D, false>(a, row, found);

@@ -65,9 +65,10 @@ struct Arguments {
   Rates rates;
   double divisor;  // of the reduction
   Weights weights;
-  A* statistics = nullptr;  // of the rows, where they are wanted
-  A* losses = nullptr;      // (divergence, cross-entropy) of each row, where they are wanted,
-  int64_t step = 2;         // so far apart
+  A* to_temperatures = nullptr;  // their gradients, of one kind after another, if they are wanted
+  A* statistics = nullptr;       // of the rows, where they are wanted
+  A* losses = nullptr;           // (divergence, cross-entropy) of each row, where they are wanted,
+  int64_t step = 2;              // so far apart
 
   Arguments(const SoftTargetParameters& p, const Rows& rows, const Labels& of,
             const Tensors& temperatures, const Tensor& to, const Tensor& to_teacher,
@@ -163,6 +164,19 @@ struct Arguments {
     to[kTeacherMax] = A(of.teacher_max);
     to[kTeacherSum] = A(of.teacher);
     to[kHardSum] = A(of.hard);
+  }
+
+  // The gradients of a row's temperatures, from its weight, the sums of the products of logits with
+  // their gradients, and the divergence, all scaled.
+  void write_temperatures(int64_t row, double weight, double by_student, double by_teacher,
+                          double divergence) const {
+    A* const to = to_temperatures + row;
+    const double temperature = temperatures[row], own = teacher_temperatures[row];
+    const bool is_off = weight == 0;  // nothing may show then, whatever the temperatures are
+    to[0] = A(is_off ? 0 : by_student / kLogitScale / -temperature);
+    to[rows.count] = A(is_off ? 0 : by_teacher / kLogitScale / -own);
+    to[2 * rows.count] =
+        A(is_off ? 0 : 2 * weight * temperature / double(roots[row]) * (divergence / kLogitScale));
   }
 
   // Zeros in the gradients that are wanted.

@@ -59,11 +59,12 @@ def soft_target_backward(
     p: SoftTarget,
     in_place: bool = False,
     temperatures: Sequence[Tensor] = (),
+    to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, where there are statistics from these.
 
     `in_place` says that the student's is that for a `grad_output` of 1: on a GPU it stays where it
-    is 1.
+    is 1. Statistics give the gradients of temperatures, too, one kind after another.
     """
     place = place_of(student)
     grad_output = as_buffer(grad_output, compute_dtype(student, *teachers))
@@ -71,7 +72,15 @@ def soft_target_backward(
     memory = scratch(place, student, "soft_target") if statistics is None else None
     inputs = grad_output, student, teachers, labels, statistics
     loaded().soft_target_backward(
-        place, *inputs, to_student, to_teacher, memory, struct_of(p), in_place, temperatures
+        place,
+        *inputs,
+        to_student,
+        to_teacher,
+        memory,
+        struct_of(p),
+        in_place,
+        temperatures,
+        to_temperatures,
     )
 
 

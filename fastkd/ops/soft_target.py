@@ -111,18 +111,20 @@ def _gradients(
     statistics: Tensor | None,
     to_student: bool,
     to_teacher: bool,
+    to_temperatures: bool,
     p: SoftTarget,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
         torch.empty_like(student) if to_student else None,
         torch.empty_like(teachers[0]) if to_teacher else None,
+        temperatures[0].new_empty((3, *temperatures[0].shape)) if to_temperatures else None,
     )
 
 
 @define(
     "soft_target_backward(Tensor grad_output, Tensor student, Tensor[] teachers, Tensor? labels, "
-    f"Tensor[] temperatures, Tensor? statistics, bool to_student, bool to_teacher, {_PARAMETERS}) "
-    "-> (Tensor, Tensor)",
+    f"Tensor[] temperatures, Tensor? statistics, bool to_student, bool to_teacher, "
+    f"bool to_temperatures, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
     _gradients,
     SoftTarget,
 )
@@ -135,13 +137,14 @@ def backward(
     statistics: Tensor | None,
     to_student: bool,
     to_teacher: bool,
+    to_temperatures: bool,
     p: SoftTarget,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the student and of its one teacher, computed from the inputs."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the student, of its one teacher and of the temperatures."""
     inputs = grad_output, student, teachers, labels
-    to = _gradients(*inputs, temperatures, statistics, to_student, to_teacher, p)
+    to = _gradients(*inputs, temperatures, statistics, to_student, to_teacher, to_temperatures, p)
     kernels(p.backend, "soft_target").soft_target_backward(
-        *inputs, statistics, *to, p, temperatures=temperatures
+        *inputs, statistics, *to[:2], p, temperatures=temperatures, to_temperatures=to[2]
     )
     return to
 
@@ -251,9 +254,13 @@ def _all_gradients(
     """Those that are wanted, of the student, the teachers and the temperatures."""
     sides = 1 + len(teachers)
     inputs = grad_output, student, teachers, labels, temperatures, statistics
+    if not any(wanted[sides:]):
+        of_others = (None,) * (len(wanted) - sides)
+        return *_gradients_of_sides(*inputs, wanted[:sides], p), *of_others
+    if statistics is not None:
+        *of_sides, found = backward(*inputs, *wanted[:2], any(wanted[2:]), p)
+        return *of_wanted(of_sides, wanted[:2]), *of_wanted(found.unbind(), wanted[2:])
     of_sides = _gradients_of_sides(*inputs, wanted[:sides], p)
-    if len(wanted) == sides:
-        return of_sides
     return *of_sides, *to_temperatures(*inputs, wanted[sides:], p, _gradients_of_sides, forward)
 
 
@@ -275,15 +282,15 @@ def _gradients_of_sides(
     if not any(wanted):
         return (None,) * len(wanted)
     if len(teachers) == 1 and p.divergence not in _MIRRORED:
-        return of_wanted(backward(*inputs, statistics, *wanted, p), wanted)
+        return of_wanted(backward(*inputs, statistics, *wanted, False, p)[:2], wanted)
     to_student, *to_teachers = wanted
-    found = backward(*inputs, None, True, False, p)[0] if to_student else None
+    found = backward(*inputs, None, True, False, False, p)[0] if to_student else None
     if len(teachers) > 1:
         return found, *teacher_gradients(*inputs, to_teachers, p)
     if not to_teachers[0]:
         return found, None
     mirrored = grad_output, teachers[0], [student], labels, exchanged(temperatures)
-    return found, backward(*mirrored, None, True, False, _mirrored(p))[0]
+    return found, backward(*mirrored, None, True, False, False, _mirrored(p))[0]
 
 
 def _mirrored(p: SoftTarget) -> SoftTarget:

@@ -250,6 +250,7 @@ def soft_target_backward(
     p: SoftTarget,
     in_place: bool = False,
     temperatures: Sequence[Tensor] = (),
+    to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, for one teacher from the statistics.
 
