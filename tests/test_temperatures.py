@@ -188,6 +188,22 @@ def test_excluded_classes(backend, kind, keywords, classes):
     check_soft_target(student, teacher, backend, **of_kind(kind, student.shape), **keywords)
 
 
+@pytest.mark.parametrize("classes", [40, 1100])
+@pytest.mark.parametrize("mask", [-1e30, -3e38])
+@pytest.mark.parametrize("heat", [(4.0, 0.25), (0.25, 4.0), (100.0, 0.01)])
+def test_finite_masks(backend, heat, mask, classes):
+    """A logit that leaves float32's range at the student's temperature is finite all the same."""
+    student, teacher = logits(9, classes), logits(9, classes)
+    teacher[:, 3:9] = mask
+    student[:, 5:7] = mask
+    teacher[2, :-1] = mask
+    temperatures = dict(zip(("temperature", "teacher_temperature"), heat, strict=True))
+    rows = {name: torch.full((9,), t) for name, t in temperatures.items()}
+    for one in (temperatures, rows):
+        check_soft_target(student, teacher, backend, **one)
+        check_soft_target(student, teacher, backend, divergence="jsd", **one)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinite_rows(backend, kind):
     student, teacher = logits(9, 40), logits(9, 40)

@@ -56,15 +56,20 @@ def of_rows(x: float | Tensor) -> float | Tensor:
 
 
 def over(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """`x / temperature`. To a temperature's gradient infinite logits contribute nothing."""
+    """`x / temperature`.
+
+    To a temperature's gradient infinite logits contribute nothing, and neither do those whose
+    derivative would be infinite.
+    """
     if not isinstance(temperature, Tensor):
         return x / temperature
-    infinite = x.isinf()
-    return torch.where(infinite, x / temperature.detach(), x.masked_fill(infinite, 0) / temperature)
+    number = temperature.detach()
+    infinite = (x.detach() / number / number).isinf()
+    return torch.where(infinite, x / number, x.masked_fill(infinite, 0) / temperature)
 
 
 def times(x: Tensor, ratio: float | Tensor) -> Tensor:
-    """`x * ratio`, likewise."""
+    """`x * ratio`. To a temperature's gradient infinite logits contribute nothing."""
     if not isinstance(ratio, Tensor):
         return x * ratio
     infinite = x.isinf()
