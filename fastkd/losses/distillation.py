@@ -204,18 +204,18 @@ def distillation_loss(
         labels = labels.masked_fill(~mask, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
     tensors = student_logits, *teachers
-    heat = temperatures.check(
+    number, of_teacher, heat, are_own = temperatures.check(
         tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
     )
-    others = labels, *heat.tensors
-    chosen = select("distillation_loss", tensors, backend, others, divergence, heat.are_own)
+    others = labels, *heat
+    chosen = select("distillation_loss", tensors, backend, others, divergence, are_own)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
     parameters = SoftTarget(
-        temperature=heat.student,
-        teacher_temperature=heat.teacher,
-        soft_weight=soft_weight * (heat.student * heat.student) / divisor.number,
+        temperature=number,
+        teacher_temperature=of_teacher,
+        soft_weight=soft_weight * (number * number) / divisor.number,
         hard_weight=hard_weight / divisor.number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
@@ -229,12 +229,10 @@ def distillation_loss(
     )
     if chosen == "reference":
         loss, *parts = reference.distillation_loss(
-            student_logits, teachers, labels, parameters, heat.tensors
+            student_logits, teachers, labels, parameters, heat
         )
     else:
-        loss, *parts = soft_target(
-            student_logits, teachers, labels, parameters, heat.tensors, return_parts
-        )
+        loss, *parts = soft_target(student_logits, teachers, labels, parameters, heat, return_parts)
     loss = logits.tied(divisor.of(loss), unused)
     if not return_parts:
         return loss

@@ -119,15 +119,15 @@ def soft_target_loss(
     divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
     tensors = student_logits, *teachers
-    heat = temperatures.check(
+    number, of_teacher, heat, are_own = temperatures.check(
         tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
     )
-    others = marks, *heat.tensors
-    chosen = select("soft_target_loss", tensors, backend, others, divergence, heat.are_own)
+    others = marks, *heat
+    chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own)
     parameters = SoftTarget(
-        temperature=heat.student,
-        teacher_temperature=heat.teacher,
-        soft_weight=(heat.student * heat.student if scale_t2 else 1.0) / divisor.number,
+        temperature=number,
+        teacher_temperature=of_teacher,
+        soft_weight=(number * number if scale_t2 else 1.0) / divisor.number,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=rows.MASKED,
@@ -140,7 +140,7 @@ def soft_target_loss(
         backend=chosen,
     )
     if chosen == "reference":
-        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters, heat.tensors)
+        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters, heat)
     else:
-        (loss,) = soft_target(student_logits, teachers, marks, parameters, heat.tensors)
+        (loss,) = soft_target(student_logits, teachers, marks, parameters, heat)
     return logits.tied(divisor.of(loss), unused)

@@ -2,26 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fastkd.losses import checks, logits
 from fastkd.precision import compute_dtype
-
-
-class Temperatures(NamedTuple):
-    """As parameters and operand of the operators.
-
-    Where there are `tensors` both numbers are 1. They are the student's, the teacher's, and those
-    whose squares multiply the divergence: each of the rows' shape, in the precision of the loss.
-    """
-
-    student: float
-    teacher: float
-    tensors: tuple[Tensor, ...] = ()
-    # Whether there are tensors, or the teacher's temperature is not the student's.
-    are_own: bool = False
 
 
 def check(
@@ -32,11 +18,17 @@ def check(
     scale_t2: bool,
     labels: Tensor | None,
     ignore_index: int,
-) -> Temperatures:
-    """The temperatures for `sides`, student first, whose rows count but for the ignored labels."""
+) -> tuple[float, float, tuple[Tensor, ...], bool]:
+    """The temperatures for `sides`, student first, whose rows count but for the ignored labels.
+
+    The student's number and the teacher's; tensors in their place, if any; and whether these are
+    there or the numbers may differ. Where there are tensors both numbers are 1. The tensors are the
+    student's, the teacher's, and those whose squares multiply the divergence: each of the rows'
+    shape, in the precision of the loss.
+    """
     if teacher_temperature is None and not isinstance(temperature, Tensor):
         number = checks.number("temperature", temperature, above=0)
-        return Temperatures(number, number)
+        return number, number, (), False
     counts = None if labels is None else labels != ignore_index
     student = _check_one("temperature", temperature, sides[0], dim, counts)
     if teacher_temperature is None:
@@ -44,7 +36,7 @@ def check(
     else:
         teacher = _check_one("teacher_temperature", teacher_temperature, sides[0], dim, counts)
     if not isinstance(student, Tensor) and not isinstance(teacher, Tensor):
-        return Temperatures(student, teacher, are_own=True)
+        return student, teacher, (), True
     of_student = _of_rows(student, sides, dim)
     # Views, because compiled code takes no tensor twice for an autograd function.
     if teacher is student:
@@ -52,7 +44,7 @@ def check(
     else:
         of_teacher = _of_rows(teacher, sides, dim)
     root = of_student.view_as(of_student) if scale_t2 else _of_rows(1.0, sides, dim)
-    return Temperatures(1.0, 1.0, (of_student, of_teacher, root), are_own=True)
+    return 1.0, 1.0, (of_student, of_teacher, root), True
 
 
 def _check_one(
