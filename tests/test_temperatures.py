@@ -19,6 +19,8 @@ from temperatures import BAD, HAVE_KERNELS, KINDS, of_kind
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkd
+from fastkd.facts import Facts
+from fastkd.kernels import cuda, triton
 
 pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="the GPUs' kernels have one number alone")
 
@@ -285,6 +287,12 @@ def test_errors(name, value, error, words):
         fastkd.soft_target_loss(x, x, **{name: value})
     with pytest.raises(error, match=words):
         fastkd.distillation_loss(x, x, torch.tensor([0, 1, 2]), **{name: value})
+
+
+def test_kernels_of_gpus_refuse():
+    facts = Facts("soft_target_loss", "cuda:0", (torch.float32,) * 2, None, temperatures=True)
+    for refusal in (cuda.refuse(None, facts), triton.refuse(facts)):
+        assert "temperatures that are tensors or differ between the sides" in str(refusal)
 
 
 def test_empty_batch(backend):
