@@ -16,11 +16,12 @@ FASTKD_ANYWHERE A shift(A maximum) {
 }
 
 // What other maxima add to what is between the sides. `rates.origin(maximum)` is what is subtracted
-// from a logit as the rates' arithmetic has it.
+// from a logit as the rates' arithmetic has it, and `rates.at_student` brings a difference of the
+// teacher's to the student's temperature.
 template <class A, class Rates>
 FASTKD_ANYWHERE A moved_apart(A student, A to_student, A teacher, A to_teacher,
                               const Rates& rates) {
-  return (rates.origin(teacher) - rates.origin(to_teacher)) -
+  return rates.at_student(rates.origin(teacher) - rates.origin(to_teacher)) -
          (rates.origin(student) - rates.origin(to_student));
 }
 
@@ -42,12 +43,13 @@ struct alignas(16) RowState {
   A difference = 0;                      // of the divergence's terms, scaled
   double logits = 0;                     // of the student's logits, scaled, for label smoothing
 
-  // Relative to other maxima, which are no smaller. `rates.soft(from, to)` and `rates.hard(from,
-  // to)` are what brings an exponential at the temperature, and at 1, from one maximum to another.
+  // Relative to other maxima, which are no smaller. `rates.soft(from, to)`, `rates.teacher(from,
+  // to)` and `rates.hard(from, to)` are what brings an exponential at the student's temperature,
+  // the teacher's, and at 1, from one maximum to another.
   template <class D, class Rates>
   FASTKD_ANYWHERE void move(A to_student, A to_teacher, const Rates& rates) {
     const A by = rates.soft(student_max, to_student);
-    const A t_by = rates.soft(teacher_max, to_teacher);
+    const A t_by = rates.teacher(teacher_max, to_teacher);
     const A apart = moved_apart(student_max, to_student, teacher_max, to_teacher, rates);
     const A weigher = D::kByTeacher ? teacher : student, weigher_by = D::kByTeacher ? t_by : by;
     // An infinite difference stays so, whatever the mass of its class.

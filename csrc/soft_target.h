@@ -11,6 +11,7 @@ namespace fastkd {
 
 struct SoftTargetParameters {
   double temperature;
+  double teacher_temperature;
   double soft_weight;
   double hard_weight;
   double label_smoothing;
@@ -25,9 +26,10 @@ struct SoftTargetParameters {
   static constexpr auto fields() {
     using P = SoftTargetParameters;
     return std::make_tuple(
-        field("temperature", &P::temperature), field("soft_weight", &P::soft_weight),
-        field("hard_weight", &P::hard_weight), field("label_smoothing", &P::label_smoothing),
-        field("ignore_index", &P::ignore_index),
+        field("temperature", &P::temperature),
+        field("teacher_temperature", &P::teacher_temperature),
+        field("soft_weight", &P::soft_weight), field("hard_weight", &P::hard_weight),
+        field("label_smoothing", &P::label_smoothing), field("ignore_index", &P::ignore_index),
         field("labels_are_classes", &P::labels_are_classes), field("divergence", &P::divergence),
         field("beta", &P::beta), field("reduction", &P::reduction), field("dim", &P::dim),
         field("weights", &P::weights));

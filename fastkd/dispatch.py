@@ -114,10 +114,12 @@ def select(
     backend: Backend | None,
     others: tuple[Tensor | None, ...] = (),
     divergence: str = "forward_kl",
+    temperatures: bool = False,
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
-    `others` are tensors whose dtype does not matter: labels, a regressor.
+    `others` are tensors whose dtype does not matter: labels, a regressor. `temperatures` says that
+    some are tensors, or the teacher's own.
 
     Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
     available.
@@ -135,11 +137,12 @@ def select(
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         kinds = tuple([type(t) for t in tensors])
-        return _resolve_compiled(loss, device, dtypes, kinds, divergence, requested)
+        return _resolve_compiled(loss, device, dtypes, kinds, divergence, temperatures, requested)
     obstacle = obstacle_to_kernels((*tensors, *others))
     if _explaining.get():
-        raise _Explained(_explain(Facts(loss, device, dtypes, obstacle, divergence), requested))
-    return _resolve(loss, device, dtypes, obstacle, divergence, requested)
+        facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures)
+        raise _Explained(_explain(facts, requested))
+    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, requested)
 
 
 def _resolve_compiled(
@@ -148,9 +151,11 @@ def _resolve_compiled(
     dtypes: tuple[torch.dtype, ...],
     kinds: tuple[type[Tensor], ...],
     divergence: str,
+    temperatures: bool,
     requested: Backend | None,
 ) -> Backend:
-    return _resolve(loss, device, dtypes, obstacle_while_compiling(kinds), divergence, requested)
+    obstacle = obstacle_while_compiling(kinds)
+    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -165,9 +170,10 @@ def _resolve(
     dtypes: tuple[torch.dtype, ...],
     obstacle: str | None,
     divergence: str,
+    temperatures: bool,
     requested: Backend | None,
 ) -> Backend:
-    facts = Facts(loss, device, dtypes, obstacle, divergence)
+    facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:

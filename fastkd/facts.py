@@ -19,6 +19,7 @@ class Facts(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
     divergence: str = "forward_kl"  # of losses on logits
+    temperatures: bool = False  # of these: one is a tensor, or the teacher has its own
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.
@@ -43,6 +44,8 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
+
+NO_TEMPERATURES = "temperatures that are tensors or differ between the sides"
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
 

@@ -23,13 +23,15 @@ _IN_SCHEMA = {
 class SoftTarget(NamedTuple):
     """Of losses on logits: `soft_weight · divergence + hard_weight · CE` of each row, reduced.
 
-    `soft_weight` holds T² where that is wanted. `beta` is that of a divergence which mixes both
-    sides, and never one at which it is another divergence. `weights` are the teachers', and sum to
-    1. Labels are classes, or only tell which rows count. Where `num_classes` is a number, only the
-    first so many classes of either side exist.
+    `soft_weight` holds T² where that is wanted, T being the student's; with an operand of
+    temperatures it does not, and both temperatures here are 1. `beta` is that of a divergence which
+    mixes both sides, and never one at which it is another divergence. `weights` are the teachers',
+    and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
+    number, only the first so many classes of either side exist.
     """
 
     temperature: float
+    teacher_temperature: float
     soft_weight: float
     hard_weight: float
     label_smoothing: float

@@ -140,28 +140,52 @@ def _size(
 ):  # fmt: skip
     """T² of each row, reduced as the loss is: what a row's loss is rounded against."""
     rows = math.prod(shape) / shape[dim] if mask is None else max(mask.sum().item(), 1)
-    per_row = temperature**2 if scale_t2 else 1.0
+    per_row = float(torch.as_tensor(temperature).max()) ** 2 if scale_t2 else 1.0
     if row_weight is not None and row_weight.numel():
         per_row *= row_weight.abs().max().item()
     return per_row * {"sum": rows, "mean": 1 / shape[dim]}.get(reduction, 1)
 
 
-def check_soft_target(student, teacher, backend, grad_output=None, teachers=True, **keywords):
-    """`teacher` may be a list."""
+def _arguments(student, teacher, keywords):
+    """The tensors of a call; how a loss takes them; and how the oracle does.
 
-    def loss(s, *t):
-        t = list(t) if isinstance(teacher, list) else t[0]
+    These are the student, the teachers, and the temperatures that are tensors.
+    """
+    teachers = teacher if isinstance(teacher, list) else [teacher]
+    names = ("temperature", "teacher_temperature")
+    names = [name for name in names if isinstance(keywords.get(name), torch.Tensor)]
+    others = {name: value for name, value in keywords.items() if name not in names}
+    count = len(teachers)
+
+    def taken(tensors):
+        of_teachers, heat = list(tensors[:count]), tensors[count:]
+        of_teachers = of_teachers if isinstance(teacher, list) else of_teachers[0]
+        return of_teachers, {**others, **dict(zip(names, heat, strict=True))}
+
+    return (student, *teachers, *(keywords[name] for name in names)), taken
+
+
+def check_soft_target(student, teacher, backend, grad_output=None, teachers=True, **keywords):
+    """`teacher` may be a list, and temperatures tensors, whose gradients are checked as well."""
+    tensors, taken = _arguments(student, teacher, keywords)
+
+    def loss(s, *others):
+        t, keywords = taken(others)
         return fastkd.soft_target_loss(s, t, backend=backend, **keywords)
+
+    def expected(s, *others, grad_output, magnitudes=False):
+        t, keywords = taken(others)
+        return oracle_rows.soft_target(s, t, grad_output, magnitudes=magnitudes, **keywords)
 
     check(
         loss,
-        lambda s, *t, grad_output: oracle_rows.soft_target(s, list(t), grad_output, **keywords),
-        (student, *(teacher if isinstance(teacher, list) else [teacher])),
+        expected,
+        tensors,
         grad_output=grad_output,
         size=_size(student.shape, **keywords),
         teachers=teachers,
-        terms=lambda s, *t, grad_output: oracle_rows.soft_target(
-            s, list(t), np.abs(grad_output), magnitudes=True, **keywords
+        terms=lambda *arrays, grad_output: expected(
+            *arrays, grad_output=np.abs(grad_output), magnitudes=True
         )[1],
     )
 
@@ -169,34 +193,35 @@ def check_soft_target(student, teacher, backend, grad_output=None, teachers=True
 def check_distillation(
     student, teacher, labels, backend, grad_output=None, teachers=True, **keywords
 ):
-    """`teacher` may be a list."""
+    """`teacher` may be a list, and temperatures tensors, whose gradients are checked as well."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
-    size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
+    size = float(torch.as_tensor(keywords.get("temperature", 4.0)).max()) ** 2
+    size = abs(soft) * size + abs(hard)
     if "row_weight" in keywords:
         size *= keywords["row_weight"].abs().max().item()
     if keywords.get("reduction") == "sum":
         size *= max((labels != keywords.get("ignore_index", -100)).sum().item(), 1)
+    tensors, taken = _arguments(student, teacher, keywords)
 
-    def loss(s, *t):
-        t = list(t) if isinstance(teacher, list) else t[0]
+    def loss(s, *others):
+        t, keywords = taken(others)
         return fastkd.distillation_loss(s, t, labels, backend=backend, **keywords)
 
-    def expected(s, *t, grad_output):
+    def expected(s, *others, grad_output, **weights):
+        t, keywords = taken(others)
         parts, gradients = oracle_rows.distillation(
-            s, list(t), array(labels), grad_output, **keywords
+            s, t, array(labels), grad_output, **{**keywords, **weights}
         )
         return parts[0], gradients
 
-    def terms(s, *t, grad_output):
+    def terms(*arrays, grad_output):
         weights = {"soft_weight": abs(soft), "hard_weight": abs(hard), "magnitudes": True}
-        return oracle_rows.distillation(
-            s, list(t), array(labels), np.abs(grad_output), **{**keywords, **weights}
-        )[1]
+        return expected(*arrays, grad_output=np.abs(grad_output), **weights)[1]
 
     check(
         loss,
         expected,
-        (student, *(teacher if isinstance(teacher, list) else [teacher])),
+        tensors,
         grad_output=grad_output,
         size=size,
         teachers=teachers,

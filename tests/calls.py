@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 import divergences
+import temperatures
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +27,10 @@ _SAMPLES = {
             {"divergence": "jsd", "beta": 0.3},
             {"divergence": "skew_kl", "reduction": "none"},
             {"divergence": "jsd", "beta": 0.3, "teacher_weights": [1, 3]},
+            {"temperature": [1.0, 2.0, 0.5, 3.0]},
+            {"temperature": 3.0, "teacher_temperature": 1.5, "reduction": "none"},
+            {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "teacher_weights": [1, 3]},
+            {"temperature": [3.0, 1.0, 0.5, 2.0], "divergence": "jsd", "beta": 0.3},
         ],
     ),
     "distillation_loss": (
@@ -42,6 +47,7 @@ _SAMPLES = {
             {"divergence": "reverse_kl", "reduction": "none"},
             {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
             {"divergence": "tvd", "reduction": "sum"},
+            {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1},
         ],
     ),
     "attention_map": (
@@ -156,9 +162,12 @@ def variants(name, dtype=torch.float32):
     calls = []
     if not divergences.HAVE_KERNELS:
         others = [other for other in others if "divergence" not in other]
+    if not temperatures.HAVE_KERNELS:
+        others = [other for other in others if not temperatures.NAMES & {*other}]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
-        other = {k: torch.tensor(v) if k in OF_ROWS else v for k, v in other.items()}
+        of_rows = {*OF_ROWS, *temperatures.NAMES}
+        other = {k: torch.tensor(v) if k in of_rows else v for k, v in other.items()}
         if name == "fsp_loss":
             changed = pair(function)
         if "teacher_weights" in other:

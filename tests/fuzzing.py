@@ -104,6 +104,11 @@ def outcome(function, leaves, **keywords):
     return loss, list(torch.autograd.grad(loss, wanted, torch.full_like(loss, 2.0)))
 
 
+def largest(temperature):
+    """Of all rows."""
+    return max([float(x) for x in torch.as_tensor(temperature).flatten()], default=1.0)
+
+
 def compare(function, backend, leaves, expected, **keywords):
     """The backend against the oracle; and against the reference where the call is an error."""
     actual = outcome(function, leaves, backend=backend, **keywords)
@@ -114,14 +119,16 @@ def compare(function, backend, leaves, expected, **keywords):
     value, gradients = expected()
     weights = [float(keywords.get(name, 1.0)) for name in ("beta", "soft_weight", "hard_weight")]
     # Soft targets are multiplied by the temperature's square, and their gradient divided by it.
-    temperature = float(keywords.get("temperature", 1.0))
-    weights += [temperature, 1 / temperature]
+    temperature = largest(keywords.get("temperature", 1.0))
+    own = keywords.get("teacher_temperature")
+    of_teacher = temperature if own is None else largest(own)
+    weights += [temperature, 1 / temperature, of_teacher, 1 / of_teacher]
     if max(map(abs, weights)) > 1e3:
         return  # 1e30 times a rounding error can be anything; that nothing crashed is the test
     # KL is right to a fraction of 1, and so is T² KL to one of T².
     scale = max(1.0, temperature**2)
     assert_near(actual[0], value, scale)
-    wanted = [g for x, g in zip(leaves, gradients, strict=True) if x.requires_grad]
+    wanted = [g for x, g in zip(leaves, gradients[: len(leaves)], strict=True) if x.requires_grad]
     if "divergence" in keywords and is_reverse_kl(keywords["divergence"], keywords["beta"]):
         # A student's gradient q (log q/p - D) is a difference of terms as large as D, which a mask
         # of the teacher makes huge; where another term is infinite the loss does not tell it.

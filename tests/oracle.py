@@ -6,6 +6,7 @@ returns `(loss, gradients)`, the gradients in the order of the array arguments.
 
 import numpy as np
 import oracle_divergence
+import oracle_temperatures
 from oracle_features import attention_map, attention_transfer, hint, pooling
 from oracle_relations import fsp, rkd_angle, rkd_distance, similarities, similarity
 
@@ -36,15 +37,18 @@ def log_softmax(x, temperature=1.0):
 
 
 def divergence_rows(
-    student, teachers, weights, temperature, magnitudes=False, divergence="forward_kl", beta=0.5
+    student, teachers, weights, temperatures, magnitudes=False, divergence="forward_kl", beta=0.5
 ):
-    """T D(p, q) of each row, its derivative by the student, and those by the teachers.
+    """T D(p, q) of each row, and D's derivatives by s/T and by each teacher's t/T_t.
 
-    All are times SCALE. p is the weighted mean of the teachers' probabilities; those of weight 0
-    are not there. With `magnitudes` the terms of a derivative are added up where they are
-    subtracted: what rounding errors are measured against.
+    `temperatures` are T and T_t, one for each row. All are times SCALE. p is the weighted mean of
+    the teachers' probabilities; those of weight 0 are not there. With `magnitudes` the terms of a
+    derivative are added up where they are subtracted: what rounding errors are measured against.
     """
-    log_q, *logs = (log_softmax(x, temperature) for x in (student, *teachers))
+    temperature, teacher_temperature = temperatures
+    log_q = log_softmax(student, temperature)
+    ratio = temperature / teacher_temperature
+    logs = [log_softmax(x, teacher_temperature) * ratio for x in teachers]
     scale = temperature * SCALE
     counted = [i for i, weight in enumerate(weights) if weight]
     log_p = logs[counted[0]]
@@ -67,7 +71,11 @@ def divergence_rows(
         rows, to_student, found = oracle_divergence.bounded_rows(
             divergence, beta, *logarithms, magnitudes
         )
-        rows, to_student, found = rows * scale, to_student * SCALE, [x * SCALE for x in found]
+        rows, to_student, found = (
+            rows * scale[..., 0],
+            to_student * SCALE,
+            [x * SCALE for x in found],
+        )
     to_teachers = [np.zeros_like(x) for x in teachers]
     for i, gradient in zip(counted, found, strict=True):
         to_teachers[i] = gradient
@@ -109,35 +117,52 @@ def _ensemble(student, teachers, weights, dim):
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def soft_target(
-    student, teachers, grad_output=1.0, *, temperature=1.0, scale_t2=True, reduction="batchmean",
-    dim=-1, divergence="forward_kl", beta=0.5, mask=None, teacher_weights=None, magnitudes=False,
+    student, teachers, grad_output=1.0, *, temperature=1.0, teacher_temperature=None,
+    scale_t2=True, reduction="batchmean", dim=-1, divergence="forward_kl", beta=0.5, mask=None,
+    teacher_weights=None, magnitudes=False,
 ):  # fmt: skip
-    """Takes a teacher or a list of them; the gradients are the student's, then all teachers'."""
+    """Takes a teacher or a list of them; the gradients are the student's, then all teachers'.
+
+    After these come the gradients of temperatures that are arrays.
+    """
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
     kept = np.ones(student.shape[:-1], dtype=bool) if mask is None else np.asarray(mask)
+    of_rows = oracle_temperatures.of_rows(temperature, teacher_temperature, kept.shape)
+    of_rows = [t[kept] for t in of_rows]
+    of_kept = [x[kept] for x in (student, *teachers)]
     rows, *found = divergence_rows(
-        student[kept], [t[kept] for t in teachers], weights, temperature, magnitudes, divergence,
-        beta,
-    )  # fmt: skip
-    weight = temperature if scale_t2 else 1 / temperature
+        of_kept[0], of_kept[1:], weights, of_rows, magnitudes, divergence, beta
+    )
+    slopes = [found[0], *found[1]]
+    weight = of_rows[0] if scale_t2 else 1 / of_rows[0]
     count = kept.sum()
     divisor = {"none": 1, "sum": 1, "batchmean": count, "mean": count * student.shape[-1]}
     weight = weight / max(divisor[reduction], 1)
-    upstream = np.broadcast_to(grad_output, kept.shape)[kept][..., None] * weight
     losses = np.zeros(kept.shape)
-    losses[kept] = rows * weight
+    losses[kept] = rows * weight[..., 0]
     loss = losses / SCALE if reduction == "none" else np.sum(losses) / SCALE
+    weight = np.broadcast_to(grad_output, kept.shape)[kept][..., None] * weight
     gradients = [np.zeros_like(x) for x in (student, *teachers)]
-    for gradient, of_kept in zip(gradients, (found[0], *found[1]), strict=True):
-        gradient[kept] = upstream * of_kept / SCALE
-    return loss, [np.moveaxis(g, -1, dim) for g in gradients]
+    for i, (gradient, slope) in enumerate(zip(gradients, slopes, strict=True)):
+        gradient[kept] = (weight * of_rows[0] / of_rows[1] if i else weight) * slope / SCALE
+    by_temperatures = [np.zeros(kept.shape), np.zeros(kept.shape)]
+    found = oracle_temperatures.derivatives(
+        rows / SCALE, [x / SCALE for x in slopes], of_kept, of_rows, weight[..., 0], scale_t2,
+        magnitudes,
+    )  # fmt: skip
+    for gradient, of_row in zip(by_temperatures, found, strict=True):
+        gradient[kept] = of_row
+    gradients = [np.moveaxis(g, -1, dim) for g in gradients]
+    of_arguments = oracle_temperatures.of_arguments
+    return loss, [*gradients, *of_arguments(by_temperatures, temperature, teacher_temperature)]
 
 
 @np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def distillation(
-    student, teachers, labels, grad_output=1.0, *, temperature=4.0, soft_weight=0.9,
-    hard_weight=0.1, ignore_index=-100, label_smoothing=0.0, reduction="batchmean", dim=-1,
-    divergence="forward_kl", beta=0.5, teacher_weights=None, magnitudes=False,
+    student, teachers, labels, grad_output=1.0, *, temperature=4.0, teacher_temperature=None,
+    soft_weight=0.9, hard_weight=0.1, ignore_index=-100, label_smoothing=0.0,
+    reduction="batchmean", dim=-1, divergence="forward_kl", beta=0.5, teacher_weights=None,
+    magnitudes=False,
 ):  # fmt: skip
     """As the others; the loss is `(loss, hard, soft)`, each reduced."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
@@ -151,10 +176,13 @@ def distillation(
     target = np.full(s.shape, label_smoothing / classes)
     target[np.arange(len(s)), labels[kept]] += 1 - label_smoothing
     hard = -np.where(target > 0, target * log_q, 0).sum(-1) / count
+    of_rows = oracle_temperatures.of_rows(temperature, teacher_temperature, kept.shape)
+    of_rows = [t[kept] for t in of_rows]
+    of_kept = [s, *(t[kept] for t in teachers)]
     rows, soft_to_student, soft_to_teachers = divergence_rows(
-        s, [t[kept] for t in teachers], weights, temperature, magnitudes, divergence, beta
+        s, of_kept[1:], weights, of_rows, magnitudes, divergence, beta
     )
-    soft = temperature * rows / count
+    soft = of_rows[0][..., 0] * rows / count
 
     def reduced(rows):
         if reduction != "none":
@@ -170,12 +198,23 @@ def distillation(
     if hard_weight:
         q = np.exp(log_q / SCALE)
         gradients[0][kept] += hard_weight * (q + target if magnitudes else q - target)
+    by_temperatures = [np.zeros(kept.shape), np.zeros(kept.shape)]
     if soft_weight:
-        gradients[0][kept] += soft_weight * temperature * soft_to_student / SCALE
+        weight = soft_weight * of_rows[0]
+        gradients[0][kept] += weight * soft_to_student / SCALE
         for gradient, soft_gradient in zip(gradients[1:], soft_to_teachers, strict=True):
-            gradient[kept] += soft_weight * temperature * soft_gradient
+            gradient[kept] += weight * of_rows[0] / of_rows[1] * soft_gradient
+        slopes = [x / SCALE for x in (soft_to_student, *soft_to_teachers)]
+        found = oracle_temperatures.derivatives(
+            rows / SCALE, slopes, of_kept, of_rows, weight[..., 0], True, magnitudes
+        )
+        for gradient, of_row in zip(by_temperatures, found, strict=True):
+            gradient[kept] = of_row
     upstream = np.broadcast_to(grad_output, labels.shape)[..., None] / count
+    by_temperatures = [g * upstream[..., 0] for g in by_temperatures]
     gradients = [g * upstream for g in gradients]
     gradients[1:] = [g / SCALE for g in gradients[1:]]
     gradients = [np.moveaxis(g, -1, dim) for g in gradients]
+    of_arguments = oracle_temperatures.of_arguments
+    gradients += of_arguments(by_temperatures, temperature, teacher_temperature)
     return (loss / SCALE, hard / SCALE, soft / SCALE), gradients

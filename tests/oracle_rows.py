@@ -12,9 +12,10 @@ def _existing(arrays, num_classes, dim):
 
     def padded(gradients):
         found = [np.zeros_like(x) for x in arrays]
-        for to, gradient in zip(found, gradients, strict=True):
+        of_logits, others = gradients[: len(arrays)], gradients[len(arrays) :]
+        for to, gradient in zip(found, of_logits, strict=True):
             np.moveaxis(to, dim, 0)[:num_classes] = np.moveaxis(gradient, dim, 0)
-        return found
+        return [*found, *others]
 
     return parts, padded
 
@@ -32,6 +33,7 @@ def soft_target(
 ):  # fmt: skip
     """As `oracle.soft_target`."""
     keywords = {"dim": dim, "mask": mask, **keywords}
+    teachers = teachers if isinstance(teachers, list) else [teachers]
     (student, *teachers), padded = _existing([student, *teachers], num_classes, dim)
     if row_weight is None:
         keywords["reduction"] = reduction

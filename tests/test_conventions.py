@@ -7,6 +7,7 @@ import test_conventions_divergences
 import test_conventions_features
 import test_conventions_logits
 import test_conventions_relations
+import test_conventions_temperatures
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 MODULES = (
@@ -14,6 +15,7 @@ MODULES = (
     test_conventions_features,
     test_conventions_logits,
     test_conventions_relations,
+    test_conventions_temperatures,
 )
 
 

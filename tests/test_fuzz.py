@@ -5,6 +5,7 @@ import math
 import numpy as np
 import oracle_rows
 import pytest
+import temperatures
 import torch
 from agreement import array, check_metrics
 from conftest import DEVICE
@@ -37,6 +38,22 @@ def of_rows(draw, rows):
         "num_classes": draw(st.sampled_from([None, None, 1, 3])),
         "row_weight": draw(st.sampled_from([None, None, weights])),
     }
+
+
+def draw_temperatures(draw, keywords, shape):
+    """Sometimes tensors, or another one of the teacher."""
+    if not temperatures.HAVE_KERNELS or draw(st.booleans()) or not shape:
+        return {}
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return temperatures.of_kind(
+        draw(st.sampled_from(temperatures.KINDS)), shape, dim=keywords["dim"]
+    )
+
+
+def arrays_of(keywords):
+    """For the oracle, whose gradients of temperatures come last and are not looked at."""
+    is_heat = temperatures.NAMES.__contains__
+    return {k: array(x) if is_heat(k) and torch.is_tensor(x) else x for k, x in keywords.items()}
 
 
 def without_infinite(found, divergence, **_):
@@ -74,6 +91,7 @@ def test_soft_target_loss(backend, data):
         rows = np.delete(shape, keywords["dim"])
         keywords["mask"] = torch.as_tensor(rng.random(rows) < draw(st.sampled_from([0.7, 0.1])))
         keywords |= of_rows(draw, rows)
+    keywords |= draw_temperatures(draw, keywords, shape)
     keywords = odd_keywords(draw, keywords)
     if backend == "triton" and not alone and is_reverse_kl(**keywords):
         backend = "reference"
@@ -81,7 +99,9 @@ def test_soft_target_loss(backend, data):
         lambda s, *t, **k: fastkd.soft_target_loss(s, t[0] if alone else t, **k), backend,
         [student, *teachers],
         lambda: without_infinite(
-            oracle_rows.soft_target(array(student), [*map(array, teachers)], 2.0, **keywords),
+            oracle_rows.soft_target(
+                array(student), [*map(array, teachers)], 2.0, **arrays_of(keywords)
+            ),
             **keywords,
         ),
         **keywords,
@@ -116,11 +136,12 @@ def test_distillation_loss(backend, data):
         **of_rows(draw, rows),
     }
     keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
+    keywords |= draw_temperatures(draw, keywords, shape)
     keywords = odd_keywords(draw, keywords)
 
     def expected():
         parts, gradients = oracle_rows.distillation(
-            array(student), array(teacher), array(labels), 2.0, **keywords
+            array(student), array(teacher), array(labels), 2.0, **arrays_of(keywords)
         )
         return without_infinite((parts[0], gradients), **keywords)
 

@@ -276,7 +276,7 @@ def learns(student):
         (lambda x: (x * 1).view(4, 30), {}, "a view, because another tensor would change"),
         (lambda x: x * 1, {"reduction": "none"}, "a loss that is one number"),
         (lambda x: x * 1, {"row_weight": torch.ones(3)}, "a loss that is one number"),
-        (lambda x: x * 1, learns, "a teacher that requires a gradient"),
+        (lambda x: x * 1, learns, "a teacher or a temperature that requires"),
         (lambda x: x * 1, lambda s: {"teacher_logits": s.detach()}, "shares its memory"),
         (lambda x: x * 1, {"inplace": 1}, "inplace must be True or False"),
     ],

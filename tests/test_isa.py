@@ -1,6 +1,7 @@
 """Each instruction set that runs here, at the sizes where its vectors and blocks end."""
 
 import pytest
+import temperatures
 import thresholds
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,19 @@ def test_divergences(isa, dtype, keywords):
         check_distillation(*pair, labels, "native", temperature=2.0, teachers=False, **keywords)
         columns = [x.t().contiguous() for x in pair]
         check_soft_target(*columns, "native", temperature=2.0, dim=0, **keywords)
+
+
+@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="the GPUs' kernels have one number alone")
+@pytest.mark.parametrize("keywords", [{}, *FEW], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperatures(isa, dtype, keywords):
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    for size in SIZES[1::2]:
+        pair = sides(16, size, dtype, dtype)
+        heat = temperatures.of_kind("rows and rows", pair[0].shape, precise)
+        check_soft_target(*pair, "native", **heat, **keywords)
+        labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
+        check_distillation(*pair, labels, "native", **heat, **keywords)
 
 
 @pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])

@@ -6,6 +6,7 @@ import io
 import pickle
 
 import pytest
+import temperatures
 import torch
 import torch.nn.functional as F
 from calls import MODULES, keyword_defaults, sample
@@ -64,6 +65,26 @@ def test_the_numbers_are_the_function_s(backend, module, with_keywords):
     inputs = [*tensors, *([call.keywords["labels"]] if "labels" in call.keywords else [])]
     keywords = {"backend": backend, **(KEYWORDS[module] if with_keywords else {})}
     assert torch.equal(module(**keywords)(*inputs), function(*inputs, **keywords))
+
+
+@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="the GPUs' kernels have one number alone")
+def test_a_module_learns_its_temperature(backend):
+    """A parameter is the module's; a temperature of a call takes its place."""
+    heat = torch.nn.Parameter(torch.tensor(4.0))
+    module = fastkd.nn.SoftTargetLoss(temperature=heat, teacher_temperature=2.0, backend=backend)
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+    assert [*module.state_dict()] == ["temperature"]
+    keywords = {"temperature": heat, "teacher_temperature": 2.0, "backend": backend}
+    loss = module(student, teacher)
+    assert torch.equal(loss, fastkd.soft_target_loss(student, teacher, **keywords))
+    loss.backward()
+    assert heat.grad
+    rows = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    given = module(student, teacher, temperature=rows, teacher_temperature=rows.detach())
+    keywords |= {"temperature": rows, "teacher_temperature": rows.detach()}
+    assert torch.equal(given, fastkd.soft_target_loss(student, teacher, **keywords))
+    module.to(torch.float64)
+    assert heat.dtype == torch.float64
 
 
 def test_parts():

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import temperatures
 import torch
 from calls import MODULES, keyword_defaults, sample
 from divergences import HAVE_KERNELS
@@ -16,6 +17,7 @@ LOSSES = {**MODULES, nn.HintLoss: fastkd.hint_loss}
 # For each keyword another value than the default, and one that the function refuses.
 VALUES = {
     (nn.SoftTargetLoss, "temperature"): (4, 0),
+    (nn.SoftTargetLoss, "teacher_temperature"): (3.0, -1),
     (nn.SoftTargetLoss, "scale_t2"): (False, "yes"),
     (nn.SoftTargetLoss, "reduction"): ("none", "average"),
     (nn.SoftTargetLoss, "dim"): (0, 2),
@@ -25,6 +27,7 @@ VALUES = {
     (nn.SoftTargetLoss, "inplace"): (True, "yes"),
     (nn.SoftTargetLoss, "teacher_weights"): ([1, 3], [1]),
     (nn.DistillationLoss, "temperature"): (2.5, "4"),
+    (nn.DistillationLoss, "teacher_temperature"): (2, "4"),
     (nn.DistillationLoss, "soft_weight"): (0.25, None),
     (nn.DistillationLoss, "hard_weight"): (3.0, float("nan")),
     (nn.DistillationLoss, "ignore_index"): (3, 1.5),
@@ -65,6 +68,7 @@ CASES = [
     (*key, *values)
     for key, values in (VALUES | BACKENDS).items()
     if HAVE_KERNELS or key not in OF_DIVERGENCES
+    if temperatures.HAVE_KERNELS or key[1] != "teacher_temperature"
 ]
 EACH = pytest.mark.parametrize(("module", "name", "value", "wrong"), CASES)
 

@@ -24,7 +24,7 @@ MOST_GRAPHS = 3
 
 # Every float argument of every loss, and between what values it goes.
 SCHEDULES = {
-    "soft_target_loss": {"temperature": (1, 8)},
+    "soft_target_loss": {"temperature": (1, 8), "teacher_temperature": (2, 5)},
     "distillation_loss": {
         "temperature": (8, 1),
         "soft_weight": (0.05, 1),

@@ -301,6 +301,7 @@ def test_labels_that_are_no_class(classes, wrong, dim):
     labels[1] = classes if wrong == "classes" else wrong
     p = SoftTarget(
         temperature=2.0,
+        teacher_temperature=2.0,
         soft_weight=1.0,
         hard_weight=0.5,
         label_smoothing=0.1,

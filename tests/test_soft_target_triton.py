@@ -30,6 +30,7 @@ from fastkd.kernels.triton.rows import SEVERAL, SIDE_BY_SIDE, WHOLE, plan
 
 SUM = SoftTarget(
     temperature=2.0,
+    teacher_temperature=2.0,
     soft_weight=4.0,
     hard_weight=0.0,
     label_smoothing=0.0,

@@ -18,14 +18,16 @@ struct Labels {
 struct SoftTargetKernels {
   // loss is a scalar, or one per row; its parts, the statistics of the rows of one teacher, and the
   // gradient may be absent.
-  void (*forward)(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
-                  void* parts, void* statistics, const Tensor& gradient,
-                  const SoftTargetParameters& p, int threads);
+  void (*forward)(const Tensor& student, const Tensors& teachers, const Labels& labels,
+                  const Tensors& temperatures, void* loss, void* parts, void* statistics,
+                  const Tensor& gradient, const SoftTargetParameters& p, int threads);
   // Either gradient may be absent. Of several teachers, and of a divergence of probabilities, the
-  // teacher's and the statistics are. grad_output is a scalar, or one per row.
+  // teacher's and the statistics are, and the gradients of the three temperatures of each row.
+  // grad_output is a scalar, or one per row.
   void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
-                   const Labels& labels, const void* statistics, const Tensor& to_student,
-                   const Tensor& to_teacher, const SoftTargetParameters& p, int threads);
+                   const Labels& labels, const Tensors& temperatures, const void* statistics,
+                   const Tensor& to_student, const Tensor& to_teacher,
+                   const Tensor& to_temperatures, const SoftTargetParameters& p, int threads);
 };
 
 struct AttentionKernels {

@@ -105,23 +105,25 @@ Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
 void soft_target_forward(const Place& place, const Tensor& student, const Tensors& teachers,
                          const Tensor& labels, const Tensor& loss, const Tensor& parts,
                          const Tensor& statistics, const Tensor& gradient, const Tensor&,
-                         const SoftTargetParameters& p) {
+                         const SoftTargetParameters& p, const Tensors& temperatures) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensor to = gradient;
   expect_writing(to, bytes_of(to));
-  kernels().soft_target.forward(student, teachers, checked, loss.data, parts.data, statistics.data,
-                                to, p, place.threads());
+  kernels().soft_target.forward(student, teachers, checked, temperatures, loss.data, parts.data,
+                                statistics.data, to, p, place.threads());
 }
 
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor&,
-                          const SoftTargetParameters& p, bool) {
+                          const SoftTargetParameters& p, bool, const Tensors& temperatures,
+                          const Tensor& to_temperatures) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensors to{to_student, to_teacher};
   expect_writing(to);
-  kernels().soft_target.backward(grad_output, student, teachers, checked, statistics.data, to[0],
-                                 to[1], p, place.threads());
+  kernels().soft_target.backward(grad_output, student, teachers, checked, temperatures,
+                                 statistics.data, to[0], to[1], to_temperatures, p,
+                                 place.threads());
 }
 
 void distillation_metrics(const Place& place, const Tensor& student, const Tensor& teacher,

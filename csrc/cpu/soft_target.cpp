@@ -14,11 +14,21 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   // Where the mean of teachers underflows its logarithm counts, or it does not.
   const bool has_logits = a.teachers == 1 || D::kByTeacher;
   if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row() &&
-      has_logits)
+      has_logits && !a.own)
     return forward_columns<D>(a, threads);
   if (a.teachers > 1)
-    return parallel_for(rows.count, threads,
-                        [&](int64_t row) { a.ignores(row) ? a.skip(row) : mean_row<D>(a, row); });
+    return parallel_for(rows.count, threads, [&](int64_t row) {
+      if (a.ignores(row))
+        a.skip(row);
+      else if (a.own)
+        mean_row<D>(a.of_row(row), row);
+      else
+        mean_row<D>(a, row);
+    });
+  if (a.own)
+    return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
+      forward_stretch<D, A, true, true>(a, begin, end);
+    });
   const DType dtype = rows.sides[kStudent].tensor->dtype;
   bool gathers = dtype != rows.sides[kTeacher].tensor->dtype;
   for (const Side& side : rows.sides) gathers |= side.class_stride != 1;
@@ -43,7 +53,7 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
 }
 
 // The gradients of a row from its statistics.
-template <class D, class A>
+template <class D, bool own, class A>
 void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
@@ -65,11 +75,16 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       D::factors(by.soft, zs, zt, D::mean_of(statistics[kKl], log_ratio), a.rates.inverse);
   const Factors<A> k = a.factors(SoftFactors<A>{A(soft.student), A(soft.teacher)},
                                  A(a.labels ? by.hard / statistics[kHardSum] : 0), by);
-  const A of_student = A(by.soft / zs), of_teacher = A(by.soft / zt);
+  [[maybe_unused]] const A ratio = A(a.rates.ratio);
+  const double by_teacher = by.soft * a.rates.ratio;
+  const A of_student = A(by_teacher / zs), of_teacher = A(by_teacher / zt);
   const A surplus = A(log_ratio - double(statistics[kKl])), inverse = A(a.rates.inverse);
   const A scale = A(kLogitScale);
   const A s_shift = statistics[kStudentMax] * scale, t_shift = statistics[kTeacherMax] * scale;
   const vec zero = {};
+  [[maybe_unused]] const A to_es = A(soft.student), to_kept = A(soft.teacher);
+  [[maybe_unused]] double by_student = 0,
+                          by_own = 0;  // the sums that the temperatures' gradients take
   alignas(64) A student[kMostBlock], teacher[kMostBlock];
   alignas(64) A es[kMostBlock], kept[kMostBlock], eh[kMostBlock];
   const int64_t size = thresholds.block;
@@ -78,17 +93,42 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
     gather_side(kStudent, first, n, student);
     gather_side(kTeacher, first, n, teacher);
     for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
+    [[maybe_unused]] vec of_temperature = zero, of_teacher_temperature = zero;
     for (int i = 0; i < n; i += W) {
       const vec s = load(student + i) * scale - s_shift, t = load(teacher + i) * scale - t_shift;
-      const vec e = a.exp_soft(s), p = a.exp_soft(t), apart = t - s;
+      const vec e = a.exp_soft(s);
+      vec p, apart;
+      if constexpr (own) {
+        p = a.exp_teacher(t);
+        apart = at_student(t, ratio) - s;
+      } else {
+        p = a.exp_soft(t);
+        apart = t - s;
+      }
+      const vec keeps = D::kept(e, p, apart);
       store(e, es + i);
-      store(D::kept(e, p, apart), kept + i);
+      store(keeps, kept + i);
       if (k.has_hard) store(a.exp_hard(s), eh + i);
+      if constexpr (own)
+        if (a.to_temperatures) {
+          const auto product = [&](vec g, vec x, vec logits) {
+            const vec found = g == 0 ? zero : logits == -INFINITY ? zero : g * x;
+            return n - i < W ? keep<A>(found, n - i) : found;
+          };
+          const vec g = e * to_es + D::with_teacher(e, keeps, to_kept);
+          const vec h = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
+          of_temperature += product(g, s, load(student + i));
+          of_teacher_temperature += product(h, t, load(teacher + i));
+        }
       if (a.to_teacher) {
         const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
         const vec wanted = D::kByTeacher && load(teacher + i) == -INFINITY ? zero : g;
         store(k.soft ? wanted : zero, teacher + i);
       }
+    }
+    if constexpr (own) {
+      by_student += sum<A>(of_temperature);
+      by_own += sum<A>(of_teacher_temperature);
     }
     if (a.to_teacher) scatter_side(teacher, kToTeacher, first, n);
     if (!a.to_student) continue;
@@ -97,6 +137,8 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       student[a.labels[row] - first] -= k.label;
     scatter_side(student, kToStudent, first, n);
   }
+  if (own && a.to_temperatures)
+    a.write_temperatures(row, by.soft, by_student, by_own, statistics[kKl]);
 }
 
 // Where both terms are switched off nothing is left of a gradient, NaN neither.
@@ -145,15 +187,15 @@ void with_arithmetic(const Tensor& student, const Tensors& teachers, const SoftT
   }
 }
 
-void forward(const Tensor& student, const Tensors& teachers, const Labels& labels, void* loss,
-             void* parts, void* statistics, const Tensor& gradient, const SoftTargetParameters& p,
-             int available) {
+void forward(const Tensor& student, const Tensors& teachers, const Labels& labels,
+             const Tensors& temperatures, void* loss, void* parts, void* statistics,
+             const Tensor& gradient, const SoftTargetParameters& p, int available) {
   const Rows rows = rows_of(student, teachers, gradient, absent, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    Arguments<A> a(p, rows, labels, gradient, absent, absent);
+    Arguments<A> a(p, rows, labels, temperatures, gradient, absent, absent);
     Array<A> losses(statistics ? 0 : 2 * rows.count);
     a.losses = losses.data();
     if (statistics) {
@@ -169,20 +211,27 @@ void forward(const Tensor& student, const Tensors& teachers, const Labels& label
 }
 
 void backward(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
-              const Labels& labels, const void* statistics, const Tensor& to_student,
-              const Tensor& to_teacher, const SoftTargetParameters& p, int available) {
+              const Labels& labels, const Tensors& temperatures, const void* statistics,
+              const Tensor& to_student, const Tensor& to_teacher, const Tensor& to_temperatures,
+              const SoftTargetParameters& p, int available) {
   const Rows rows = rows_of(student, teachers, to_student, to_teacher, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    const Arguments<A> a(p, rows, labels, to_student, to_teacher, grad_output);
+    Arguments<A> a(p, rows, labels, temperatures, to_student, to_teacher, grad_output);
+    a.to_temperatures = to_temperatures.as<A>();
     if constexpr (!D::kNormalizes) {
       if (statistics)
         parallel_for(rows.count, threads, [&](int64_t row) {
-          a.ignores(row)
-              ? a.skip(row)
-              : backward_row<D>(a, row, static_cast<const A*>(statistics) + row * kCount);
+          const A* const found = static_cast<const A*>(statistics) + row * kCount;
+          if (a.ignores(row)) {
+            a.skip(row);
+            if (a.to_temperatures) a.write_temperatures(row, 0, 0, 0, 0);
+          } else if (a.own)
+            backward_row<D, true>(a.of_row(row), row, found);
+          else
+            backward_row<D, false>(a, row, found);
         });
     }
     if (!statistics) forward_rows_of<D>(a, threads);

@@ -2,6 +2,8 @@
 // loss that these make.
 #pragma once
 
+#include <limits>
+
 #include "../row.h"
 #include "exponential.h"
 #include "kernels.h"
@@ -16,15 +18,19 @@ enum { kStudent, kToStudent, kToTeacher, kTeacher };
 
 // What brings an exponential from one maximum to another.
 struct Rates {
-  double inverse;  // 1 / T, as the exponentials have it
-  bool has_hard;   // the cross-entropy has exponentials of its own, at temperature 1
+  double inverse;          // 1 / T, as the exponentials have it
+  double teacher_inverse;  // and 1 / T of the teacher's
+  double ratio;            // of the teacher's to the student's
+  bool has_hard;           // the cross-entropy has exponentials of its own, at temperature 1
 
   static double moving(double from, double to, double rate) {
     return from == to ? 1 : from == -INFINITY ? 0 : std::exp((from - to) * rate);
   }
   double soft(double from, double to) const { return moving(from, to, inverse); }
+  double teacher(double from, double to) const { return moving(from, to, teacher_inverse); }
   double hard(double from, double to) const { return moving(from, to, 1); }
   static double origin(double maximum) { return shift(maximum); }
+  double at_student(double apart) const { return apart * ratio; }
 };
 
 // The weights of q − p and of q₁ − target in a row's gradient.
@@ -32,26 +38,41 @@ struct Weights {
   double soft, hard;
 };
 
+// A scaled difference of the teacher's logits, brought to the student's temperature. What is finite
+// stays so: a class of no probability has no term, and 0 · inf would be NaN.
+template <class A, class V>
+V at_student(V apart, A ratio) {
+  const V lowest = V{} - std::numeric_limits<A>::max() / 4, by = apart * ratio;
+  return apart == -INFINITY ? apart : by < lowest ? lowest : by;
+}
+
 // The arguments in the form that the inner loops want them.
 template <class A>
 struct Arguments {
   const SoftTargetParameters& p;
   const Rows& rows;
   int64_t classes, teachers;
-  bool to_student, to_teacher;        // whether these gradients are wanted
-  const int64_t* labels;              // one a row, or absent
-  const A* grad_output;               // a scalar, or one per row; absent for 1
-  Exp<A> exp_soft, exp_hard;          // exp(x / T), exp(x), of scaled logits
-  Exp<A> raw_exp_soft, raw_exp_hard;  // and of logits as they are
+  bool to_student, to_teacher;  // whether these gradients are wanted
+  const int64_t* labels;        // one a row, or absent
+  const A* grad_output;         // a scalar, or one per row; absent for 1
+  // The temperatures of rows, or none: of the student, of the teacher, and the one whose square
+  // multiplies the divergence.
+  const A *temperatures = nullptr, *teacher_temperatures = nullptr, *roots = nullptr;
+  bool own;                             // the sides differ in temperature, or rows do
+  Exp<A> exp_soft, exp_hard;            // exp(x / T), exp(x), of scaled logits
+  Exp<A> raw_exp_soft, raw_exp_hard;    // and of logits as they are
+  Exp<A> exp_teacher, raw_exp_teacher;  // at the teacher's temperature
   Rates rates;
   double divisor;  // of the reduction
   Weights weights;
-  A* statistics = nullptr;  // of the rows, where they are wanted
-  A* losses = nullptr;      // (divergence, cross-entropy) of each row, where they are wanted,
-  int64_t step = 2;         // so far apart
+  A* to_temperatures = nullptr;  // their gradients, of one kind after another, if they are wanted
+  A* statistics = nullptr;       // of the rows, where they are wanted
+  A* losses = nullptr;           // (divergence, cross-entropy) of each row, where they are wanted,
+  int64_t step = 2;              // so far apart
 
-  Arguments(const SoftTargetParameters& p, const Rows& rows, const Labels& of, const Tensor& to,
-            const Tensor& to_teacher, const Tensor& grad_output)
+  Arguments(const SoftTargetParameters& p, const Rows& rows, const Labels& of,
+            const Tensors& temperatures, const Tensor& to, const Tensor& to_teacher,
+            const Tensor& grad_output)
       : p(p),
         rows(rows),
         classes(rows.classes),
@@ -60,17 +81,50 @@ struct Arguments {
         to_teacher(to_teacher),
         labels(of.labels),
         grad_output(grad_output.as<A>()),
+        own(!temperatures.empty() || p.teacher_temperature != p.temperature),
         exp_soft(1 / p.temperature / kLogitScale),
         exp_hard(1 / kLogitScale),
         raw_exp_soft(1 / p.temperature),
         raw_exp_hard(1),
-        rates{exp_soft.rate * kLogitScale,
-              labels != nullptr && p.labels_are_classes && p.temperature != 1} {
+        exp_teacher(1 / p.teacher_temperature / kLogitScale),
+        raw_exp_teacher(1 / p.teacher_temperature),
+        rates{exp_soft.rate * kLogitScale, exp_teacher.rate * kLogitScale,
+              exp_teacher.rate / exp_soft.rate,
+              labels != nullptr && p.labels_are_classes &&
+                  (!temperatures.empty() || p.temperature != 1)} {
     divisor = p.reduction == Reduction::batchmean ? double(of.kept)
               : p.reduction == Reduction::mean    ? double(of.kept) * double(classes)
                                                   : 1;
     if (divisor == 0) divisor = 1;
     weights = {p.soft_weight / p.temperature / divisor, labels ? p.hard_weight / divisor : 0};
+    if (temperatures.empty()) return;
+    this->temperatures = temperatures[0].as<A>();
+    teacher_temperatures = temperatures[1].as<A>();
+    roots = temperatures[2].as<A>();
+  }
+
+  // With the temperatures of one row, if rows have their own.
+  Arguments of_row(int64_t row) const {
+    Arguments of = *this;
+    if (temperatures == nullptr) return of;
+    const double temperature = temperatures[row], teacher = teacher_temperatures[row];
+    of.exp_soft = Exp<A>(1 / temperature / kLogitScale);
+    of.raw_exp_soft = Exp<A>(1 / temperature);
+    of.exp_teacher = Exp<A>(1 / teacher / kLogitScale);
+    of.raw_exp_teacher = Exp<A>(1 / teacher);
+    of.rates.inverse = of.exp_soft.rate * kLogitScale;
+    of.rates.teacher_inverse = of.exp_teacher.rate * kLogitScale;
+    of.rates.ratio = of.exp_teacher.rate / of.exp_soft.rate;
+    of.weights.soft = p.soft_weight * (squared(row) / temperature) / divisor;
+    return of;
+  }
+
+  // What multiplies the divergence of a row besides its weight: NaN where a temperature is not
+  // above 0.
+  double squared(int64_t row) const {
+    if (temperatures == nullptr || ignores(row)) return 1;
+    const bool is_valid = temperatures[row] > 0 && teacher_temperatures[row] > 0;
+    return is_valid ? double(roots[row]) * double(roots[row]) : NAN;
   }
 
   bool ignores(int64_t row) const { return labels && labels[row] == p.ignore_index; }
@@ -110,6 +164,19 @@ struct Arguments {
     to[kTeacherMax] = A(of.teacher_max);
     to[kTeacherSum] = A(of.teacher);
     to[kHardSum] = A(of.hard);
+  }
+
+  // The gradients of a row's temperatures, from its weight, the sums of the products of logits with
+  // their gradients, and the divergence, all scaled.
+  void write_temperatures(int64_t row, double weight, double by_student, double by_teacher,
+                          double divergence) const {
+    A* const to = to_temperatures + row;
+    const double temperature = temperatures[row], own = teacher_temperatures[row];
+    const bool is_off = weight == 0;  // nothing may show then, whatever the temperatures are
+    to[0] = A(is_off ? 0 : by_student / kLogitScale / -temperature);
+    to[rows.count] = A(is_off ? 0 : by_teacher / kLogitScale / -own);
+    to[2 * rows.count] =
+        A(is_off ? 0 : 2 * weight * temperature / double(roots[row]) * (divergence / kLogitScale));
   }
 
   // Zeros in the gradients that are wanted.
@@ -180,7 +247,8 @@ void reduce(const Arguments<A>& a, A* loss, A* parts, int threads) {
   const Losses total = sum_over_rows(a.rows.count, threads, [&](int64_t row, int64_t end) {
     Losses sum{};
     for (; row < end; ++row) {
-      const double soft = a.losses[row * a.step], hard = a.losses[row * a.step + 1];
+      const double soft = a.losses[row * a.step] * a.squared(row),
+                   hard = a.losses[row * a.step + 1];
       if (by_row) put(soft, hard, row, a.rows.count);
       sum.divergence += soft;
       sum.cross_entropy += hard;

@@ -54,8 +54,8 @@ struct Accumulators {
 // alone, because there is no register for it in the loop: where they leave the range on the way, a
 // sum is not finite, and `difference_with_exclusions` or `shifted_sum` has it. The maxima of the
 // block after it, if wanted, are found in the same loop where it has room: beside so much
-// arithmetic its loads cost little.
-template <class D, class A, class S, class... Next>
+// arithmetic its loads cost little. `own` is whether the teacher's temperature is its own.
+template <class D, bool own = false, class A, class S, class... Next>
 Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, const Arguments<A>& a,
                              const Exponentials<A>& to, Next&... of_next) {
   using vec = vec_t<A>;
@@ -63,6 +63,8 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
   const A lowest = -INFINITY, scale = A(kLogitScale);
   // Copies, which the stores below cannot change: they stay in registers.
   const Exp<A> exp_soft = a.raw_exp_soft, exp_hard = a.raw_exp_hard;
+  [[maybe_unused]] const Exp<A> exp_teacher = a.raw_exp_teacher;
+  [[maybe_unused]] const A ratio = A(a.rates.ratio);
   const bool has_hard = a.rates.has_hard, smooths = a.p.label_smoothing > 0;
   const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
@@ -71,12 +73,22 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
     fetch(teacher + i, W, kAhead);
     const vec s = load_lanes<A>(student + i, lanes, lowest) - s_origin;
     const vec t = load_lanes<A>(teacher + i, lanes, lowest) - t_origin;
-    const vec es = exp_soft(s), et = exp_soft(t);
+    const vec es = exp_soft(s);
+    vec et, apart, scaled;
+    if constexpr (own) {
+      et = exp_teacher(t);
+      apart = t * ratio - s;
+      scaled = at_student(t * scale, ratio) - s * scale;
+    } else {
+      et = exp_soft(t);
+      apart = t - s;
+      scaled = t * scale - s * scale;
+    }
     s_sum += es;
     t_sum += et;
-    difference += keep<A>(D::term(es, D::kept(es, et, t - s), t - s), lanes);
+    difference += keep<A>(D::term(es, D::kept(es, et, apart), apart), lanes);
     store(es, to.student + i);
-    store(D::kept(es, et, t * scale - s * scale), to.kept + i);
+    store(D::kept(es, et, scaled), to.kept + i);
     if (has_hard) {
       const vec eh = exp_hard(s);
       hard_sum += eh;
@@ -109,13 +121,15 @@ double shifted_sum(const Block<S>& block, A s_shift) {
 
 // The sum of terms where a class may be excluded: 0 · inf would be NaN, and the term of a class may
 // be infinite.
-template <class D, class A, class S>
+template <class D, bool own = false, class A, class S>
 double difference_with_exclusions(const Block<S>& block, A s_shift, A t_shift,
-                                  const Exponentials<A>& of) {
+                                  const Arguments<A>& a, const Exponentials<A>& of) {
   double total = 0;
   for (int i = 0; i < block.size; ++i) {
     const A s = widen(block.student[i]), t = widen(block.teacher[i]);
-    const A apart = (t * A(kLogitScale) - t_shift) - (s * A(kLogitScale) - s_shift);
+    A y = t * A(kLogitScale) - t_shift;
+    if constexpr (own) y = at_student(y, A(a.rates.ratio));
+    const A apart = y - (s * A(kLogitScale) - s_shift);
     total += term_of<D>(of.student[i], of.kept[i], apart, s == A(-INFINITY), t == A(-INFINITY));
   }
   return total;

@@ -12,13 +12,13 @@ namespace fastkd::FASTKD_ISA {
 
 // The exponentials of a block relative to its maxima, and its sums in double, since a row has few
 // blocks; and the maxima of the next one.
-template <class D, class A, class S>
+template <class D, bool own, class A, class S>
 RowState<double> sums_of(const Maxima<A, S>& maxima, const Arguments<A>& a,
                          const Exponentials<A>& to, Maxima<A, S>& of_next) {
   const Block<S>& block = maxima.of;
   const A s_max = max_of<A>(maxima.student), t_max = max_of<A>(maxima.teacher);
   const A s_shift = shift(s_max), t_shift = shift(t_max);
-  const auto found = exponentiate<D>(block, origin(s_max), origin(t_max), a, to, of_next);
+  const auto found = exponentiate<D, own>(block, origin(s_max), origin(t_max), a, to, of_next);
   RowState<double> sums{s_max,
                         t_max,
                         sum<A>(found.student),
@@ -27,7 +27,7 @@ RowState<double> sums_of(const Maxima<A, S>& maxima, const Arguments<A>& a,
                         sum<A>(found.difference),
                         0};
   if (!std::isfinite(sums.difference))
-    sums.difference = difference_with_exclusions<D>(block, s_shift, t_shift, to);
+    sums.difference = difference_with_exclusions<D, own>(block, s_shift, t_shift, a, to);
   if (a.p.label_smoothing > 0) {
     double shifted = sum<A>(found.shifted);
     if (!std::isfinite(shifted)) shifted = shifted_sum(block, s_shift);
@@ -85,7 +85,7 @@ Outcome outcome_of(const Arguments<A>& a, const RowState<double>& sums,
       for (int64_t b = 0; b < memory.blocks; ++b) {
         const int64_t left = a.classes - b * memory.width;
         const double by_s = a.rates.soft(memory.student_max[b], sums.student_max) / sums.student;
-        const double by_t = a.rates.soft(memory.teacher_max[b], sums.teacher_max) / sums.teacher;
+        const double by_t = a.rates.teacher(memory.teacher_max[b], sums.teacher_max) / sums.teacher;
         const RowTerms found = add_terms<decltype(terms)>(
             memory.block(b), int(left < memory.width ? left : memory.width), A(by_s), A(by_t),
             shares);
@@ -136,7 +136,7 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
     const double by_s = a.rates.soft(s_max, sums.student_max);
     const double by_hard = a.rates.has_hard ? a.rates.hard(s_max, sums.student_max) : by_s;
     const auto moved =
-        D::moved(soft, by_s, a.rates.soft(t_max, sums.teacher_max),
+        D::moved(soft, by_s, a.rates.teacher(t_max, sums.teacher_max),
                  moved_apart(s_max, sums.student_max, t_max, sums.teacher_max, a.rates));
     const Factors<A> k =
         a.factors(SoftFactors<A>{A(moved.student), A(moved.teacher)}, A(hard * by_hard), by);
@@ -189,7 +189,7 @@ class Source {
 
 // The rows from `row` to `end`. The maxima of a block are found while the one before it is
 // computed, also from row to row: so the logits come from memory behind arithmetic.
-template <class D, class S, bool gathered, class A>
+template <class D, class S, bool gathered, bool own = false, class A>
 void forward_stretch(const Arguments<A>& a, int64_t row, int64_t end) {
   const RowMemory<A> memory(a, a.to_student || D::kNormalizes);
   // The first row from `row` on that is not ignored.
@@ -202,7 +202,16 @@ void forward_stretch(const Arguments<A>& a, int64_t row, int64_t end) {
   Source<A, S, gathered> source(a);
   Maxima<A, S> maxima{source.block(row, 0)};
   maxima.take_from(0);
+  // The arguments with the row's temperatures.
+  using OfRow = std::conditional_t<own, Arguments<A>, const Arguments<A>&>;
+  const auto arguments_of = [&](int64_t row) -> OfRow {
+    if constexpr (own)
+      return a.of_row(row);
+    else
+      return a;
+  };
   while (row < end) {
+    const OfRow of_row = arguments_of(row);
     int64_t after = end;
     RowState<double> sums{};
     for (int64_t b = 0; b < memory.blocks; ++b) {
@@ -211,16 +220,16 @@ void forward_stretch(const Arguments<A>& a, int64_t row, int64_t end) {
         of_next.of = source.block(row, (b + 1) * memory.width);
       else if ((after = find(row + 1)) < end)
         of_next.of = source.block(after, 0);
-      const RowState<double> found = sums_of<D>(maxima, a, memory.block(b), of_next);
+      const RowState<double> found = sums_of<D, own>(maxima, of_row, memory.block(b), of_next);
       memory.student_max[b] = A(found.student_max);
       memory.teacher_max[b] = A(found.teacher_max);
       if (b == 0)
         sums = found;
       else
-        merge<D>(sums, found, a.rates);
+        merge<D>(sums, found, of_row.rates);
       maxima = of_next;
     }
-    finish_row<D>(a, row, sums, memory);
+    finish_row<D>(of_row, row, sums, memory);
     row = after;
   }
 }

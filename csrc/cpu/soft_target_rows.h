@@ -59,7 +59,7 @@ template <class D, class S, class A>
   for (int i = 0; i < count; ++i) {
     if (!std::isfinite(lanes.difference[i]))
       lanes.difference[i] =
-          A(difference_with_exclusions<D>(blocks[i], s_shift[i], t_shift[i], exponentials(i)));
+          A(difference_with_exclusions<D>(blocks[i], s_shift[i], t_shift[i], a, exponentials(i)));
     if (!std::isfinite(lanes.shifted[i])) lanes.shifted[i] = A(shifted_sum(blocks[i], s_shift[i]));
   }
 

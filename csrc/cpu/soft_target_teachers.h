@@ -71,7 +71,7 @@ double logit_of(const Arguments<A>& a, const Part* sums, int64_t row, int64_t c)
     const Side& side = a.rows.sides[size_t(kTeacher + m)];
     A logit;
     gather(*side.tensor, a.rows.offset(side, row) + c * side.class_stride, 1, 1, &logit);
-    const double x = (double(logit) - sums[m].maximum) * a.rates.inverse +
+    const double x = (double(logit) - sums[m].maximum) * a.rates.teacher_inverse +
                      std::log(a.p.weights[size_t(m)] / sums[m].sum);
     if (x == -INFINITY) continue;
     const double both = x > highest ? x : highest;
@@ -169,7 +169,7 @@ void mean_row(const Arguments<A>& a, int64_t row) {
   double maximum = 0, factor = 0;
   Part teachers[D::kByTeacher ? 1 : kMostTeachers];
   const auto share = [&](int64_t b) {
-    return A(factor * a.rates.soft(memory.teacher_max[b], maximum));
+    return A(factor * a.rates.teacher(memory.teacher_max[b], maximum));
   };
   for (int64_t m = 0; m < a.teachers; ++m) {
     double highest = -INFINITY, total = 0;
@@ -178,9 +178,10 @@ void mean_row(const Arguments<A>& a, int64_t row) {
       const auto take = m == 0   ? take_teacher<0, A, S>
                         : m == 1 ? take_teacher<1, A, S>
                                  : take_teacher<2, A, S>;
-      const Part part = take(from, n, a.exp_soft, m == 0 ? A(0) : share(b), memory.block(b));
+      const Part part = take(from, n, a.exp_teacher, m == 0 ? A(0) : share(b), memory.block(b));
       const double both = part.maximum > highest ? part.maximum : highest;
-      total = total * a.rates.soft(highest, both) + part.sum * a.rates.soft(part.maximum, both);
+      total =
+          total * a.rates.teacher(highest, both) + part.sum * a.rates.teacher(part.maximum, both);
       highest = both;
       memory.teacher_max[b] = A(part.maximum);
     });

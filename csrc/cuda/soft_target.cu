@@ -225,7 +225,7 @@ void run(const Call& call, const Plan& plan, const Scratch& scratch, const Strea
 void soft_target_forward(const Place& place, const Tensor& student, const Tensors& teachers,
                          const Tensor& labels, const Tensor& loss, const Tensor& parts,
                          const Tensor& statistics, const Tensor& gradient, const Tensor& scratch,
-                         const SoftTargetParameters& p) {
+                         const SoftTargetParameters& p, const Tensors&) {
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) {
@@ -246,7 +246,8 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor& scratch,
-                          const SoftTargetParameters& p, bool in_place) {
+                          const SoftTargetParameters& p, bool in_place, const Tensors&,
+                          const Tensor&) {
   using namespace logits;
   if (student.numel() == 0) return;
   const Stream stream(place);

@@ -93,8 +93,10 @@ struct Rates {
 
   // What brings such exponentials from one maximum to another.
   __device__ __forceinline__ A soft(A from, A to) const { return moving(from, to, at_temperature); }
+  __device__ __forceinline__ A teacher(A from, A to) const { return soft(from, to); }
   __device__ __forceinline__ A hard(A from, A to) const { return moving(from, to, at_one); }
   __device__ __forceinline__ static A origin(A maximum) { return shift(maximum); }
+  __device__ __forceinline__ static A at_student(A apart) { return apart; }
 
  private:
   __device__ __forceinline__ static A moving(A from, A to, A rate) {

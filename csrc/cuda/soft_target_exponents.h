@@ -37,9 +37,11 @@ class Exponents {
   __device__ __forceinline__ float soft(float from, float to) const {
     return moving(from, to, rate());
   }
+  __device__ __forceinline__ float teacher(float from, float to) const { return soft(from, to); }
   __device__ __forceinline__ float hard(float from, float to) const {
     return moving(from, to, kHardRate);
   }
+  __device__ __forceinline__ static float at_student(float apart) { return apart; }
 
   // Whether these units serve a row. The rounded ones do not where the exponent of a maximum may be
   // far from 0, or where the student alone excludes a class: 0 · inf is NaN if its probability

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastkd.facts import ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import NO_TEMPERATURES, ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 OLDEST_ARCHITECTURE = 80  # what csrc/architectures.py allows
 DIVERGENCES = frozenset({"forward_kl"})  # what csrc/divergence.h has for GPUs
@@ -20,6 +20,10 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
         return Refusal(
             f"the compiled module has no CUDA kernels for divergence={facts.divergence!r}",
             USE_REFERENCE,
+        )
+    if facts.temperatures:
+        return Refusal(
+            f"the compiled module has no CUDA kernels for {NO_TEMPERATURES}", USE_REFERENCE
         )
     archs = module.cuda_archs()
     if not archs:

@@ -37,13 +37,16 @@ def soft_target_forward(
     statistics: Tensor | None,
     gradient: Tensor | None,
     p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
 ) -> None:
     """Fill the loss, and those that are wanted of its parts, the statistics and the gradient."""
     place = place_of(student)
     labels = labels if labels is None else labels.contiguous()
     memory = scratch(place, student, "soft_target")
     outputs = loss, parts, statistics, gradient
-    loaded().soft_target_forward(place, student, teachers, labels, *outputs, memory, struct_of(p))
+    loaded().soft_target_forward(
+        place, student, teachers, labels, *outputs, memory, struct_of(p), temperatures
+    )
 
 
 def soft_target_backward(
@@ -56,11 +59,13 @@ def soft_target_backward(
     to_teacher: Tensor | None,
     p: SoftTarget,
     in_place: bool = False,
+    temperatures: Sequence[Tensor] = (),
+    to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, where there are statistics from these.
 
     `in_place` says that the student's is that for a `grad_output` of 1: on a GPU it stays where it
-    is 1.
+    is 1. Statistics give the gradients of temperatures, too, one kind after another.
     """
     place = place_of(student)
     grad_output = as_buffer(grad_output, compute_dtype(student, *teachers))
@@ -68,7 +73,15 @@ def soft_target_backward(
     memory = scratch(place, student, "soft_target") if statistics is None else None
     inputs = grad_output, student, teachers, labels, statistics
     loaded().soft_target_backward(
-        place, *inputs, to_student, to_teacher, memory, struct_of(p), in_place
+        place,
+        *inputs,
+        to_student,
+        to_teacher,
+        memory,
+        struct_of(p),
+        in_place,
+        temperatures,
+        to_temperatures,
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits, rows
+from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
 from fastkd.ops.soft_target_inplace import soft_target_
@@ -37,7 +37,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     ignore_index: int = ...,
@@ -63,7 +64,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     ignore_index: int = ...,
@@ -89,7 +91,8 @@ def distillation_loss(
     teacher_logits: Tensor | Iterable[Tensor],
     labels: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
+    teacher_temperature: float | Tensor | None = None,
     soft_weight: float = 0.9,
     hard_weight: float = 0.1,
     ignore_index: int = -100,
@@ -123,7 +126,12 @@ def distillation_loss(
             softmax(teacher/T))`: the mean of probabilities, not of logits.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
-        temperature: T, above 0, of the soft term only. Default: 4.0.
+        temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the
+            rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
+            receives its gradient, that of T² included, if it requires one. It is floating, on the
+            logits' device. Default: 4.0.
+        teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
+            T² stays the student's. Default: None, the student's.
         soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
             on ImageNet. Default: 0.9.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
@@ -207,7 +215,6 @@ def distillation_loss(
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher_logits, teacher_weights, dim, num_classes
     )
-    temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
@@ -226,16 +233,21 @@ def distillation_loss(
     if row_weight is not None and not row_weight.requires_grad:
         labels = rows.skipping(labels, row_weight, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
-    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
-    chosen = select("distillation_loss", tensors, backend, (labels, row_weight), divergence)
+    number, of_teacher, heat, are_own = temperatures.check(
+        tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
+    )
+    in_place = check_inplace(inplace, student_logits, teachers, heat, reduce.by_kernels)
+    others = labels, row_weight, *heat
+    chosen = select("distillation_loss", tensors, backend, others, divergence, are_own)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         classes = student_logits.shape[axis] if num_classes is None else num_classes
         logits.check_label_range(labels, classes, ignore_index)
     parameters = SoftTarget(
-        temperature=temperature,
-        soft_weight=soft_weight * (temperature * temperature) / reduce.number,
+        temperature=number,
+        teacher_temperature=of_teacher,
+        soft_weight=soft_weight * (number * number) / reduce.number,
         hard_weight=hard_weight / reduce.number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
@@ -254,13 +266,18 @@ def distillation_loss(
             teachers,
             labels,
             parameters,
+            heat,
             return_parts,
-            lambda student: reference.distillation_loss(student, teachers, labels, parameters),
+            lambda student: reference.distillation_loss(
+                student, teachers, labels, parameters, heat
+            ),
         )
     elif chosen == "reference":
-        loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
+        loss, *parts = reference.distillation_loss(
+            student_logits, teachers, labels, parameters, heat
+        )
     else:
-        loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)
+        loss, *parts = soft_target(student_logits, teachers, labels, parameters, heat, return_parts)
     loss = logits.tied(reduce.of(loss), unused)
     if not return_parts:
         return loss

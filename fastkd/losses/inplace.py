@@ -10,7 +10,11 @@ from fastkd.tensors import obstacle_to_kernels
 
 
 def check_inplace(
-    inplace: bool, student: Tensor, teachers: Sequence[Tensor], by_kernels: str
+    inplace: bool,
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    temperatures: Sequence[Tensor],
+    by_kernels: str,
 ) -> bool:
     """Whether it does, in this call.
 
@@ -26,14 +30,16 @@ def check_inplace(
         )
     if not torch.is_grad_enabled() or not student.requires_grad or torch.compiler.is_compiling():
         return False
-    problem = _problem(student, teachers)
+    problem = _problem(student, teachers, temperatures)
     if problem is not None:
         raise ValueError(f"inplace=True does not take {problem}; pass inplace=False")
     return True
 
 
-def _problem(student: Tensor, teachers: Sequence[Tensor]) -> str | None:
-    obstacle = obstacle_to_kernels((student, *teachers))
+def _problem(
+    student: Tensor, teachers: Sequence[Tensor], temperatures: Sequence[Tensor]
+) -> str | None:
+    obstacle = obstacle_to_kernels((student, *teachers, *temperatures))
     if obstacle is not None:
         return f"tensors that only the reference serves ({obstacle})"
     if student.is_leaf:
@@ -44,8 +50,11 @@ def _problem(student: Tensor, teachers: Sequence[Tensor]) -> str | None:
             "any shape can be passed as the model returns them, with dim and mask in the place of "
             "reshaping and slicing"
         )
-    if any([teacher.requires_grad for teacher in teachers]):
-        return "a teacher that requires a gradient, which needs the student's logits in backward"
+    if any([x.requires_grad for x in (*teachers, *temperatures)]):
+        return (
+            "a teacher or a temperature that requires a gradient, which needs the student's logits "
+            "in backward"
+        )
     memory = student.untyped_storage()._cdata
     if any([teacher.untyped_storage()._cdata == memory for teacher in teachers]):
         return "a teacher that shares its memory with the student"

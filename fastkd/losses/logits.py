@@ -208,7 +208,7 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
         return wide
     # What int64 does not hold becomes negative, and must not be the ignored label there.
     too_large = wide < 0
-    if _has_values(wide) and too_large.any():
+    if has_values(wide) and too_large.any():
         raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
     return wide.masked_fill(too_large, -2 if ignore_index == -1 else -1)
 
@@ -220,7 +220,7 @@ def _fit_dim_1(logits: Tensor, labels: Tensor) -> bool:
 
 def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Each is a class or `ignore_index`, where that can be looked at."""
-    if not _has_values(labels) or labels.numel() == 0:
+    if not has_values(labels) or labels.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(labels))
     if 0 <= low and high < classes:
@@ -230,7 +230,7 @@ def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
         raise _no_class(int(wrong[0]), classes, ignore_index)
 
 
-def _has_values(labels: Tensor) -> bool:
+def has_values(labels: Tensor) -> bool:
     """Whether they can be looked at: compiled code and GPUs would have to wait for them."""
     is_known = not torch.compiler.is_compiling() and labels.device.type == "cpu"
     return is_known and is_plain(labels)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.losses import checks, logits, rows
+from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
 from fastkd.ops.soft_target_inplace import soft_target_
@@ -21,7 +21,8 @@ def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Iterable[Tensor],
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     scale_t2: bool = True,
     reduction: str = "batchmean",
     dim: int = -1,
@@ -50,7 +51,12 @@ def soft_target_loss(
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
-        temperature: T, above 0; papers on images use 4. Default: 1.0.
+        temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
+            rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
+            receives its gradient, that of T² included, if it requires one. It is floating, on the
+            logits' device. Default: 1.0.
+        teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
+            T² stays the student's. Default: None, the student's.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
             Default: True.
         reduction: `"batchmean"` for the sum over the number of rows, `"sum"`, `"mean"` for the sum
@@ -126,7 +132,6 @@ def soft_target_loss(
         student_logits, teacher_logits, teacher_weights, dim, num_classes
     )
     logits.check_last_dim(student_logits, dim)
-    temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
@@ -137,12 +142,17 @@ def soft_target_loss(
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
         marks = rows.skipping(marks, row_weight, rows.MASKED)
-    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
-    chosen = select("soft_target_loss", tensors, backend, (marks, row_weight), divergence)
+    number, of_teacher, heat, are_own = temperatures.check(
+        tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
+    )
+    in_place = check_inplace(inplace, student_logits, teachers, heat, reduce.by_kernels)
+    others = marks, row_weight, *heat
+    chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own)
     parameters = SoftTarget(
-        temperature=temperature,
-        soft_weight=(temperature * temperature if scale_t2 else 1.0) / reduce.number,
+        temperature=number,
+        teacher_temperature=of_teacher,
+        soft_weight=(number * number if scale_t2 else 1.0) / reduce.number,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=rows.MASKED,
@@ -161,11 +171,14 @@ def soft_target_loss(
             teachers,
             marks,
             parameters,
+            heat,
             False,
-            lambda student: [reference.soft_target_loss(student, teachers, marks, parameters)],
+            lambda student: [
+                reference.soft_target_loss(student, teachers, marks, parameters, heat)
+            ],
         )
     elif chosen == "reference":
-        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
+        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters, heat)
     else:
-        (loss,) = soft_target(student_logits, teachers, marks, parameters)
+        (loss,) = soft_target(student_logits, teachers, marks, parameters, heat)
     return logits.tied(reduce.of(loss), unused)

@@ -14,8 +14,11 @@ class Loss(torch.nn.Module):
         for name, value in keywords.items():
             setattr(self, name, value)
 
-    def _keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._names}
+    def _keywords(self, **given: Any) -> dict[str, Any]:
+        """The attributes, but for what a call gives itself."""
+        keywords = {name: getattr(self, name) for name in self._names}
+        keywords.update({name: value for name, value in given.items() if value is not None})
+        return keywords
 
     def extra_repr(self) -> str:
         """The keywords, as they would be written in a call."""

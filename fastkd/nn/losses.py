@@ -17,13 +17,17 @@ from fastkd.nn.base import Loss
 class SoftTargetLoss(Loss):
     """`fastkd.soft_target_loss` as a module; the same keywords, the same defaults.
 
+    Each temperature may be a `torch.nn.Parameter` without dimensions, which is learned and moves
+    with the module. A temperature that is given in a call takes the place of the module's there.
+
     Example:
         >>> criterion = fastkd.nn.SoftTargetLoss(temperature=4.0)
         >>> student, teacher = torch.randn(64, 100, requires_grad=True), torch.randn(64, 100)
         >>> criterion(student, teacher).backward()
     """
 
-    temperature: float
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
     scale_t2: bool
     reduction: str
     dim: int
@@ -37,7 +41,8 @@ class SoftTargetLoss(Loss):
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
@@ -50,6 +55,7 @@ class SoftTargetLoss(Loss):
     ) -> None:
         super().__init__(
             temperature=temperature,
+            teacher_temperature=teacher_temperature,
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
@@ -69,6 +75,8 @@ class SoftTargetLoss(Loss):
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        teacher_temperature: float | Tensor | None = None,
     ) -> Tensor:
         """See `fastkd.soft_target_loss`."""
         return soft_target_loss(
@@ -77,12 +85,14 @@ class SoftTargetLoss(Loss):
             mask=mask,
             row_weight=row_weight,
             normalizer=normalizer,
-            **self._keywords(),
+            **self._keywords(temperature=temperature, teacher_temperature=teacher_temperature),
         )
 
 
 class DistillationLoss(Loss):
     """`fastkd.distillation_loss` as a module; the same keywords, the same defaults.
+
+    Temperatures are those of `SoftTargetLoss`: numbers, parameters, or given in a call.
 
     Example:
         >>> criterion = fastkd.nn.DistillationLoss(temperature=4.0)
@@ -90,7 +100,8 @@ class DistillationLoss(Loss):
         >>> criterion(student, teacher, torch.randint(100, (64,))).backward()
     """
 
-    temperature: float
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
     soft_weight: float
     hard_weight: float
     ignore_index: int
@@ -108,7 +119,8 @@ class DistillationLoss(Loss):
     def __init__(
         self,
         *,
-        temperature: float = 4.0,
+        temperature: float | Tensor = 4.0,
+        teacher_temperature: float | Tensor | None = None,
         soft_weight: float = 0.9,
         hard_weight: float = 0.1,
         ignore_index: int = -100,
@@ -125,6 +137,7 @@ class DistillationLoss(Loss):
     ) -> None:
         super().__init__(
             temperature=temperature,
+            teacher_temperature=teacher_temperature,
             soft_weight=soft_weight,
             hard_weight=hard_weight,
             ignore_index=ignore_index,
@@ -149,6 +162,8 @@ class DistillationLoss(Loss):
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        teacher_temperature: float | Tensor | None = None,
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
         return distillation_loss(
@@ -158,7 +173,7 @@ class DistillationLoss(Loss):
             mask=mask,
             row_weight=row_weight,
             normalizer=normalizer,
-            **self._keywords(),
+            **self._keywords(temperature=temperature, teacher_temperature=teacher_temperature),
         )
 
 

@@ -25,6 +25,7 @@ from fastkd.autograd import (
     wants_gradient,
 )
 from fastkd.operators import define, kernels
+from fastkd.ops.temperatures import exchanged, to_temperatures
 from fastkd.parameters import SoftTarget, in_schema
 from fastkd.precision import compute_dtype
 from fastkd.reference.soft_target import teacher_gradients
@@ -69,6 +70,7 @@ def outputs(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     with_parts: bool,
     with_statistics: bool,
     with_gradient: bool,
@@ -90,7 +92,8 @@ def outputs(
 
 
 @define(
-    "soft_target_forward(Tensor student, Tensor[] teachers, Tensor? labels, bool with_parts, "
+    "soft_target_forward(Tensor student, Tensor[] teachers, Tensor? labels, "
+    "Tensor[] temperatures, bool with_parts, "
     f"bool with_statistics, bool with_gradient, {_PARAMETERS}) "
     "-> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
     outputs,
@@ -100,6 +103,7 @@ def forward(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     with_parts: bool,
     with_statistics: bool,
     with_gradient: bool,
@@ -109,11 +113,12 @@ def forward(
 
     There are statistics where there is one teacher and the divergence is a KL divergence.
     """
-    found = outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
+    inputs = student, teachers, labels, temperatures
+    found = outputs(*inputs, with_parts, with_statistics, with_gradient, p)
     *of_rows, gradient = found
     student, teachers, gradient = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teachers, labels, *of_rows, gradient, p
+        student, teachers, labels, *of_rows, gradient, p, temperatures=temperatures
     )
     return found
 
@@ -123,20 +128,24 @@ def _gradients(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     statistics: Tensor | None,
     to_student: bool,
     to_teacher: bool,
+    to_temperatures: bool,
     p: SoftTarget,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
         torch.empty_like(student) if to_student else None,
         torch.empty_like(teachers[0]) if to_teacher else None,
+        temperatures[0].new_empty((3, *temperatures[0].shape)) if to_temperatures else None,
     )
 
 
 @define(
     "soft_target_backward(Tensor grad_output, Tensor student, Tensor[] teachers, Tensor? labels, "
-    f"Tensor? statistics, bool to_student, bool to_teacher, {_PARAMETERS}) -> (Tensor, Tensor)",
+    f"Tensor[] temperatures, Tensor? statistics, bool to_student, bool to_teacher, "
+    f"bool to_temperatures, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
     _gradients,
     SoftTarget,
 )
@@ -145,25 +154,35 @@ def backward(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     statistics: Tensor | None,
     to_student: bool,
     to_teacher: bool,
+    to_temperatures: bool,
     p: SoftTarget,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the student and of its one teacher, computed from the inputs."""
-    found = _gradients(
-        grad_output, student, teachers, labels, statistics, to_student, to_teacher, p
-    )
-    student, teachers, *to = existing(p, student, teachers, *found)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the student, of its one teacher and of the temperatures."""
+    inputs = grad_output, student, teachers, labels, temperatures, statistics
+    found = _gradients(*inputs, to_student, to_teacher, to_temperatures, p)
+    student, teachers, *to = existing(p, student, teachers, *found[:2])
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output, student, teachers, labels, statistics, *to, p
+        grad_output,
+        student,
+        teachers,
+        labels,
+        statistics,
+        *to,
+        p,
+        temperatures=temperatures,
+        to_temperatures=found[2],
     )
     return found
 
 
 @define(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, "
-    f"Tensor[] teachers, Tensor? labels, Tensor? statistics, bool in_place, {_PARAMETERS}) -> ()",
+    "Tensor[] teachers, Tensor? labels, Tensor[] temperatures, Tensor? statistics, bool in_place, "
+    f"{_PARAMETERS}) -> ()",
     lambda *_: None,
     SoftTarget,
 )
@@ -173,6 +192,7 @@ def rescale(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     statistics: Tensor | None,
     in_place: bool,
     p: SoftTarget,
@@ -183,14 +203,23 @@ def rescale(
     """
     student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output, student, teachers, labels, statistics, to, None, p, in_place
+        grad_output,
+        student,
+        teachers,
+        labels,
+        statistics,
+        to,
+        None,
+        p,
+        in_place,
+        temperatures=temperatures,
     )
 
 
 class SoftTargetLoss(Fused):
     """The loss and its parts, which are None where nobody asks; only the loss is differentiable.
 
-    `apply(with_parts, parameters, labels, student, *teachers)`.
+    `apply(with_parts, parameters, labels, student, *teachers, *temperatures)`.
     """
 
     @staticmethod
@@ -200,23 +229,24 @@ class SoftTargetLoss(Fused):
         p: SoftTarget,
         labels: Tensor | None,
         student: Tensor,
-        *teachers: Tensor,
+        *others: Tensor,
     ) -> Any:
-        needed = ctx.needs_input_grad
+        needed, count = ctx.needs_input_grad, len(p.weights)
+        teachers, temperatures = others[:count], others[count:]
         with_gradient = (
             needed[3] and not any(needed[4:]) and p.reduction != "none" and eager_gradient(student)
         )
         scaled = with_gradient and scales(student)
-        with_statistics = len(teachers) == 1 and not scaled and p.divergence not in _MIRRORED
+        with_statistics = count == 1 and not scaled and p.divergence not in _MIRRORED
         loss, parts, statistics, gradient = forward(
-            student, teachers, labels, with_parts, with_statistics, with_gradient, p
+            student, teachers, labels, temperatures, with_parts, with_statistics, with_gradient, p
         )
         # What is absent is an empty tensor where the dispatcher was asked.
         statistics = statistics if with_statistics else None
         if scaled:
             ctx.save_for_backward(gradient, student)
         else:
-            ctx.save_for_backward(*savable(gradient, student, labels, statistics, *teachers))
+            ctx.save_for_backward(*savable(gradient, student, labels, statistics, *others))
         ctx.parameters, ctx.with_gradient = p, with_gradient
         if not with_parts:
             return loss
@@ -227,29 +257,26 @@ class SoftTargetLoss(Fused):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
         gradient, student, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        of_teachers = (None,) * (len(needed) - 4)
+        of_others = (None,) * (len(needed) - 4)
         if ctx.with_gradient and is_final(grad_output):
-            return (None, None, None, gradient, *of_teachers)
+            return (None, None, None, gradient, *of_others)
         check_grad_output("a loss on logits", grad_output)
         p = ctx.parameters
-        labels, statistics, *teachers = others or (None, None)
+        labels, statistics, *others = others or (None, None)
+        count = len(p.weights)
+        inputs = student, others[:count], labels, others[count:], statistics
         with no_grad():
             if ctx.with_gradient:
                 (to,) = for_grad_output(
                     [gradient],
                     grad_output,
                     p.backend,
-                    lambda to, in_place: rescale(
-                        to[0], grad_output, student, teachers, labels, statistics, in_place, p
-                    ),
+                    lambda to, in_place: rescale(to[0], grad_output, *inputs, in_place, p),
                 )
-                gradients: tuple[Tensor | None, ...] = (to, *of_teachers)
+                gradients: tuple[Tensor | None, ...] = (to, *of_others)
             else:
-                gradients = _all_gradients(
-                    grad_output, student, teachers, labels, statistics, needed[3:], p
-                )
-        inputs = (student, *teachers)
-        found = differentiate_once("a loss on logits", gradients, inputs)
+                gradients = _all_gradients(grad_output, *inputs, needed[3:], p)
+        found = differentiate_once("a loss on logits", gradients, (student, *others))
         return (None, None, None, *found)
 
 
@@ -258,6 +285,33 @@ def _all_gradients(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor | None,
+    wanted: Sequence[bool],
+    p: SoftTarget,
+) -> tuple[Tensor | None, ...]:
+    """Those that are wanted, of the student, the teachers and the temperatures."""
+    sides = 1 + len(teachers)
+    inputs = grad_output, student, teachers, labels, temperatures, statistics
+    if not any(wanted[sides:]):
+        of_others = (None,) * (len(wanted) - sides)
+        return *_gradients_of_sides(*inputs, wanted[:sides], p), *of_others
+    if statistics is not None:
+        *of_sides, found = backward(*inputs, *wanted[:2], any(wanted[2:]), p)
+        return *of_wanted(of_sides, wanted[:2]), *of_wanted(found.unbind(), wanted[2:])
+    of_sides = _gradients_of_sides(*inputs, wanted[:sides], p)
+    student, teachers = existing(p, student, teachers)
+    inputs = grad_output, student, teachers, labels, temperatures, statistics
+    p = p._replace(num_classes=None)
+    return *of_sides, *to_temperatures(*inputs, wanted[sides:], p, _gradients_of_sides, forward)
+
+
+def _gradients_of_sides(
+    grad_output: Tensor,
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     statistics: Tensor | None,
     wanted: Sequence[bool],
     p: SoftTarget,
@@ -266,22 +320,26 @@ def _all_gradients(
 
     Several teachers rarely learn: their gradients are computed in torch's own operations.
     """
-    inputs = grad_output, student, teachers, labels
+    inputs = grad_output, student, teachers, labels, temperatures
+    if not any(wanted):
+        return (None,) * len(wanted)
     if len(teachers) == 1 and p.divergence not in _MIRRORED:
-        return of_wanted(backward(*inputs, statistics, *wanted, p), wanted)
+        return of_wanted(backward(*inputs, statistics, *wanted, False, p)[:2], wanted)
     to_student, *to_teachers = wanted
-    found = backward(*inputs, None, True, False, p)[0] if to_student else None
+    found = backward(*inputs, None, True, False, False, p)[0] if to_student else None
     if len(teachers) > 1:
         return found, *teacher_gradients(*inputs, to_teachers, p)
     if not to_teachers[0]:
         return found, None
-    exchanged = grad_output, teachers[0], [student], labels
-    return found, backward(*exchanged, None, True, False, _mirrored(p))[0]
+    mirrored = grad_output, teachers[0], [student], labels, exchanged(temperatures)
+    return found, backward(*mirrored, None, True, False, False, _mirrored(p))[0]
 
 
 def _mirrored(p: SoftTarget) -> SoftTarget:
     """Of the divergence of student and teacher in each other's place, without the labels' term."""
     return p._replace(
+        temperature=p.teacher_temperature,
+        teacher_temperature=p.temperature,
         divergence=_MIRRORED[p.divergence],
         beta=1 - p.beta if p.divergence == "jsd" else p.beta,
         hard_weight=0.0,
@@ -294,13 +352,15 @@ def soft_target(
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
     with_parts: bool = False,
 ) -> tuple[Tensor, ...]:
     """`(loss,)` or `(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
     parts: Any = None
-    if wants_gradient(student, *teachers):
-        found = SoftTargetLoss.record(with_parts, p, labels, student, *teachers)
+    if wants_gradient(student, *teachers, *temperatures):
+        found = SoftTargetLoss.record(with_parts, p, labels, student, *teachers, *temperatures)
         loss, parts = found if with_parts else (found, None)
     else:
-        loss, parts, *_ = forward(student, teachers, labels, with_parts, False, False, p)
+        inputs = student, teachers, labels, temperatures
+        loss, parts, *_ = forward(*inputs, with_parts, False, False, p)
     return (loss, *parts.unbind()) if with_parts else (loss,)

@@ -16,16 +16,19 @@ def _losses(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     with_parts: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None]:
-    loss, parts, *_ = outputs(student, teachers, labels, with_parts, False, False, p)
+    inputs = student, teachers, labels, temperatures
+    loss, parts, *_ = outputs(*inputs, with_parts, False, False, p)
     return loss, parts
 
 
 @define(
-    "soft_target_forward_(Tensor(a!) student, Tensor[] teachers, Tensor? labels, bool with_parts, "
-    f"{in_schema(SoftTarget)}) -> (Tensor loss, Tensor parts)",
+    "soft_target_forward_(Tensor(a!) student, Tensor[] teachers, Tensor? labels, "
+    f"Tensor[] temperatures, bool with_parts, {in_schema(SoftTarget)}) "
+    "-> (Tensor loss, Tensor parts)",
     _losses,
     SoftTarget,
 )
@@ -33,14 +36,15 @@ def forward_(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     with_parts: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and its parts `(hard, T² D)`; `student` then holds the gradient."""
-    loss, parts = _losses(student, teachers, labels, with_parts, p)
+    loss, parts = _losses(student, teachers, labels, temperatures, with_parts, p)
     student, teachers, gradient = existing(p, student, teachers, student)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teachers, labels, loss, parts, None, gradient, p
+        student, teachers, labels, loss, parts, None, gradient, p, temperatures=temperatures
     )
     return loss, parts
 
@@ -88,13 +92,14 @@ def soft_target_(
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     p: SoftTarget,
+    temperatures: Sequence[Tensor],
     with_parts: bool,
     reference: Callable[[Tensor], Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
     """`(loss,)` or `(loss, hard, T² D)`; `reference(student)` are these by the reference."""
 
     def by_kernels(student: Tensor) -> tuple[Tensor, Tensor | None]:
-        return forward_(student, teachers, labels, with_parts, p)
+        return forward_(student, teachers, labels, temperatures, with_parts, p)
 
     def by_reference(student: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():

@@ -16,6 +16,7 @@ from fastkd.reference.soft_target import (
     shifted,
     zero,
 )
+from fastkd.reference.temperatures import of_rows, temperatures_of
 from fastkd.tensors import unshard
 
 
@@ -34,13 +35,19 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -
 
 
 def distillation_loss(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor, p: SoftTarget
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * D`, of kept rows.
 
     The parts are detached, and not weighted.
     """
     student, teachers, divisor = prepared(student, teachers, labels, p)
+    by = temperatures_of(temperatures, labels, p)
+    weight, squared = of_rows(by.weight), of_rows(by.squared)
     ignored = labels == p.ignore_index
     # A weight of 0 switches its term off, also where the term is infinite or NaN.
     with torch.set_grad_enabled(torch.is_grad_enabled() if p.hard_weight else False):
@@ -48,13 +55,13 @@ def distillation_loss(
         rows = cross_entropy_rows(unshard(student, -1), labels, p.label_smoothing)
         hard = rows.masked_fill(ignored, 0)
     with torch.set_grad_enabled(torch.is_grad_enabled() if p.soft_weight else False):
-        lift = lift_for(p.soft_weight / p.temperature / divisor)
-        soft = divergence_rows(student, teachers, lift, p)
+        lift = lift_for(weight / divisor)
+        soft = divergence_rows(student, teachers, lift, p, by)
 
     def reduced(rows: Tensor) -> Tensor:
         return rows if p.reduction == "none" else rows.sum()
 
-    loss = sum(map(zero, teachers), zero(student))
+    loss = sum(map(zero, (*teachers, *temperatures)), zero(student))
     if p.reduction == "none":
         loss = loss.expand(labels.shape).contiguous()
     # A weighted term may be representable where the term itself is not.
@@ -62,6 +69,6 @@ def distillation_loss(
     if p.hard_weight:
         loss = loss + reduced(hard * (p.hard_weight * of_hard))
     if p.soft_weight:
-        loss = loss + reduced(soft * (p.soft_weight / p.temperature * of_soft))
-    parts = reduced(hard * of_hard), reduced(soft * (p.temperature * of_soft))
+        loss = loss + reduced(soft * (weight * of_soft))
+    parts = reduced(hard * of_hard), reduced(soft * (squared * of_soft))
     return loss, parts[0].detach(), parts[1].detach()

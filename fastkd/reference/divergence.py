@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.reference.temperatures import of_rows, over
+
 # More than the logarithm of any two probabilities' ratio of which the smaller one counts.
 _FAR = 200.0
 
@@ -25,7 +27,7 @@ class Sides(NamedTuple):
     weights: Sequence[float]
     q: Callable[[], Tensor]
     lift: Tensor | float
-    unit: float
+    unit: float | Tensor
     beta: float
 
     @property
@@ -124,7 +126,7 @@ def _log_ratio(sides: Sides) -> Tensor:
     # Where the mean of several teachers underflows there is no logarithm of it.
     no_p, no_q = sides.p == 0, sides.student == -torch.inf
     ratio = sides.log_ratio.masked_fill(no_p & ~no_q, -torch.inf).masked_fill(no_p & no_q, 0)
-    return (ratio / sides.unit).clamp(-_FAR, _FAR)
+    return over(ratio, sides.unit).clamp(-_FAR, _FAR)
 
 
 def _to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -144,7 +146,7 @@ def _jsd(sides: Sides) -> Tensor:
     """`beta * KL(p, m) + (1 - beta) * KL(q, m)` with `m = beta * p + (1 - beta) * q`."""
     of_p, of_q = _to_mixture(_log_ratio(sides), sides.beta)
     classes = sides.beta * (sides.p * of_p) + (1 - sides.beta) * (sides.q() * of_q)
-    return classes.sum(-1) * sides.unit + _nan_of(sides)
+    return classes.sum(-1) * of_rows(sides.unit) + _nan_of(sides)
 
 
 def _jsd_slopes(sides: Sides) -> Tensor:
@@ -153,7 +155,7 @@ def _jsd_slopes(sides: Sides) -> Tensor:
 
 def _tvd(sides: Sides) -> Tensor:
     """`sum(|p - q|) / 2`."""
-    return (sides.p - sides.q()).abs().sum(-1) * (sides.unit / 2) + _nan_of(sides)
+    return (sides.p - sides.q()).abs().sum(-1) * (of_rows(sides.unit) / 2) + _nan_of(sides)
 
 
 def _tvd_slopes(sides: Sides) -> Tensor:
@@ -189,7 +191,7 @@ def _to_skewed(of: Tensor, log_ratio: Tensor, other: Tensor, sides: Sides) -> Te
     """
     with torch.no_grad():
         surplus = (1 - sides.beta) * (of - other)
-    return (of * log_ratio - surplus).sum(-1) * sides.unit + _nan_of(sides)
+    return (of * log_ratio - surplus).sum(-1) * of_rows(sides.unit) + _nan_of(sides)
 
 
 DIVERGENCES = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.divergence import DIVERGENCES, Sides
+from fastkd.reference.temperatures import Temperatures, of_rows, over, temperatures_of, times
 from fastkd.symbols import as_tensor
 
 # Logits are multiplied by this where their maximum is subtracted, as in the kernels. Any two finite
@@ -47,26 +48,27 @@ def compared(
     student: Tensor,
     teachers: Sequence[Tensor],
     p: SoftTarget,
+    by: Temperatures,
     lift: Tensor | None = None,
 ) -> Sides:
-    """What divergences are made of; logarithms are multiplied by T, and scaled.
+    """What divergences are made of; logarithms are multiplied by the student's T, and scaled.
 
     p is the mean of the teachers' probabilities, not of their logits.
     """
     log_lift = 0.0 if lift is None else lift.log()
-    weights, temperature = p.weights, p.temperature
-    scale = temperature * LOGIT_SCALE
+    weights, scale = p.weights, by.student * LOGIT_SCALE
     maxima = [largest(t) for t in teachers]
     # The maximum goes first, because dividing large logits would round away their differences.
-    exponents = [(t - top) / temperature for t, top in zip(teachers, maxima, strict=True)]
+    exponents = [over(t - top, by.teacher) for t, top in zip(teachers, maxima, strict=True)]
     totals = [log_sum(exp(z)) for z in exponents]
     shares = [exp(z - total + log_lift) for z, total in zip(exponents, totals, strict=True)]
     top = largest(student)
-    x, of_student = shifted(student, top), log_sum(((student - top) / temperature).exp())
+    x, of_student = shifted(student, top), log_sum(over(student - top, by.student).exp())
     log_p = exponents[0] - totals[0]
     if len(teachers) == 1:
         # The difference of logits comes first: at a large T it is the smaller part of both.
-        ratio = (shifted(teachers[0], maxima[0]) - x) + scale * (of_student - totals[0])
+        y = times(shifted(teachers[0], maxima[0]), by.ratio)
+        ratio = (y - x) + scale * (of_student - totals[0])
     else:
         shares = [weight * share for weight, share in zip(weights, shares, strict=True)]
         mean = torch.stack(shares).sum(0)
@@ -82,7 +84,7 @@ def compared(
         shares=shares,
         log_parts=lambda: [log - log_p for log in log_shares(exponents, totals, weights)],
         weights=weights,
-        q=lambda: exp((student - top) / temperature - of_student + log_lift),
+        q=lambda: exp(over(student - top, by.student) - of_student + log_lift),
         lift=1.0 if lift is None else lift,
         unit=scale,
         beta=p.beta,
@@ -109,23 +111,26 @@ def log_of_mean(mean: Tensor, log_mean: Tensor, shares: Sequence[Tensor]) -> Ten
 
 
 def divergence_rows(
-    student: Tensor, teachers: Sequence[Tensor], lift: Tensor, p: SoftTarget
+    student: Tensor, teachers: Sequence[Tensor], lift: Tensor, p: SoftTarget, by: Temperatures
 ) -> Tensor:
-    """`lift * T * D(sum(w * softmax(teacher/T)), softmax(student/T))` of rows, scaled.
+    """`lift * T * D(sum(w * softmax(teacher/T_t)), softmax(student/T))` of rows, scaled.
 
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
-    sides = compared(student, teachers, p, lift)
+    sides = compared(student, teachers, p, by, lift)
     return DIVERGENCES[p.divergence].rows(sides)
 
 
 def lift_for(factor: Tensor) -> Tensor:
     """What `divergence_rows` takes where the loss is the sum of `T D` times `factor`.
 
-    The gradient of p is then no larger than a float can be.
+    The gradient of p is then no larger than a float can be. One number serves all rows.
     """
-    return (8 * factor.abs()).clamp(min=1)
+    lift = (8 * factor.detach().abs()).clamp(min=1)
+    if lift.ndim == 0:
+        return lift
+    return torch.cat([lift.new_ones(1), lift.nan_to_num(1, 1).flatten()]).amax()
 
 
 def _classes(logits: Tensor, p: SoftTarget) -> int:
@@ -142,25 +147,40 @@ def prepared(
         x.narrow(p.dim, 0, _classes(x, p)).to(dtype).movedim(p.dim, -1)
         for x in (student, *teachers)
     )
-    rows = as_tensor(student[..., 0].numel(), dtype, student.device)
+    divisor = divisor_of(student[..., 0].numel(), student.shape[-1], student, labels, p)
     if labels is not None:
         ignored = labels == p.ignore_index
-        rows = (~ignored).sum().to(dtype)
         # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
         student, *others = (x.masked_fill(ignored[..., None], 0) for x in (student, *others))
-    of_row = {"batchmean": 1, "mean": student.shape[-1]}.get(p.reduction, 0)
-    return student, others, (rows * of_row).clamp(min=1)
+    return student, others, divisor
+
+
+def divisor_of(
+    rows: int, classes: int, like: Tensor, labels: Tensor | None, p: SoftTarget
+) -> Tensor:
+    """What a sum of losses of rows is divided by, in the dtype of `like`."""
+    if labels is None:
+        count = as_tensor(rows, like.dtype, like.device)
+    else:
+        count = (labels != p.ignore_index).sum().to(like.dtype)
+    of_row = {"batchmean": 1, "mean": classes}.get(p.reduction, 0)
+    return (count * of_row).clamp(min=1)
 
 
 def soft_target_loss(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
 ) -> Tensor:
     """`soft_weight * D(p, q)` of each row that counts, reduced."""
     student, teachers, divisor = prepared(student, teachers, labels, p)
-    factor = p.soft_weight / p.temperature / divisor
+    by = temperatures_of(temperatures, labels, p)
+    factor = of_rows(by.weight) / divisor
     lift = lift_for(factor)
     # Divided before they are added up, because only the mean may be representable.
-    rows = divergence_rows(student, teachers, lift, p) * (factor / lift / LOGIT_SCALE)
+    rows = divergence_rows(student, teachers, lift, p, by) * (factor / lift / LOGIT_SCALE)
     return rows if p.reduction == "none" else rows.sum()
 
 
@@ -174,21 +194,23 @@ def teacher_gradients(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
+    temperatures: Sequence[Tensor],
     wanted: Sequence[bool],
     p: SoftTarget,
 ) -> list[Tensor | None]:
     """The gradients of the teachers that want one, for kernels that leave them to torch.
 
-    With slopes r and `p_m` one teacher's probabilities it is `w_m/T p_m (r - sum(p_m r))`.
+    With slopes r and `p_m` one teacher's probabilities it is `w_m/T_t p_m (r - sum(p_m r))`.
     """
     wanting = list(zip(teachers, wanted, strict=True))
     if p.soft_weight == 0 or not any(wanted):
         return [torch.zeros_like(t) if want else None for t, want in wanting]
     student, logits, divisor = prepared(student, teachers, labels, p)
-    factor = p.soft_weight / p.temperature * grad_output.to(student.dtype)[..., None] / divisor
+    by = temperatures_of(temperatures, labels, p)
+    factor = by.teacher_weight * grad_output.to(student.dtype)[..., None] / divisor
     if labels is not None:
         factor = factor.masked_fill((labels == p.ignore_index)[..., None], 0)
-    sides = compared(student, logits, p)
+    sides = compared(student, logits, p, by)
     factor = factor / sides.unit
     gradients = DIVERGENCES[p.divergence].to_teachers(sides)
     return [

@@ -31,11 +31,11 @@ def _with_checked_labels(function):
     """On a CPU, where these tensors are, a label that is no class is an error."""
 
     @functools.wraps(function)
-    def checked(student, teachers, labels, *outputs_and_parameters):
+    def checked(student, teachers, labels, *outputs_and_parameters, **others):
         p = outputs_and_parameters[-1]
         if labels is not None:
             logits.check_label_range(labels, student.shape[p.dim], p.ignore_index)
-        function(student, teachers, labels, *outputs_and_parameters)
+        function(student, teachers, labels, *outputs_and_parameters, **others)
 
     return checked
 

@@ -200,6 +200,7 @@ def soft_target_forward(
     p: SoftTarget,
     grad_output: Tensor | None = None,
     in_place: bool = False,
+    temperatures: Sequence[Tensor] = (),
 ) -> None:
     """Fill those that are wanted of the loss, its parts, the statistics and the gradient.
 
@@ -251,6 +252,8 @@ def soft_target_backward(
     to_teacher: Tensor | None,
     p: SoftTarget,
     in_place: bool = False,
+    temperatures: Sequence[Tensor] = (),
+    to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, for one teacher from the statistics.
 

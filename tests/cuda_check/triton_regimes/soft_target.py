@@ -33,6 +33,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
     statistics = student.new_empty(labels.numel() * STATISTICS + 1, dtype=dtype)
     soft = SoftTarget(
         temperature=4.0,
+        teacher_temperature=4.0,
         soft_weight=16.0,
         hard_weight=0.0,
         label_smoothing=0.0,
