@@ -31,10 +31,11 @@ CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtim
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
 SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+FUZZ_TESTS := $(wildcard tests/test_fuzz*.py)
 # What reaches every address that a CPU kernel may, and every branch of one.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,attention autograd distillation divergence mask \
-    divergence_edges extreme_logits fsp fuzz hint isa metrics metrics_edges rkd similarity \
-    soft_target soft_target_teachers)
+SANITIZED_TESTS := $(FUZZ_TESTS) $(patsubst %,tests/test_%.py,attention autograd distillation \
+    divergence divergence_edges extreme_logits fsp hint inplace isa mask metrics metrics_edges \
+    num_classes rkd row_weight similarity soft_target soft_target_teachers)
 # $(call cmake,source folder,build folder,options) compiles what only tests use.
 cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
@@ -58,8 +59,9 @@ test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
     $(BIN)/pytest -p cuda_on_host.plugin tests $(NOT_CUDA) -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
-FUSED := hint or soft_target or distillation or divergence or mask or normalizer or extreme \
-    or attention or rkd or similarity or relation or fsp or metrics
+FUSED := hint or soft_target or distillation or divergence or mask or normalizer \
+    or row_weight or num_classes or inplace or extreme or metrics \
+    or attention or rkd or similarity or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
@@ -99,11 +101,14 @@ test-all: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run every test, also
 test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU and of the tools
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
+test-peers: .venv/native .venv/with-test,peers  ## Compare with TRL and Liger-Kernel, which it installs
+	$(BIN)/pytest tests/test_peers_*.py $(ARGS)
+
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
 	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)
 
 # --hypothesis-seed and the thresholds' seed are the same: the calls are, too.
-FUZZ = FASTKD_TEST_EXAMPLES=$(EXAMPLES) FASTKD_TEST_SEED=$(SEED) $(BIN)/pytest tests/test_fuzz.py \
+FUZZ = FASTKD_TEST_EXAMPLES=$(EXAMPLES) FASTKD_TEST_SEED=$(SEED) $(BIN)/pytest $(FUZZ_TESTS) \
     --hypothesis-seed=$(SEED) $(ARGS)
 
 fuzz: .venv/native  ## Call every loss with EXAMPLES random arguments, which SEED decides
@@ -213,5 +218,6 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(PIP) --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo compare test test-all test-cpu test-triton test-cuda cuda-on-host cpu-helpers cuda-check gpu-check \
-    lint format bench fuzz crashes coverage sanitize sanitize-cpu sanitize-cuda sanitize-fuzz clean
+.PHONY: help demo compare test test-all test-cpu test-triton test-cuda test-peers cuda-on-host \
+    cpu-helpers cuda-check gpu-check lint format bench fuzz crashes coverage sanitize sanitize-cpu \
+    sanitize-cuda sanitize-fuzz clean

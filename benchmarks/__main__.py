@@ -43,7 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="default: eager, compile, the kernels that a loss has here, Liger-Kernel's on a GPU",
+        help="default: eager, compile, the kernels that a loss has here; where they are installed "
+        "TRL's function, and on a GPU Liger-Kernel's",
     )
     parser.add_argument(
         "--seconds", type=report.positive, help="of timing for each workload (3; 0.2 with --quick)"

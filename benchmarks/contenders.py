@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from benchmarks import liger
+from benchmarks import liger, trl
 from benchmarks.workloads import Workload
 from fastkd.dispatch import Explanation
 
@@ -33,11 +33,13 @@ def _fused(backend: str) -> Build:
 KERNELS = ("native", "triton")
 BACKENDS = (*KERNELS, "reference")
 
+PEERS: dict[str, Build] = {**liger.CONTENDERS, **trl.CONTENDERS}
+
 CONTENDERS: dict[str, Build] = {
     "eager": _eager,
     "compile": _compiled,
     **{backend: _fused(backend) for backend in BACKENDS},
-    **liger.CONTENDERS,
+    **PEERS,
 }
 
 
@@ -55,6 +57,8 @@ def refusal(name: str, workload: Workload, dtype: torch.dtype, device: str) -> s
     """Why a contender cannot take part, or None if it can."""
     if name in liger.CONTENDERS:
         return liger.refusal(name, workload, device)
+    if name in trl.CONTENDERS:
+        return trl.refusal(workload)
     if name not in BACKENDS:
         return None
     found = explain(workload, dtype, device, name)
@@ -75,4 +79,4 @@ def lineup(
     if wanted is not None:
         return list(filter(can, dict.fromkeys(wanted)))
     kernels = list(filter(can, KERNELS)) or ["reference"]
-    return ["eager", "compile", *kernels, *filter(can, liger.CONTENDERS)]
+    return ["eager", "compile", *kernels, *filter(can, PEERS)]

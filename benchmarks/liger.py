@@ -16,6 +16,10 @@ from benchmarks.workloads import Workload
 Statement = Callable[..., Tensor]
 
 
+def divergence_of(workload: Workload) -> str:
+    return workload.keywords.get("divergence", "forward_kl")
+
+
 def kl_div(workload: Workload) -> Statement:
     """Its KL divergence and its cross-entropy."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
@@ -48,30 +52,63 @@ def kl_div(workload: Workload) -> Statement:
     return partial(statements[workload.loss], **workload.keywords)
 
 
+def _labels(mask: Tensor | None) -> Tensor | None:
+    """What tells Liger-Kernel which rows count; -100 does not."""
+    return None if mask is None else 100 * (mask.long() - 1)
+
+
 def jsd(workload: Workload) -> Statement:
-    """Its Jensen-Shannon divergence, which with beta 0 is the same KL divergence."""
+    """Its Jensen-Shannon divergence: with beta 0 the same KL divergence, with 1 the reverse."""
     from liger_kernel.transformers import LigerJSD
 
-    divergence = LigerJSD(beta=0.0)
+    temperature = workload.keywords["temperature"]
+    ends = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": workload.keywords.get("beta", 0.5)}
+    divergence = LigerJSD(beta=ends[divergence_of(workload)])
 
-    def soft_target_loss(
-        student: Tensor, teacher: Tensor, *, temperature: float, dim: int
-    ) -> Tensor:
-        log_q = F.log_softmax(student.float() / temperature, dim=dim)
-        log_p = F.log_softmax(teacher.float() / temperature, dim=dim)
-        return divergence(log_q, log_p) * temperature**2
+    def soft_target_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        log_q = F.log_softmax(student.float() / temperature, dim=-1)
+        log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
+        return divergence(log_q, log_p, _labels(mask)) * temperature**2
 
-    return partial(soft_target_loss, **workload.keywords)
+    return soft_target_loss
 
 
-CONTENDERS = {"liger": kl_div, "liger_jsd": jsd}
-LOSSES = {"liger": ("soft_target_loss", "distillation_loss"), "liger_jsd": ("soft_target_loss",)}
+def tvd(workload: Workload) -> Statement:
+    """Its total variation distance."""
+    from liger_kernel.transformers import LigerTVDLoss
+
+    temperature = workload.keywords["temperature"]
+    distance = LigerTVDLoss(reduction="batchmean")
+
+    def soft_target_loss(student: Tensor, teacher: Tensor) -> Tensor:
+        q = F.softmax(student.float() / temperature, dim=-1)
+        p = F.softmax(teacher.float() / temperature, dim=-1)
+        return distance(q, p) * temperature**2
+
+    return soft_target_loss
+
+
+CONTENDERS = {"liger": kl_div, "liger_jsd": jsd, "liger_tvd": tvd}
+LOSSES = {
+    "liger": ("soft_target_loss", "distillation_loss"),
+    "liger_jsd": ("soft_target_loss",),
+    "liger_tvd": ("soft_target_loss",),
+}
+DIVERGENCES = {
+    "liger": ("forward_kl",),
+    "liger_jsd": ("forward_kl", "reverse_kl", "jsd"),
+    "liger_tvd": ("tvd",),
+}
 
 
 def refusal(name: str, workload: Workload, device: str) -> str | None:
     """Why this contender cannot take part, or None if it can."""
     if workload.loss not in LOSSES[name]:
         return f"{name} is for {' and '.join(LOSSES[name])}, not for {workload.loss}"
+    if divergence_of(workload) not in DIVERGENCES[name]:
+        return f"{name} is for {', '.join(DIVERGENCES[name])}, not for {divergence_of(workload)}"
+    if workload.half_masked and name == "liger":
+        return "Liger-Kernel's KL divergence takes no mask"
     if workload.keywords.get("dim", -1) != -1:
         return "Liger-Kernel takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):

@@ -101,7 +101,8 @@ LEGEND = (
     "kernel would move, % copy is its share of the bandwidth of a large copy between mapped "
     "tensors: inputs that stay in a cache can exceed it. The gradient error is relative, in the "
     "L2 norm, against float64; rounding is what the exact gradient loses in its dtype. Memory is "
-    "the peak beyond the inputs, in MB, the gradient included."
+    "the peak beyond the inputs, in MB, the gradient included. trl is TRL's generalised "
+    "Jensen-Shannon divergence, with beta 0 for forward KL and 1 for reverse KL."
 )
 GPU_LEGEND = (
     "On a GPU: ms is between two events, with the L2 flushed before, and is the host's time where "
@@ -111,7 +112,8 @@ GPU_LEGEND = (
     "20 steps run one after another and find their inputs there. float32 products are true "
     "float32, not TF32, for every contender. Losses without kernels on the GPU are served by the "
     "reference, and it is what their ratios are about. liger is Liger-Kernel's KL divergence, and "
-    "cross-entropy, behind torch's softmax; liger_jsd is its Jensen-Shannon divergence with beta 0."
+    "cross-entropy, behind torch's softmax; liger_jsd is its Jensen-Shannon divergence, with beta "
+    "0 for forward KL and 1 for reverse KL, and liger_tvd its total variation."
 )
 
 

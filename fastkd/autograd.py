@@ -63,7 +63,7 @@ def eager_gradient(*students: Tensor) -> bool:
 
 
 # Whether the graph is kept after this backward; private to torch, and a copy is always right.
-_keeps_graph: Callable[[], bool] = getattr(
+keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 
@@ -76,7 +76,7 @@ def is_final(grad_output: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and grad_output.is_cpu
-        and not _keeps_graph()
+        and not keeps_graph()
         and not torch.is_grad_enabled()
         and not dispatch_modes()
         and is_plain(grad_output)
@@ -143,12 +143,12 @@ def for_grad_output(
     """
     if torch.compiler.is_compiling():
         return [(g * grad_output).to(g.dtype) for g in gradients]
-    keeps_graph = _keeps_graph()
+    keeps = keeps_graph()
     if not scales(*gradients):
-        to = [torch.empty_like(g) for g in gradients] if keeps_graph else list(gradients)
-        rescale(to, not keeps_graph)
+        to = [torch.empty_like(g) for g in gradients] if keeps else list(gradients)
+        rescale(to, not keeps)
         return to
-    if keeps_graph:
+    if keeps:
         return [g * grad_output for g in gradients]
     multiply(gradients, grad_output, backend)
     return list(gradients)

@@ -2,10 +2,13 @@
 
 Each class is the one description of its parameters. The operators' schemas follow from it, and so
 does what the compiled module receives: its struct of the same name has the same fields, and takes
-them by name. `backend` is whose kernels run; no kernel sees it.
+them by name. It has none of `OF_OPERATORS`, which no kernel sees.
 """
 
 from typing import Any, NamedTuple, get_type_hints
+
+# Whose kernels run, and the part of the logits that operators hand to them.
+OF_OPERATORS = ("backend", "num_classes")
 
 _IN_SCHEMA = {
     bool: "bool",
@@ -13,6 +16,7 @@ _IN_SCHEMA = {
     int: "int",
     str: "str",
     tuple[float, ...]: "float[]",
+    int | None: "int?",
 }
 
 
@@ -21,7 +25,8 @@ class SoftTarget(NamedTuple):
 
     `soft_weight` holds T² where that is wanted. `beta` is that of a divergence which mixes both
     sides, and never one at which it is another divergence. `weights` are the teachers', and sum to
-    1. Labels are classes, or only tell which rows count.
+    1. Labels are classes, or only tell which rows count. Where `num_classes` is a number, only the
+    first so many classes of either side exist.
     """
 
     temperature: float
@@ -35,6 +40,7 @@ class SoftTarget(NamedTuple):
     reduction: str
     dim: int
     weights: tuple[float, ...]
+    num_classes: int | None
     backend: str
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import oracle
 import oracle_metrics
+import oracle_rows
 import torch
 from torch import float32, float64
 
@@ -133,10 +134,15 @@ def edge_labels(rows, classes, phase=0):
     return chosen
 
 
-def _size(shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, mask=None, **_):
+def _size(
+    shape, temperature=1.0, scale_t2=True, reduction="batchmean", dim=-1, mask=None,
+    row_weight=None, **_,
+):  # fmt: skip
     """T² of each row, reduced as the loss is: what a row's loss is rounded against."""
     rows = math.prod(shape) / shape[dim] if mask is None else max(mask.sum().item(), 1)
     per_row = temperature**2 if scale_t2 else 1.0
+    if row_weight is not None and row_weight.numel():
+        per_row *= row_weight.abs().max().item()
     return per_row * {"sum": rows, "mean": 1 / shape[dim]}.get(reduction, 1)
 
 
@@ -149,12 +155,12 @@ def check_soft_target(student, teacher, backend, grad_output=None, teachers=True
 
     check(
         loss,
-        lambda s, *t, grad_output: oracle.soft_target(s, list(t), grad_output, **keywords),
+        lambda s, *t, grad_output: oracle_rows.soft_target(s, list(t), grad_output, **keywords),
         (student, *(teacher if isinstance(teacher, list) else [teacher])),
         grad_output=grad_output,
         size=_size(student.shape, **keywords),
         teachers=teachers,
-        terms=lambda s, *t, grad_output: oracle.soft_target(
+        terms=lambda s, *t, grad_output: oracle_rows.soft_target(
             s, list(t), np.abs(grad_output), magnitudes=True, **keywords
         )[1],
     )
@@ -166,6 +172,8 @@ def check_distillation(
     """`teacher` may be a list."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
     size = abs(soft) * keywords.get("temperature", 4.0) ** 2 + abs(hard)
+    if "row_weight" in keywords:
+        size *= keywords["row_weight"].abs().max().item()
     if keywords.get("reduction") == "sum":
         size *= max((labels != keywords.get("ignore_index", -100)).sum().item(), 1)
 
@@ -174,12 +182,14 @@ def check_distillation(
         return fastkd.distillation_loss(s, t, labels, backend=backend, **keywords)
 
     def expected(s, *t, grad_output):
-        parts, gradients = oracle.distillation(s, list(t), array(labels), grad_output, **keywords)
+        parts, gradients = oracle_rows.distillation(
+            s, list(t), array(labels), grad_output, **keywords
+        )
         return parts[0], gradients
 
     def terms(s, *t, grad_output):
         weights = {"soft_weight": abs(soft), "hard_weight": abs(hard), "magnitudes": True}
-        return oracle.distillation(
+        return oracle_rows.distillation(
             s, list(t), array(labels), np.abs(grad_output), **{**keywords, **weights}
         )[1]
 
@@ -197,7 +207,7 @@ def check_distillation(
 def check_parts(student, teacher, labels, backend, temperature, **keywords):
     """The parts of the distillation loss, without a gradient and with one."""
     keywords["temperature"] = temperature
-    expected, _ = oracle.distillation(*map(array, (student, teacher, labels)), **keywords)
+    expected, _ = oracle_rows.distillation(*map(array, (student, teacher, labels)), **keywords)
     for requires_grad in (False, True):
         parts = fastkd.distillation_loss(
             leaf(student, requires_grad), teacher, labels, return_parts=True, backend=backend,

@@ -19,6 +19,9 @@ _SAMPLES = {
             {"reduction": "none"},
             {"teacher_weights": [1, 3]},
             {"mask": [True, False, True, True]},
+            {"row_weight": [0.5, 0, 2, 1]},
+            {"num_classes": 7},
+            {"num_classes": 7, "reduction": "none", "teacher_weights": [1, 3]},
             {"divergence": "reverse_kl"},
             {"divergence": "jsd", "beta": 0.3},
             {"divergence": "skew_kl", "reduction": "none"},
@@ -35,6 +38,7 @@ _SAMPLES = {
             {"reduction": "none"},
             {"reduction": "none", "teacher_weights": [1, 3]},
             {"mask": [True, True, True, False], "reduction": "none"},
+            {"row_weight": [0.5, 0, 2, 1], "num_classes": 10},
             {"divergence": "reverse_kl", "reduction": "none"},
             {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
             {"divergence": "tvd", "reduction": "sum"},
@@ -77,6 +81,8 @@ _SAMPLES = {
 # How many of the tensors are the student's, where it is not one.
 _STUDENTS = {"fsp_loss": 2}
 LOSSES = tuple(_SAMPLES)
+# The keywords that are tensors with one number for each row.
+OF_ROWS = ("labels", "mask", "row_weight")
 # A public function that is no loss, and has neither gradient nor module; tests/test_metrics.py and
 # its neighbours check it.
 METRICS = "distillation_metrics"
@@ -152,8 +158,7 @@ def variants(name, dtype=torch.float32):
         others = [other for other in others if "divergence" not in other]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
-        if "mask" in other:
-            other = {**other, "mask": torch.tensor(other["mask"])}
+        other = {k: torch.tensor(v) if k in OF_ROWS else v for k, v in other.items()}
         if name == "fsp_loss":
             changed = pair(function)
         if "teacher_weights" in other:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from agreement import DTYPES
-from calls import LOSSES, sample, variants
+from calls import LOSSES, OF_ROWS, sample, variants
 from conftest import KERNEL_BACKENDS
 
 pytestmark = pytest.mark.parametrize("name", LOSSES)
@@ -198,8 +198,7 @@ def test_thread_counts_are_bitwise_equal(kernel_backend, name, threads, rows):
     for call in variants(name):
         columns = 40 if call.tensors[0].ndim > 2 or name.startswith("rkd") else 3000
         enlarged = [x.repeat(rows, columns, *[2] * (x.ndim - 2)) for x in call.tensors]
-        of_rows = {"labels", "mask"}.intersection(call.keywords)
-        keywords = {name: call.keywords[name].repeat(rows) for name in of_rows}
+        keywords = {k: v.repeat(rows) for k, v in call.keywords.items() if k in OF_ROWS}
         call = call._replace(tensors=tuple(x + torch.randn_like(x) for x in enlarged))
         runs = set()
         for count in (1, 2, 5):

@@ -42,20 +42,36 @@ class Overwriting(torch.autograd.Function):
 
 
 class FakeJSD:
-    """Of `(log_q, log_p)`, over the number of rows."""
+    """Of `(log_q, log_p, labels)`, over the number of rows that are kept."""
 
     def __init__(self, beta):
-        assert beta == 0
+        self.beta = beta
 
-    def __call__(self, log_q, log_p):
-        return (log_p.exp() * (log_p - log_q)).sum() / len(log_q)
+    def __call__(self, log_q, log_p, labels):
+        beta, (q, p) = self.beta, (log_q.exp(), log_p.exp())
+        log_m = log_p if beta == 1 else log_q if beta == 0 else (beta * p + (1 - beta) * q).log()
+        of_p, of_q = p * (log_p - log_m), q * (log_q - log_m)
+        rows = (of_q if beta == 1 else of_p if beta == 0 else beta * of_p + (1 - beta) * of_q).sum(
+            1
+        )
+        return rows.mean() if labels is None else rows[labels != -100].mean()
+
+
+class FakeTVDLoss:
+    """Of probabilities, over the number of rows."""
+
+    def __init__(self, reduction):
+        assert reduction == "batchmean"
+
+    def __call__(self, q, p):
+        return 0.5 * (p - q).abs().sum() / len(q)
 
 
 @pytest.fixture
 def liger_kernel(monkeypatch):
     fake = ModuleType("liger_kernel.transformers")
     fake.LigerKLDIVLoss, fake.LigerJSD = FakeKLDivLoss, FakeJSD
-    fake.LigerCrossEntropyLoss = FakeCrossEntropyLoss
+    fake.LigerCrossEntropyLoss, fake.LigerTVDLoss = FakeCrossEntropyLoss, FakeTVDLoss
     parent = ModuleType("liger_kernel")
     parent.transformers = fake
     monkeypatch.setitem(sys.modules, "liger_kernel", parent)
@@ -68,6 +84,7 @@ def test_liger_computes_the_same_losses(name, liger_kernel):
         (w, dtype) for w, dtype in ALL_CASES if contenders.refusal(name, w, dtype, "cuda") is None
     ]
     assert {w.loss for w, _ in taking_part} == set(liger.LOSSES[name])
+    assert {liger.divergence_of(w) for w, _ in taking_part} == set(liger.DIVERGENCES[name])
     for workload, dtype in taking_part:
         small = workload.shrunk(workload.student[0][0] // 2)
         inputs = small.inputs(dtype)
@@ -93,6 +110,11 @@ def test_liger_takes_part_where_it_can(liger_kernel, monkeypatch):
     assert names["soft_target_loss (128,100)"] == [
         "eager", "compile", "reference", "liger", "liger_jsd",
     ]  # fmt: skip
+    usual = ["eager", "compile", "reference"]
+    assert names["soft_target_loss jsd, (256,1000)"] == [*usual, "liger_jsd"]
+    assert names["soft_target_loss tvd, (256,1000)"] == [*usual, "liger_tvd"]
+    assert names["soft_target_loss skew_kl, (256,1000)"] == usual
+    assert names["soft_target_loss half of the rows, (256,1000)"] == [*usual, "liger_jsd"]
     assert names["distillation_loss (128,100)"] == ["eager", "compile", "reference", "liger"]
     assert names["soft_target_loss dim=1, (2,19,64,128)"] == ["eager", "compile", "reference"]
     assert names["hint_loss (64,128,16,16)"] == ["eager", "compile", "reference"]

@@ -37,7 +37,7 @@ def generalized_jsd(s, t, beta, labels=None, reduction="batchmean"):
         jsd = jsd[labels != -100]
     if reduction == "batchmean":
         return jsd.sum() / (jsd.size(0) if labels is None else (labels != -100).sum())
-    return jsd.sum() if reduction == "sum" else jsd.mean()
+    return {"sum": jsd.sum, "mean": jsd.mean, "none": jsd.clone}[reduction]()
 
 
 def soft(s, t, **keywords):
@@ -73,6 +73,70 @@ def test_generalized_jsd_of_kept_rows(backend, beta):
         backend, lambda s, t: kept(s, t, divergence="jsd", beta=beta, normalizer=3),
         lambda s, t: generalized_jsd(s, t, beta, LABELS, "sum") / 3, *rows,
     )  # fmt: skip
+
+
+@row(table, "the same of `(B, L, K)`: sum over B alone")
+@every_beta
+def test_generalized_jsd_of_tokens(backend, beta):
+    assert_same(
+        backend, lambda s, t: soft(s, t, divergence="jsd", beta=beta, normalizer=len(s)),
+        lambda s, t: generalized_jsd(s, t, beta), *draw((2, 3, K), (2, 3, K)),
+    )  # fmt: skip
+
+
+@row(table, "the same with hard labels, both over kept rows")
+@every_beta
+def test_generalized_jsd_and_labels(backend, beta):
+    """Liger-Kernel chunked_loss/fused_linear_distillation.py _compute_loss."""
+
+    def call(s, t):
+        return fastkd.distillation_loss(
+            s, t, LABELS, temperature=T, divergence="jsd", beta=beta, soft_weight=0.7 / T**2,
+            hard_weight=0.4,
+        )  # fmt: skip
+
+    def formula(s, t):
+        hard = F.cross_entropy(s, LABELS, reduction="sum") / (LABELS != -100).sum()
+        return 0.4 * hard + 0.7 * generalized_jsd(s, t, beta, LABELS)
+
+    assert_same(backend, call, formula, *draw((B, K), (B, K)))
+
+
+@row(table, '`reduction="none"` has the terms of each class')
+@every_beta
+def test_terms_of_each_class(backend, beta):
+    s, t = draw((B, K), (B, K))
+    terms = generalized_jsd(s, t, beta, LABELS, "none")
+    with fastkd.use_backend(backend):
+        rows = kept(s, t, divergence="jsd", beta=beta, reduction="none")
+    torch.testing.assert_close(rows[LABELS != -100], terms.sum(-1))
+    assert (rows[LABELS == -100] == 0).all()
+
+
+@row(table, "no row kept: NaN, or a division by 0")
+@every_beta
+def test_no_row_kept(backend, beta):
+    s, t = draw((B, K), (B, K))
+    nothing = torch.full_like(LABELS, -100)
+    assert generalized_jsd(s, t, beta, nothing, "mean").isnan()
+    s.requires_grad_()
+    with fastkd.use_backend(backend):
+        loss = soft(s, t, divergence="jsd", beta=beta, reduction="mean", mask=nothing != -100)
+    assert loss == 0
+    assert (torch.autograd.grad(loss, s)[0] == 0).all()
+
+
+@row(table, "a class that both sides exclude by `-inf`: NaN")
+@every_beta
+def test_a_class_that_both_sides_exclude(backend, beta):
+    s, t = draw((B, K), (B, K))
+    s[:, 2] = t[:, 2] = -torch.inf
+    assert generalized_jsd(s, t, beta).isnan()
+    others = [x[:, torch.arange(K) != 2] for x in (s, t)]
+    with fastkd.use_backend(backend):
+        torch.testing.assert_close(
+            soft(s, t, divergence="jsd", beta=beta), generalized_jsd(*others, beta)
+        )
 
 
 @row(table, "total variation, no T²")

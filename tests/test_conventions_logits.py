@@ -146,6 +146,29 @@ def test_tokens(backend):
         torch.testing.assert_close(3 * soft(*tokens), kl(*tokens, dim=-1) * T**2)
 
 
+@row(table, "mean over rows weighted by w: `Σ w·L / Σ w`")
+def test_weighted_mean(backend):
+    w = torch.rand(B, dtype=torch.float64)
+
+    def formula(s, t):
+        rows = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="none").sum(1)
+        return (w * rows).sum() / w.sum() * T**2
+
+    rows = draw((B, K), (B, K))
+    assert_same(backend, lambda s, t: soft(s, t, row_weight=w, normalizer=w.sum()), formula, *rows)
+    by_rows = lambda s, t: formula(s, t) * w.sum() / len(s)  # noqa: E731
+    assert_same(backend, lambda s, t: soft(s, t, row_weight=w), by_rows, *rows)
+
+
+@row(table, "both sides cut to the vocabulary that they share")
+def test_padded_vocabularies(backend):
+    rows = draw((B, K + 2), (B, K + 1))
+    assert_same(
+        backend, lambda s, t: soft(s, t, num_classes=K),
+        lambda s, t: kl(s[:, :K], t[:, :K]) * T**2, *rows,
+    )  # fmt: skip
+
+
 @row(table, "soft cross-entropy `−Σ p log q`, no T²")
 def test_soft_cross_entropy(backend):
     def formula(s, t):

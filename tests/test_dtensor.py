@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from calls import LOSSES, sample, variants
+from calls import LOSSES, OF_ROWS, sample, variants
 from conftest import SEED
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -40,7 +40,7 @@ def compare(call, mesh, placement):
     leaves = [distribute_tensor(x, mesh, [placement]).requires_grad_() for x in call.tensors]
     keywords = dict(call.keywords)
     # In one order on all ranks, for each of these is sent from one rank to the others.
-    for name in [n for n in ("labels", "mask") if n in keywords]:
+    for name in [n for n in OF_ROWS if n in keywords]:
         of_rows = Replicate() if placement == Shard(1) else placement
         keywords[name] = distribute_tensor(keywords[name], mesh, [of_rows])
     loss = call(*leaves, **keywords)

@@ -19,8 +19,10 @@ VALUES = {
     (nn.SoftTargetLoss, "scale_t2"): (False, "yes"),
     (nn.SoftTargetLoss, "reduction"): ("none", "average"),
     (nn.SoftTargetLoss, "dim"): (0, 2),
+    (nn.SoftTargetLoss, "num_classes"): (3, 5),
     (nn.SoftTargetLoss, "divergence"): ("reverse_kl", "kl"),
     (nn.SoftTargetLoss, "beta"): (0.9, 1.5),
+    (nn.SoftTargetLoss, "inplace"): (True, "yes"),
     (nn.SoftTargetLoss, "teacher_weights"): ([1, 3], [1]),
     (nn.DistillationLoss, "temperature"): (2.5, "4"),
     (nn.DistillationLoss, "soft_weight"): (0.25, None),
@@ -29,8 +31,10 @@ VALUES = {
     (nn.DistillationLoss, "label_smoothing"): (0.25, 2),
     (nn.DistillationLoss, "reduction"): ("none", "mean"),
     (nn.DistillationLoss, "dim"): (0, -3),
+    (nn.DistillationLoss, "num_classes"): (3, 0),
     (nn.DistillationLoss, "divergence"): ("tvd", None),
     (nn.DistillationLoss, "beta"): (0.1, "0.5"),
+    (nn.DistillationLoss, "inplace"): (True, 1),
     (nn.DistillationLoss, "teacher_weights"): ((2.0, 1.0), "12"),
     (nn.DistillationLoss, "return_parts"): (True, 1),
     (nn.AttentionTransferLoss, "kind"): ("max_pow", "min"),
@@ -81,7 +85,7 @@ def inputs_of(module, name):
     if module in (nn.SoftTargetLoss, nn.DistillationLoss):
         student, *teachers = (torch.randn(4, 4) for _ in range(3))
         teachers = teachers if name == "teacher_weights" else teachers[0]
-        labels = torch.tensor([0, 3, 2, 1])
+        labels = torch.tensor([0, 3, 2, 1]).clamp(max=2 if name == "num_classes" else 3)
         return (student, teachers, labels) if module is nn.DistillationLoss else (student, teachers)
     if module is nn.AttentionTransferLoss:
         smaller = 3 if name == "resize" else 5
@@ -128,7 +132,7 @@ def test_what_is_set_changes_the_next_call(module, name, value, wrong):
     assert f"{name}={value!r}" in repr(one)
     after = one(*inputs)
     assert_same(after, call(module, one, inputs))
-    if name in ("resize", "backend"):
+    if name in ("resize", "backend", "inplace"):
         return
     changed = type(before) is not type(after) or before.shape != after.shape
     assert changed or not torch.allclose(before, after)

@@ -311,6 +311,7 @@ def test_labels_that_are_no_class(classes, wrong, dim):
         reduction="none",
         dim=dim,
         weights=(1.0,),
+        num_classes=None,
         backend="native",
     )
     loss, gradient = student.new_empty(3), torch.empty_like(student)

@@ -250,7 +250,7 @@ def test_derivatives_of_the_reference(keywords):
 @pytest.mark.parametrize("keywords", [{}, {"reduction": "none", "dim": 1}, {"temperature": 3.0}])
 def test_derivatives_of_a_kernel(kernel_backend, keywords):
     """Also the teachers', alone and together with the student's."""
-    inputs = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(3)]
+    inputs = [torch.randn(1, 3, 3, dtype=torch.float64) for _ in range(3)]
 
     def loss(*x):
         call = ensemble(fastkd.soft_target_loss)

@@ -196,8 +196,10 @@ def test_logits_beyond_the_short_arithmetic(backend, classes):
 
 def test_many_long_rows(backend):
     """So many that the losses of each block's rows are computed in several parts."""
-    student, teachers = draw(300, 3100, SIDES[1])
-    labels = edge_labels(300, 3100)
+    # A block of Triton's has one of them, however many there are.
+    rows = 30 if backend == "triton" else 300
+    student, teachers = draw(rows, 3100, SIDES[1])
+    labels = edge_labels(rows, 3100)
     labels[2::7] = -100
     check_soft_target(student, teachers, backend, reduction="none", teachers=False)
     check_distillation(student, teachers, labels, backend, temperature=3.0, teachers=False)

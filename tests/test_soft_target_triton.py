@@ -40,6 +40,7 @@ SUM = SoftTarget(
     reduction="sum",
     dim=1,
     weights=(1.0,),
+    num_classes=None,
     backend="triton",
 )
 HARD = SUM._replace(

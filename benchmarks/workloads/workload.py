@@ -69,6 +69,8 @@ class Workload:
     it returns no loss. The reads of the student are those of the best possible kernel: in one
     forward and backward, and where one sample stays on the chip between two reads. `devices` are
     those that it is measured on. A loss on relations needs `samples_least`, also in a smoke test.
+    Of `half_masked` one half of the rows counts, drawn at random; the mask is an argument.
+    `prepare` changes inputs that were drawn, in place.
     `parts` yields what adds up to the exact loss, where that in one piece has no room.
     """
 
@@ -83,6 +85,8 @@ class Workload:
     headline: bool = False
     fused: Callable[..., Tensor] | None = None
     labels: bool = False
+    half_masked: bool = False
+    prepare: Callable[[Inputs], None] | None = None
     regressor: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     student_reads: int = 1
@@ -133,20 +137,31 @@ class Workload:
         if self.labels:
             rows, classes = self.student[0]
             batch.append(torch.randint(classes, (rows,), generator=generator, device=device))
+        if self.half_masked:
+            rows = self.student[0][0]
+            batch.append(torch.randperm(rows, generator=generator, device=device) < rows // 2)
         if self.regressor:
             channels = (self.teacher[0][1], self.student[0][1])
             parameters["regressor_weight"] = draw((*channels, 1, 1), True)
             parameters["regressor_bias"] = draw(channels[:1], True)
-        return Inputs(tuple(batch), parameters)
+        inputs = Inputs(tuple(batch), parameters)
+        if self.prepare is not None:
+            with torch.no_grad():
+                self.prepare(inputs)
+        return inputs
 
     def ideal_bytes(self, dtype: torch.dtype, on_chip: int) -> int:
-        """What the best possible kernel moves: reads of both sides, and the gradient."""
-        total = sum(_elements(shape) for shape in self.teacher) * dtype.itemsize
+        """What the best possible kernel moves: reads of both sides, and the gradient.
+
+        Rows that do not count are not read.
+        """
+        of_rows = 2 if self.half_masked else 1
+        total = sum(_elements(shape) for shape in self.teacher) * dtype.itemsize // of_rows
         for shape in self.student:
             size = _elements(shape) * dtype.itemsize
             fits = size <= on_chip * shape[0]
             reads = self.student_reads_on_chip if fits else self.student_reads
-            total += (reads + 1) * size
+            total += reads * size // of_rows + size
         return total
 
 

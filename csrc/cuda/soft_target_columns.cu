@@ -142,12 +142,12 @@ struct Columns {
     };
     RowState<float> own;
     if (counts) is_kept ? keep_classes(load, own) : add_classes(load, own);
+    // Before the barrier behind which the gradient may take the logits' place.
+    const double logit = warp == 0 && counts ? logit_of<S>(call, at[kStudent], label) : 0;
     const RowState<float> whole = merge(own);
     if (warp == 0 && is_ignored) write_ignored_row<float>(call, row);
-    if (warp == 0 && counts) {
-      const double logit = logit_of<S>(call, at[kStudent], label);
+    if (warp == 0 && counts)
       write_row(call, row, whole, losses_of<D>(whole, rates, call, label, logit), total);
-    }
     if (!exists || gradient.data == nullptr) return;
     RowFactors<float> by(D(), whole, call.inverse, rates, weights, label);
     by.any = by.any && counts;

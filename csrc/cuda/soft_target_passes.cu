@@ -134,6 +134,8 @@ struct Passes {
       return;
     }
     const int64_t label = label_of(call, row);
+    // Before the barriers behind which the gradient may take the logits' place.
+    const double logit = leads ? logit_of<Any>(call, start.at[kStudent], label) : 0;
 #pragma unroll 1
     for (int m = 0; m < of.count; ++m) {
       const RowState<A> teacher = sums_of<false>(
@@ -167,7 +169,6 @@ struct Passes {
     if (!leads) return;
     state.teacher = A(sums[0]);
     state.difference = A(sums[1]);
-    const double logit = logit_of<Any>(call, start.at[kStudent], label);
     write_losses<A>(call, row, losses_of<D>(state, rates, call, label, logit), total);
   }
 };

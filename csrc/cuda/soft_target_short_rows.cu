@@ -120,7 +120,9 @@ struct Rows {
                                        const Vectors& t) const {
     const auto start = start_of<N>(call, row);
     const int label = int(label_of(call, row));
+    // Before the gradient, which may take the logits' place.
     const float label_logit = part.leads ? float(logit_of<S>(call, start.at[kStudent], label)) : 0;
+    __syncwarp();
     if (call.sides[kToStudent].data != nullptr) {
       RowFactors<float> by = shared.factors[part.warp];
       if (label == kWrongLabel) by.smoothing = NAN;

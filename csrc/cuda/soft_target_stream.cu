@@ -87,14 +87,15 @@ struct Streamed {
     const int64_t label = label_of(call, row);
     RowState<A> state;
     if (!is_ignored) state = sums(start);
+    // Before the barrier behind which the gradient may take the logits' place.
+    const double logit =
+        threadIdx.x == 0 && !is_ignored ? logit_of<S>(call, start.at[kStudent], label) : 0;
     merge_over_block(state, shared.of_warps, MergeLanes<D, A>{rates, with_logits});
     if (threadIdx.x == 0) {
-      if (is_ignored) {
+      if (is_ignored)
         write_ignored_row<A>(call, row);
-      } else {
-        const double logit = logit_of<S>(call, start.at[kStudent], label);
+      else
         write_row(call, row, state, losses_of<D>(state, rates, call, label, logit), total);
-      }
     }
     if (call.sides[kToStudent].data == nullptr) return;
     RowFactors<A> by(D(), state, call.inverse, rates, weights, label);

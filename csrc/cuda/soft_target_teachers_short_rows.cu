@@ -137,16 +137,17 @@ struct Rows {
                                        const Vectors& p) const {
     const auto start = start_of(row);
     const int label = int(label_of(call, row));
+    // Before the gradient, which may take the logits' place.
+    const double logit = part.leads ? logit_of<Any>(call, start.at[kStudent], label) : 0;
+    __syncwarp();
     if (call.sides[kToStudent].data != nullptr) {
       const auto by = factors_of<D>(call, row, state, rates, shared.weights, label);
       part.template write_gradient<D, Any>(start, s, p, part.stage(kOfHard), by, label);
     }
     // Here, where no exponential waits in a register.
-    if (part.leads) {
-      const double logit = logit_of<Any>(call, start.at[kStudent], label);
+    if (part.leads)
       write_losses<float>(call, row, losses_of<D>(state, rates, call, label, logit),
                           shared.totals[part.warp]);
-    }
   }
 };
 

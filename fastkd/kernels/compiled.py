@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.parameters import OF_OPERATORS
+
 # Private to torch; the public way makes a Stream object first.
 _raw_stream: Any = getattr(
     torch._C,
@@ -61,8 +63,7 @@ def place_of(tensor: Tensor) -> tuple[int, int]:
 @functools.lru_cache(maxsize=256)
 def struct_of(p: Any) -> Any:
     """The module's object of the same name and fields."""
-    fields = p._asdict()
-    fields.pop("backend", None)
+    fields = {name: value for name, value in p._asdict().items() if name not in OF_OPERATORS}
     return getattr(loaded(), type(p).__name__)(**fields)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows
+from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target_inplace import soft_target_
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
 
@@ -44,8 +46,11 @@ def distillation_loss(
     dim: int = ...,
     divergence: str = ...,
     beta: float = ...,
+    num_classes: int | None = ...,
     mask: Tensor | None = ...,
+    row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -67,8 +72,11 @@ def distillation_loss(
     dim: int = ...,
     divergence: str = ...,
     beta: float = ...,
+    num_classes: int | None = ...,
     mask: Tensor | None = ...,
+    row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -90,8 +98,11 @@ def distillation_loss(
     dim: int = -1,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    inplace: bool = False,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -106,10 +117,10 @@ def distillation_loss(
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
             float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
-        teacher_logits: the same shape and device as `student_logits`; the dtype may differ. It
-            receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
-            tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
-            probabilities, not of logits.
+        teacher_logits: the same shape (but see `num_classes`) and device as `student_logits`; the
+            dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
+            of up to 64 such tensors is an ensemble, with the target `p = sum(w *
+            softmax(teacher/T))`: the mean of probabilities, not of logits.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
         temperature: T, above 0, of the soft term only. Default: 4.0.
@@ -138,8 +149,15 @@ def distillation_loss(
         beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
             KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
             at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
+        num_classes: how many classes exist, the first so many along `dim` of either side. What
+            follows is padding, in which the sides may differ: it is not read, and its gradient is
+            0. Default: None, all classes exist, and both sides have as many.
         mask: booleans of the labels' shape. A row of False is a row whose label is `ignore_index`,
             whatever its label is. Default: None.
+        row_weight: real numbers of the labels' shape, on the logits' device, which multiply the
+            losses of rows; the count that `"batchmean"` divides by stays as it is. They receive
+            their gradient if they require one; otherwise a row of weight 0 is not read. Backward
+            reads the logits again. Default: None.
         normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
             number of rows in `"batchmean"`: the tokens of all accumulated batches, or of all ranks.
             A tensor is not waited for, gets no gradient, and costs a pass over the student's
@@ -148,6 +166,13 @@ def distillation_loss(
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
         return_parts: return a `DistillationParts` in place of the loss. Default: False.
+        inplace: write the student's gradient over the student's logits in forward, so that a step
+            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
+            raises in backward, a use without gradient reads the gradient. The logits must be no
+            leaf and no view, the teachers must not learn, and the loss must be one number of rows
+            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            multiplies them. Without a gradient to compute, and in compiled code, nothing is
+            overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -179,8 +204,8 @@ def distillation_loss(
     section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
     other divergences.
     """
-    axis, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher_logits, teacher_weights, dim
+    axis, num_classes, teachers, weights, unused = logits.check_logits(
+        student_logits, teacher_logits, teacher_weights, dim, num_classes
     )
     temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
@@ -190,39 +215,56 @@ def distillation_loss(
     return_parts = checks.flag("return_parts", return_parts)
     ignore_index = checks.integer("ignore_index", ignore_index)
     _check_reduction(reduction)
-    divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
     if mask is not None:
         rows.check_mask(student_logits, mask, axis)
         labels = labels.masked_fill(~mask, ignore_index)
+    reduce = rows.reduction_of(
+        student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis, num_classes
+    )
+    # The gradient of a weight is the row's loss, also where the weight is 0.
+    if row_weight is not None and not row_weight.requires_grad:
+        labels = rows.skipping(labels, row_weight, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
+    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
-    chosen = select("distillation_loss", tensors, backend, (labels,), divergence)
+    chosen = select("distillation_loss", tensors, backend, (labels, row_weight), divergence)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
-        logits.check_label_range(labels, student_logits.shape[axis], ignore_index)
+        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        logits.check_label_range(labels, classes, ignore_index)
     parameters = SoftTarget(
         temperature=temperature,
-        soft_weight=soft_weight * (temperature * temperature) / divisor.number,
-        hard_weight=hard_weight / divisor.number,
+        soft_weight=soft_weight * (temperature * temperature) / reduce.number,
+        hard_weight=hard_weight / reduce.number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         labels_are_classes=True,
         divergence=divergence,
         beta=beta,
-        reduction=divisor.reduction,
+        reduction=reduce.by_kernels,
         dim=axis,
         weights=weights,
+        num_classes=num_classes,
         backend=chosen,
     )
-    if chosen == "reference":
+    if in_place:
+        loss, *parts = soft_target_(
+            student_logits,
+            teachers,
+            labels,
+            parameters,
+            return_parts,
+            lambda student: reference.distillation_loss(student, teachers, labels, parameters),
+        )
+    elif chosen == "reference":
         loss, *parts = reference.distillation_loss(student_logits, teachers, labels, parameters)
     else:
         loss, *parts = soft_target(student_logits, teachers, labels, parameters, return_parts)
-    loss = logits.tied(divisor.of(loss), unused)
+    loss = logits.tied(reduce.of(loss), unused)
     if not return_parts:
         return loss
-    return DistillationParts(loss, *map(divisor.of_part, parts))
+    return DistillationParts(loss, *map(reduce.of_part, parts))
 
 
 def _check_reduction(reduction: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.losses import checks
+from fastkd.losses import checks, rows
 from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
 
@@ -30,22 +30,31 @@ _INTEGERS = (
 
 
 def check_logits(
-    student: Tensor, teacher: Any, weights: Any, dim: int
-) -> tuple[int, list[Tensor], tuple[float, ...], list[Tensor]]:
-    """The classes' dimension, the teachers with their weights, and the teachers of weight 0."""
+    student: Tensor, teacher: Any, weights: Any, dim: int, num_classes: Any
+) -> tuple[int, int | None, list[Tensor], tuple[float, ...], list[Tensor]]:
+    """The classes' dimension and their number, which is None where no logits are padded.
+
+    Then the teachers with their weights, and the teachers of weight 0.
+    """
     ensemble = checks.items(teacher)
     is_ensemble = ensemble is not None
     teachers = [teacher] if ensemble is None else ensemble
     checks.floating(("student_logits", student))
+    if student.ndim == 0:
+        raise ValueError("logits must have at least one dimension, got shape ()")
+    dim = checks.dimension("dim", dim, student.ndim)
     for i, one in enumerate(teachers):
         name = f"teacher_logits[{i}]" if is_ensemble else "teacher_logits"
         checks.floating((name, one))
         checks.same_device("student_logits", student, name, one)
-        checks.same_shape("student_logits", student, name, one)
-    if student.ndim == 0:
-        raise ValueError("logits must have at least one dimension, got shape ()")
-    dim = checks.dimension("dim", dim, student.ndim)
-    classes = student.shape[dim]
+        if num_classes is None:
+            checks.same_shape("student_logits", student, name, one)
+        else:
+            check_same_rows(student, name, one, dim)
+    if num_classes is not None:
+        stored = [x.shape[dim] for x in (student, *teachers)]
+        num_classes = check_num_classes(num_classes, stored)
+    classes = student.shape[dim] if num_classes is None else num_classes
     if classes == 0:
         raise ValueError(
             f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
@@ -57,7 +66,7 @@ def check_logits(
     if classes == 1:
         _warn_of_one_class()
     if weights is None:
-        return dim, teachers, (1 / len(teachers),) * len(teachers), []
+        return dim, num_classes, teachers, (1 / len(teachers),) * len(teachers), []
     if not is_ensemble:
         raise ValueError(
             "teacher_weights needs a sequence of teachers as teacher_logits, got one tensor"
@@ -66,10 +75,31 @@ def check_logits(
     both = list(zip(teachers, shares, strict=True))
     return (
         dim,
+        num_classes,
         [t for t, share in both if share > 0],
         tuple([share for share in shares if share > 0]),
         [t for t, share in both if share == 0],
     )
+
+
+def check_same_rows(student: Tensor, name: str, teacher: Tensor, dim: int) -> None:
+    """Their shapes are the same but for the number of classes."""
+    if student.ndim != teacher.ndim or rows.shape_of(student, dim) != rows.shape_of(teacher, dim):
+        raise ValueError(
+            f"student_logits and {name} must have the same shape but for the classes along "
+            f"dim {dim}, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def check_num_classes(num_classes: Any, stored: list[int]) -> int | None:
+    """All logits have so many. None where none has more."""
+    count = checks.integer("num_classes", num_classes)
+    if not 1 <= count <= min(stored):
+        raise ValueError(
+            f"num_classes must lie in [1, {min(stored)}], since the logits have "
+            f"{' and '.join(map(str, stored))} classes, got {count}"
+        )
+    return None if count == max(stored) else count
 
 
 def check_divergence(divergence: Any, beta: Any) -> tuple[str, float]:
@@ -164,11 +194,11 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"labels must be integers, such as int64, got {labels.dtype}")
     checks.same_device("student_logits", logits, "labels", labels)
-    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if labels.shape != rows:
+    shape = rows.shape_of(logits, dim)
+    if labels.shape != shape:
         remedy = "; dim=1 says that the classes come second, as in (N, C, H, W)"
         raise ValueError(
-            f"labels must have the logits' shape without dim {dim}, {tuple(rows)}, "
+            f"labels must have the logits' shape without dim {dim}, {tuple(shape)}, "
             f"got {tuple(labels.shape)}{remedy if _fit_dim_1(logits, labels) else ''}"
         )
     if labels.dtype == torch.int64:

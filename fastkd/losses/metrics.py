@@ -147,17 +147,8 @@ def _existing(
                 f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
             )
         return student, teacher
-    num_classes = checks.integer("num_classes", num_classes)
-    one, other = (x.shape[:dim] + x.shape[dim + 1 :] for x in (student, teacher))
-    if student.ndim != teacher.ndim or one != other:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape but for the classes along "
-            f"dim {dim}, got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    most = min(student.shape[dim], teacher.shape[dim])
-    if not 1 <= num_classes <= most:
-        raise ValueError(
-            f"num_classes must lie in [1, {most}], since the logits have {student.shape[dim]} and "
-            f"{teacher.shape[dim]} classes along dim {dim}, got {num_classes}"
-        )
-    return student.narrow(dim, 0, num_classes), teacher.narrow(dim, 0, num_classes)
+    logits.check_same_rows(student, "teacher_logits", teacher, dim)
+    count = logits.check_num_classes(num_classes, [x.shape[dim] for x in (student, teacher)])
+    if count is None:
+        return student, teacher
+    return student.narrow(dim, 0, count), teacher.narrow(dim, 0, count)

@@ -1,6 +1,7 @@
-"""Which rows of a loss on logits count, and what the sum of their losses is divided by."""
+"""Which rows of a loss on logits count, how much, and how their losses are reduced."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +11,29 @@ from fastkd.losses import checks
 MASKED = -1  # in place of the label of a row that does not count
 
 
+def shape_of(logits: Tensor, dim: int) -> torch.Size:
+    """One for each row: the logits' shape without the classes."""
+    return logits.shape[:dim] + logits.shape[dim + 1 :]
+
+
+def _check_rows(name: str, of_rows: Any, logits: Tensor, dim: int) -> None:
+    """It is a tensor with one number for each row, on the logits' device."""
+    if not isinstance(of_rows, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(of_rows).__name__}")
+    checks.same_device("student_logits", logits, name, of_rows)
+    shape = shape_of(logits, dim)
+    if of_rows.shape != shape:
+        raise ValueError(
+            f"{name} must have the logits' shape without dim {dim}, {tuple(shape)}, "
+            f"got {tuple(of_rows.shape)}"
+        )
+
+
 def check_mask(logits: Tensor, mask: Any, dim: int) -> None:
     """It is booleans, one for each row."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    _check_rows("mask", mask, logits, dim)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must hold booleans, True for rows that count, got {mask.dtype}")
-    checks.same_device("student_logits", logits, "mask", mask)
-    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if mask.shape != rows:
-        raise ValueError(
-            f"mask must have the logits' shape without dim {dim}, {tuple(rows)}, "
-            f"got {tuple(mask.shape)}"
-        )
 
 
 def marks_of(logits: Tensor, mask: Any, dim: int) -> Tensor:
@@ -31,44 +42,94 @@ def marks_of(logits: Tensor, mask: Any, dim: int) -> Tensor:
     return mask.to(torch.int64) + MASKED
 
 
-class Divisor(NamedTuple):
-    """What a sum is divided by: a number, which the weights of the terms take, and a tensor.
+def skipping(labels: Tensor | None, row_weight: Tensor, ignored: int) -> Tensor:
+    """The labels, `ignored` where a row's weight is 0."""
+    is_off = row_weight == 0
+    return (
+        is_off.to(torch.int64) * ignored if labels is None else labels.masked_fill(is_off, ignored)
+    )
 
-    `reduction` is the one that the kernels are asked for.
+
+# Not a NamedTuple: within compiled code torch 2.8 makes none that holds tensors.
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How losses of rows become the result: what kernels do, and then what is left to torch.
+
+    Attributes:
+        by_kernels: the reduction that kernels are asked for; `"none"` where rows have weights.
+        number: what the weights of the terms are divided by.
+        scalar: what the result is divided by, on the device.
+        row_weight: what multiplies the loss of each row.
+        sums: whether the weighted losses are added up.
     """
 
-    reduction: str
+    by_kernels: str
     number: float = 1.0
     scalar: Tensor | None = None
+    row_weight: Tensor | None = None
+    sums: bool = False
 
-    def of(self, total: Tensor) -> Tensor:
-        """A sum that has been divided by the number, divided by the tensor as well."""
-        return total if self.scalar is None else total / self.scalar.to(total.dtype)
+    def of(self, found: Tensor) -> Tensor:
+        """The result, from what kernels found with weights that were divided by the number."""
+        if self.row_weight is not None:
+            found = found * self.row_weight.to(found.dtype)
+            found = found.sum() if self.sums else found
+        return found if self.scalar is None else found / self.scalar.to(found.dtype)
 
-    def of_part(self, total: Tensor) -> Tensor:
-        """A sum whose terms have no weights, divided by both."""
-        return self.of(total if self.number == 1 else total / self.number)
+    def of_part(self, found: Tensor) -> Tensor:
+        """The result of a part, which has no weight that could have been divided; detached."""
+        return self.of(found if self.number == 1 else found / self.number).detach()
 
 
-_COUNTED = {reduction: Divisor(reduction) for reduction in ("none", "sum", "mean", "batchmean")}
+_BY_KERNELS = {
+    reduction: Reduction(reduction) for reduction in ("none", "sum", "mean", "batchmean")
+}
 
 
-def divisor_of(logits: Tensor, reduction: str, normalizer: Any, dim: int) -> Divisor:
-    """Of a checked reduction. Without a normalizer the kernels count the rows themselves."""
-    if normalizer is None:
-        return _COUNTED[reduction]
-    if reduction not in ("mean", "batchmean"):
-        raise ValueError(
-            "normalizer takes the place of the number of rows, by which "
-            f"reduction={reduction!r} does not divide"
-        )
-    classes = float(logits.shape[dim]) if reduction == "mean" else 1.0
-    if not isinstance(normalizer, Tensor):
-        return Divisor("sum", classes * checks.number("normalizer", normalizer, above=0))
+def reduction_of(
+    logits: Tensor,
+    reduction: str,
+    normalizer: Any,
+    row_weight: Any,
+    labels: Tensor | None,
+    ignored: int,
+    dim: int,
+    num_classes: int | None,
+) -> Reduction:
+    """Of a checked one. The labels are `ignored` for rows that do not count."""
+    if normalizer is None and row_weight is None:
+        return _BY_KERNELS[reduction]
+    divides = reduction in ("mean", "batchmean")
+    number, scalar = 1.0, None
+    if reduction == "mean":
+        number = float(logits.shape[dim] if num_classes is None else num_classes)
+    if normalizer is not None:
+        if not divides:
+            raise ValueError(
+                "normalizer takes the place of the number of rows, by which "
+                f"reduction={reduction!r} does not divide"
+            )
+        if isinstance(normalizer, Tensor):
+            scalar = _checked_scalar(logits, normalizer)
+        else:
+            number *= checks.number("normalizer", normalizer, above=0)
+    elif divides and labels is not None:
+        scalar = (labels != ignored).sum().clamp(min=1)
+    elif divides:
+        number *= max(shape_of(logits, dim).numel(), 1)
+    if row_weight is None:
+        return Reduction("sum", number, scalar)
+    _check_rows("row_weight", row_weight, logits, dim)
+    if row_weight.dtype == torch.bool or row_weight.is_complex():
+        raise TypeError(f"row_weight must hold real numbers, got {row_weight.dtype}")
+    return Reduction("none", number, scalar, row_weight, reduction != "none")
+
+
+def _checked_scalar(logits: Tensor, normalizer: Tensor) -> Tensor:
     if normalizer.ndim > 0 or normalizer.dtype == torch.bool or normalizer.is_complex():
         raise ValueError(
             "normalizer must be a number or a tensor of one, without dimensions, "
             f"got {normalizer.dtype} of shape {tuple(normalizer.shape)}"
         )
     checks.same_device("student_logits", logits, "normalizer", normalizer)
-    return Divisor("sum", classes, normalizer.detach())
+    return normalizer.detach()

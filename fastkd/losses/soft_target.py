@@ -7,7 +7,9 @@ from torch import Tensor
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows
+from fastkd.losses.inplace import check_inplace
 from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target_inplace import soft_target_
 from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
 
@@ -25,8 +27,11 @@ def soft_target_loss(
     dim: int = -1,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    inplace: bool = False,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -41,10 +46,10 @@ def soft_target_loss(
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
             float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
-        teacher_logits: the same shape and device as `student_logits`; the dtype may differ. It
-            receives its gradient if it requires one. A sequence (any iterable) of up to 64 such
-            tensors is an ensemble, with the target `p = sum(w * softmax(teacher/T))`: the mean of
-            probabilities, not of logits.
+        teacher_logits: the same shape (but see `num_classes`) and device as `student_logits`; the
+            dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
+            of up to 64 such tensors is an ensemble, with the target `p = sum(w *
+            softmax(teacher/T))`: the mean of probabilities, not of logits.
         temperature: T, above 0; papers on images use 4. Default: 1.0.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
             Default: True.
@@ -64,9 +69,16 @@ def soft_target_loss(
         beta: in [0, 1], of `"jsd"` and the skew divergences. `"jsd"` is forward KL at 0 and reverse
             KL at 1: a convention, not a limit. A skew divergence is the plain one at 0 and nothing
             at 1. The other divergences have no beta, and refuse any but the default. Default: 0.5.
+        num_classes: how many classes exist, the first so many along `dim` of either side. What
+            follows is padding, in which the sides may differ: it is not read, and its gradient is
+            0. Default: None, all classes exist, and both sides have as many.
         mask: booleans of the rows' shape, that of the logits without `dim`: a row of False has no
             loss and a gradient of 0, is not counted, and is not read, so that it may hold NaN.
             Default: None, every row counts.
+        row_weight: real numbers of the rows' shape, on the logits' device, which multiply the
+            losses of rows; the count that `"batchmean"` and `"mean"` divide by stays as it is. They
+            receive their gradient if they require one; otherwise a row of weight 0 is not read.
+            Backward reads the logits again. Default: None.
         normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
             number of rows in `"batchmean"` and `"mean"`: the tokens of all accumulated batches, or
             of all ranks. A tensor is not waited for, gets no gradient, and costs a pass over the
@@ -74,6 +86,13 @@ def soft_target_loss(
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
+        inplace: write the student's gradient over the student's logits in forward, so that a step
+            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
+            raises in backward, a use without gradient reads the gradient. The logits must be no
+            leaf and no view, the teachers must not learn, and the loss must be one number of rows
+            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            multiplies them. Without a gradient to compute, and in compiled code, nothing is
+            overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -103,34 +122,50 @@ def soft_target_loss(
     "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
-    axis, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher_logits, teacher_weights, dim
+    axis, num_classes, teachers, weights, unused = logits.check_logits(
+        student_logits, teacher_logits, teacher_weights, dim, num_classes
     )
     logits.check_last_dim(student_logits, dim)
     temperature = checks.number("temperature", temperature, above=0)
     divergence, beta = logits.check_divergence(divergence, beta)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    divisor = rows.divisor_of(student_logits, reduction, normalizer, axis)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
+    reduce = rows.reduction_of(
+        student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis, num_classes
+    )
+    # The gradient of a weight is the row's loss, also where the weight is 0.
+    if row_weight is not None and not row_weight.requires_grad:
+        marks = rows.skipping(marks, row_weight, rows.MASKED)
+    in_place = check_inplace(inplace, student_logits, teachers, reduce.by_kernels)
     tensors = student_logits, *teachers
-    chosen = select("soft_target_loss", tensors, backend, (marks,), divergence)
+    chosen = select("soft_target_loss", tensors, backend, (marks, row_weight), divergence)
     parameters = SoftTarget(
         temperature=temperature,
-        soft_weight=(temperature * temperature if scale_t2 else 1.0) / divisor.number,
+        soft_weight=(temperature * temperature if scale_t2 else 1.0) / reduce.number,
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=rows.MASKED,
         labels_are_classes=False,
         divergence=divergence,
         beta=beta,
-        reduction=divisor.reduction,
+        reduction=reduce.by_kernels,
         dim=axis,
         weights=weights,
+        num_classes=num_classes,
         backend=chosen,
     )
-    if chosen == "reference":
+    if in_place:
+        (loss,) = soft_target_(
+            student_logits,
+            teachers,
+            marks,
+            parameters,
+            False,
+            lambda student: [reference.soft_target_loss(student, teachers, marks, parameters)],
+        )
+    elif chosen == "reference":
         loss = reference.soft_target_loss(student_logits, teachers, marks, parameters)
     else:
         (loss,) = soft_target(student_logits, teachers, marks, parameters)
-    return logits.tied(divisor.of(loss), unused)
+    return logits.tied(reduce.of(loss), unused)

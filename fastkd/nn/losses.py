@@ -27,8 +27,10 @@ class SoftTargetLoss(Loss):
     scale_t2: bool
     reduction: str
     dim: int
+    num_classes: int | None
     divergence: str
     beta: float
+    inplace: bool
     teacher_weights: Iterable[float] | None
     backend: Backend | None
 
@@ -39,8 +41,10 @@ class SoftTargetLoss(Loss):
         scale_t2: bool = True,
         reduction: str = "batchmean",
         dim: int = -1,
+        num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
+        inplace: bool = False,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -49,8 +53,10 @@ class SoftTargetLoss(Loss):
             scale_t2=scale_t2,
             reduction=reduction,
             dim=dim,
+            num_classes=num_classes,
             divergence=divergence,
             beta=beta,
+            inplace=inplace,
             teacher_weights=teacher_weights,
             backend=backend,
         )
@@ -61,11 +67,17 @@ class SoftTargetLoss(Loss):
         teacher_logits: Tensor | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """See `fastkd.soft_target_loss`."""
         return soft_target_loss(
-            student_logits, teacher_logits, mask=mask, normalizer=normalizer, **self._keywords()
+            student_logits,
+            teacher_logits,
+            mask=mask,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            **self._keywords(),
         )
 
 
@@ -85,8 +97,10 @@ class DistillationLoss(Loss):
     label_smoothing: float
     reduction: str
     dim: int
+    num_classes: int | None
     divergence: str
     beta: float
+    inplace: bool
     teacher_weights: Iterable[float] | None
     return_parts: bool
     backend: Backend | None
@@ -101,8 +115,10 @@ class DistillationLoss(Loss):
         label_smoothing: float = 0.0,
         reduction: str = "batchmean",
         dim: int = -1,
+        num_classes: int | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
+        inplace: bool = False,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
@@ -115,8 +131,10 @@ class DistillationLoss(Loss):
             label_smoothing=label_smoothing,
             reduction=reduction,
             dim=dim,
+            num_classes=num_classes,
             divergence=divergence,
             beta=beta,
+            inplace=inplace,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,
@@ -129,6 +147,7 @@ class DistillationLoss(Loss):
         labels: Tensor,
         *,
         mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | DistillationParts:
         """See `fastkd.distillation_loss`."""
@@ -137,6 +156,7 @@ class DistillationLoss(Loss):
             teacher_logits,
             labels,
             mask=mask,
+            row_weight=row_weight,
             normalizer=normalizer,
             **self._keywords(),
         )

@@ -47,7 +47,25 @@ _MIRRORED = {
 }
 
 
-def _outputs(
+def existing(
+    p: SoftTarget, student: Tensor, teachers: Sequence[Tensor], *gradients: Tensor | None
+) -> tuple[Any, ...]:
+    """The same tensors without the classes that do not exist, where gradients become 0."""
+    count = p.num_classes
+    if count is None:
+        return student, teachers, *gradients
+
+    def existing(x: Tensor) -> Tensor:
+        return x.narrow(p.dim, 0, count)
+
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.narrow(p.dim, count, gradient.shape[p.dim] - count).zero_()
+    to = [None if gradient is None else existing(gradient) for gradient in gradients]
+    return existing(student), [existing(teacher) for teacher in teachers], *to
+
+
+def outputs(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
@@ -56,6 +74,7 @@ def _outputs(
     with_gradient: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the loss, its parts, the statistics and the gradient, as far as they are wanted."""
     dtype = compute_dtype(student, *teachers)
     rows: Sequence[int] = ()
     if p.reduction == "none":
@@ -74,7 +93,7 @@ def _outputs(
     "soft_target_forward(Tensor student, Tensor[] teachers, Tensor? labels, bool with_parts, "
     f"bool with_statistics, bool with_gradient, {_PARAMETERS}) "
     "-> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
-    _outputs,
+    outputs,
     SoftTarget,
 )
 def forward(
@@ -90,9 +109,13 @@ def forward(
 
     There are statistics where there is one teacher and the divergence is a KL divergence.
     """
-    outputs = _outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
-    kernels(p.backend, "soft_target").soft_target_forward(student, teachers, labels, *outputs, p)
-    return outputs
+    found = outputs(student, teachers, labels, with_parts, with_statistics, with_gradient, p)
+    *of_rows, gradient = found
+    student, teachers, gradient = existing(p, student, teachers, gradient)
+    kernels(p.backend, "soft_target").soft_target_forward(
+        student, teachers, labels, *of_rows, gradient, p
+    )
+    return found
 
 
 def _gradients(
@@ -128,10 +151,14 @@ def backward(
     p: SoftTarget,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the student and of its one teacher, computed from the inputs."""
-    inputs = grad_output, student, teachers, labels, statistics
-    to = _gradients(*inputs, to_student, to_teacher, p)
-    kernels(p.backend, "soft_target").soft_target_backward(*inputs, *to, p)
-    return to
+    found = _gradients(
+        grad_output, student, teachers, labels, statistics, to_student, to_teacher, p
+    )
+    student, teachers, *to = existing(p, student, teachers, *found)
+    kernels(p.backend, "soft_target").soft_target_backward(
+        grad_output, student, teachers, labels, statistics, *to, p
+    )
+    return found
 
 
 @define(
@@ -154,8 +181,9 @@ def rescale(
 
     `in_place` says that `gradient` holds forward's, for a `grad_output` of 1.
     """
+    student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output, student, teachers, labels, statistics, gradient, None, p, in_place
+        grad_output, student, teachers, labels, statistics, to, None, p, in_place
     )
 
 

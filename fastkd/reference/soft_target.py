@@ -128,12 +128,20 @@ def lift_for(factor: Tensor) -> Tensor:
     return (8 * factor.abs()).clamp(min=1)
 
 
+def _classes(logits: Tensor, p: SoftTarget) -> int:
+    """How many exist."""
+    return logits.shape[p.dim] if p.num_classes is None else p.num_classes
+
+
 def prepared(
     student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The sides, classes last, and what a sum of losses is divided by."""
     dtype = compute_dtype(student, *teachers)
-    student, *others = (x.to(dtype).movedim(p.dim, -1) for x in (student, *teachers))
+    student, *others = (
+        x.narrow(p.dim, 0, _classes(x, p)).to(dtype).movedim(p.dim, -1)
+        for x in (student, *teachers)
+    )
     rows = as_tensor(student[..., 0].numel(), dtype, student.device)
     if labels is not None:
         ignored = labels == p.ignore_index
@@ -184,6 +192,17 @@ def teacher_gradients(
     factor = factor / sides.unit
     gradients = DIVERGENCES[p.divergence].to_teachers(sides)
     return [
-        (factor * gradient).movedim(-1, p.dim).to(teacher.dtype) if want else None
+        _padded((factor * gradient).movedim(-1, p.dim).to(teacher.dtype), teacher, p.dim)
+        if want
+        else None
         for (teacher, want), gradient in zip(wanting, gradients, strict=True)
     ]
+
+
+def _padded(gradient: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Of as many classes as are stored: 0 where none exist."""
+    missing = like.shape[dim] - gradient.shape[dim]
+    if missing == 0:
+        return gradient
+    shape = (*like.shape[:dim], missing, *like.shape[dim + 1 :])
+    return torch.cat([gradient, gradient.new_zeros(shape)], dim)

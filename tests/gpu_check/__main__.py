@@ -52,8 +52,8 @@ TRAINING = "tests/test_train_step.py"
 # The losses that have kernels on a GPU, and what pytest and the benchmarks know them by.
 FUSED = {
     "attention": "attention",
-    "logits": "soft_target or distillation or divergence or mask or normalizer or extreme "
-    "or metrics",
+    "logits": "soft_target or distillation or divergence or mask or normalizer or "
+    "row_weight or num_classes or inplace or extreme or metrics",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }

@@ -111,6 +111,10 @@ def logits_forward(
     lives = counts & ((soft != 0) | (hard != 0))
     s_at = student + locate(inner, outer, sizes, row_strides[0], UNIT)
     t_ats = locate_all(teachers, inner, outer, sizes, row_strides, UNIT)
+    if labels is not None:
+        # Before the barriers of the sums, behind which the gradient may take the logits' place.
+        at = s_at + label.to(tl.int64) * class_strides[0]
+        logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
     if WHOLE:
         s, s_max, t_max, et, y, t_excluded = whole(
             s_at, t_ats, column, class_strides, counts & (column < classes), mean, rate
@@ -146,9 +150,8 @@ def logits_forward(
         kl = divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE)
         outcome = kl / SCALE
     if labels is not None:
-        at = s_at + label.to(tl.int64) * class_strides[0]
         ce = cross_entropy(
-            at, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS
+            logit, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS
         )
     if not AT_ONCE:
         store_losses(*outputs, kl, ce, soft_weight, hard_weight, t2)

@@ -78,11 +78,10 @@ def finish_terms(phi, psi, counts):
 
 @triton.jit
 def cross_entropy(
-    at, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS: tl.constexpr
+    logit, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS: tl.constexpr
 ):
-    """Of rows, at temperature 1. `at` is the label's logit, `pivoted` a sum of all."""
+    """Of rows, at temperature 1. `logit` is the label's, `pivoted` a sum of all."""
     _, counts, is_class = labelled
-    logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(hard_sum.dtype)
     log_sum = tl.log2(hard_sum) * LN_2 * SCALE
     ce = log_sum + (s_max * SCALE - logit * SCALE)
     if SMOOTHS:

@@ -43,6 +43,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         reduction="batchmean",
         dim=dim,
         weights=(1 / len(teachers),) * len(teachers),
+        num_classes=None,
         backend="triton",
     )
     hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)

@@ -1,0 +1,110 @@
+"""Losses on logits whose gradient takes the place of the student's logits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.autograd import Fused, is_final, keeps_graph
+from fastkd.operators import define, kernels
+from fastkd.ops.soft_target import existing, outputs
+from fastkd.parameters import SoftTarget, in_schema
+
+
+def _losses(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    with_parts: bool,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None]:
+    loss, parts, *_ = outputs(student, teachers, labels, with_parts, False, False, p)
+    return loss, parts
+
+
+@define(
+    "soft_target_forward_(Tensor(a!) student, Tensor[] teachers, Tensor? labels, bool with_parts, "
+    f"{in_schema(SoftTarget)}) -> (Tensor loss, Tensor parts)",
+    _losses,
+    SoftTarget,
+)
+def forward_(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    with_parts: bool,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and its parts `(hard, T² D)`; `student` then holds the gradient."""
+    loss, parts = _losses(student, teachers, labels, with_parts, p)
+    student, teachers, gradient = existing(p, student, teachers, student)
+    kernels(p.backend, "soft_target").soft_target_forward(
+        student, teachers, labels, loss, parts, None, gradient, p
+    )
+    return loss, parts
+
+
+class _InPlace(Fused):
+    """`apply(losses, student)` is the student, which holds the gradient, and `losses(student)`.
+
+    The first result makes this function a part of the history of whatever uses the student later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, losses: Callable[[Tensor], tuple[Tensor, Tensor | None]], student: Tensor
+    ) -> Any:
+        loss, parts = losses(student)
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(student)
+        ctx.save_for_backward(student)
+        if parts is not None:
+            ctx.mark_non_differentiable(parts)
+        return student, loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, of_student: Tensor | None, grad_output: Tensor | None, *_: Any) -> Any:
+        if of_student is not None:
+            raise RuntimeError(
+                "the student's logits were used after a loss on them with inplace=True, when they "
+                "held its gradient: use them before, or pass inplace=False"
+            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a loss on logits with inplace=True can be differentiated only once: pass "
+                'inplace=False and backend="reference"'
+            )
+        if grad_output is None:
+            return None, None
+        gradient = ctx.saved_tensors[0].detach()
+        if is_final(grad_output):
+            return None, gradient
+        return None, gradient * grad_output if keeps_graph() else gradient.mul_(grad_output)
+
+
+def soft_target_(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    with_parts: bool,
+    reference: Callable[[Tensor], Sequence[Tensor]],
+) -> tuple[Tensor, ...]:
+    """`(loss,)` or `(loss, hard, T² D)`; `reference(student)` are these by the reference."""
+
+    def by_kernels(student: Tensor) -> tuple[Tensor, Tensor | None]:
+        return forward_(student, teachers, labels, with_parts, p)
+
+    def by_reference(student: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            loss, *parts = reference(leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        student.copy_(gradient)
+        return loss.detach(), torch.stack(parts) if with_parts else None
+
+    _, loss, parts = _InPlace.record(
+        by_reference if p.backend == "reference" else by_kernels, student
+    )
+    return (loss, *parts.unbind()) if with_parts else (loss,)
