@@ -63,7 +63,7 @@ FUSED := hint or soft_target or distillation or divergence or mask or normalizer
     or row_weight or num_classes or inplace or extreme or metrics \
     or attention or rkd or similarity or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
-ADDRESSES := (hint or regimes or distillation) and not (compile or large_rows or bitwise)
+ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
 # What is about other backends. torch.compile is left out because it calls the same kernels; in the
 # interpreter it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \

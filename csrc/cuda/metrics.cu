@@ -50,7 +50,7 @@ struct Shared {
   double sums[kWarps][6], overlap[kWarps][1];
 };
 
-// Of a block, in every thread. `warps` is in use until the next barrier but one.
+// Of a warp, and of a block, in every thread. The block's memory is in use until the next barrier.
 template <class A>
 __device__ __forceinline__ void over_warp(Largest<A>& of) {
 #pragma unroll
@@ -185,6 +185,7 @@ __device__ __forceinline__ void measure(const MetricsCall& of, uint32_t row, int
   write<A>(of, row, values, student.at, teacher.at);
 }
 
+// One block on a multiprocessor is enough: the bound for two makes the compiler spill.
 template <class A, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     metrics_kernel(const __grid_constant__ MetricsCall of, int64_t vectors) {
