@@ -198,8 +198,8 @@ def test_thread_counts_are_bitwise_equal(kernel_backend, name, threads, rows):
     for call in variants(name):
         columns = 40 if call.tensors[0].ndim > 2 or name.startswith("rkd") else 3000
         enlarged = [x.repeat(rows, columns, *[2] * (x.ndim - 2)) for x in call.tensors]
-        of_rows = {"labels", "mask"}.intersection(call.keywords)
-        keywords = {name: call.keywords[name].repeat(rows) for name in of_rows}
+        of_rows = {k: x for k, x in call.keywords.items() if torch.is_tensor(x) and x.ndim == 1}
+        keywords = {name: x.repeat(rows) for name, x in of_rows.items()}
         call = call._replace(tensors=tuple(x + torch.randn_like(x) for x in enlarged))
         runs = set()
         for count in (1, 2, 5):
