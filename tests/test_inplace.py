@@ -2,6 +2,7 @@
 
 import divergences
 import pytest
+import temperatures
 import torch
 from agreement import DTYPES, logits, some_labels
 from calls import Recorder
@@ -70,6 +71,14 @@ def test_several_teachers(backend, classes):
 def test_other_divergences(backend, keywords, classes):
     student, teacher = logits(5, classes), logits(5, classes)
     assert_same(soft_target(teacher, backend, **keywords), student)
+
+
+@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="the CPU alone has kernels for them")
+@pytest.mark.parametrize("kind", temperatures.KINDS)
+@pytest.mark.parametrize("classes", [40, 3000])
+def test_temperatures(backend, kind, classes):
+    student, teacher = logits(5, classes), logits(5, classes)
+    assert_same(soft_target(teacher, backend, **temperatures.of_kind(kind, (5, classes))), student)
 
 
 @pytest.mark.parametrize("classes", [40, 1100, 40000])
@@ -277,6 +286,11 @@ def learns(student):
         (lambda x: x * 1, {"reduction": "none"}, "a loss that is one number"),
         (lambda x: x * 1, {"row_weight": torch.ones(3)}, "a loss that is one number"),
         (lambda x: x * 1, learns, "a teacher or a temperature that requires"),
+        (
+            lambda x: x * 1,
+            {"temperature": torch.tensor(2.0, requires_grad=True)},
+            "a teacher or a temperature that requires",
+        ),
         (lambda x: x * 1, lambda s: {"teacher_logits": s.detach()}, "shares its memory"),
         (lambda x: x * 1, {"inplace": 1}, "inplace must be True or False"),
     ],
