@@ -18,7 +18,7 @@ from agreement import (
 
 import fastkd
 from fastkd.kernels import native
-from fastkd.ops.soft_target import STATISTICS
+from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.parameters import SoftTarget
 
 pytestmark = pytest.mark.gpu_sizes

@@ -17,7 +17,7 @@ from agreement import (
 )
 from conftest import BACKENDS
 
-from fastkd.ops.soft_target import STATISTICS
+from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.soft_target import LOGIT_SCALE

@@ -1,15 +1,15 @@
 """The losses as modules, with the keywords of the functions as attributes."""
 
+from fastkd.nn.distillation import DistillationLoss
 from fastkd.nn.hint import HintLoss
 from fastkd.nn.losses import (
     AttentionTransferLoss,
-    DistillationLoss,
     FSPLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
     SimilarityPreservingLoss,
-    SoftTargetLoss,
 )
+from fastkd.nn.soft_target import SoftTargetLoss
 
 __all__ = [
     "AttentionTransferLoss",

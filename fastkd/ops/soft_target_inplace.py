@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd.autograd import Fused, is_final, keeps_graph
 from fastkd.operators import define, kernels
-from fastkd.ops.soft_target import existing, outputs
+from fastkd.ops.soft_target_operators import existing, outputs
 from fastkd.parameters import SoftTarget, in_schema
 
 

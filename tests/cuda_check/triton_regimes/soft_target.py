@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from fastkd.kernels.triton import soft_target
-from fastkd.ops.soft_target import STATISTICS
+from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 
