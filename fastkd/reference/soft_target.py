@@ -130,7 +130,7 @@ def lift_for(factor: Tensor) -> Tensor:
     lift = (8 * factor.detach().abs()).clamp(min=1)
     if lift.ndim == 0:
         return lift
-    return torch.cat([lift.new_ones(1), lift.nan_to_num(1, 1).flatten()]).amax()
+    return lift.nan_to_num(1, 1).amax() if lift.numel() else lift.new_ones(())
 
 
 def _classes(logits: Tensor, p: SoftTarget) -> int:
@@ -223,8 +223,8 @@ def teacher_gradients(
 
 def _padded(gradient: Tensor, like: Tensor, dim: int) -> Tensor:
     """Of as many classes as are stored: 0 where none exist."""
-    missing = like.shape[dim] - gradient.shape[dim]
-    if missing == 0:
+    if gradient.shape == like.shape:
         return gradient
-    shape = (*like.shape[:dim], missing, *like.shape[dim + 1 :])
-    return torch.cat([gradient, gradient.new_zeros(shape)], dim)
+    stored = torch.zeros_like(like)
+    stored.narrow(dim, 0, gradient.shape[dim]).copy_(gradient)
+    return stored
