@@ -108,19 +108,18 @@ struct Rows {
     if (part.lane == 0 && with_logits) own.logits = shared.logits[part.warp];
     return own;
   }
-  // The row's factors, in shared memory.
+  // The row's factors, in shared memory; emit has the barrier after it.
   __device__ __forceinline__ void keep(const RowState<float>& row) const {
     if (part.lane == 0) {
       shared.rows[part.warp] = row;
       shared.factors[part.warp] = RowFactors<float>(D(), row, call.inverse, rates, shared.weights);
     }
-    __syncwarp();
   }
   __device__ __forceinline__ void emit(uint32_t row, const Stage& at, const Vectors& s,
                                        const Vectors& t) const {
     const auto start = start_of<N>(call, row);
     const int label = int(label_of(call, row));
-    // Before the gradient, which may take the logits' place.
+    // Before the barrier behind which the gradient may take the logits' place.
     const float label_logit = part.leads ? float(logit_of<S>(call, start.at[kStudent], label)) : 0;
     __syncwarp();
     if (call.sides[kToStudent].data != nullptr) {
