@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd.autograd import Fused, is_final, keeps_graph
 from fastkd.operators import define, kernels
-from fastkd.ops.soft_target_operators import existing, outputs
+from fastkd.ops.soft_target_operators import existing, fill_padding, outputs
 from fastkd.parameters import SoftTarget, in_schema
 
 
@@ -42,10 +42,11 @@ def forward_(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and its parts `(hard, T² D)`; `student` then holds the gradient."""
     loss, parts = _losses(student, teachers, labels, temperatures, with_parts, p)
-    student, teachers, gradient = existing(p, student, teachers, student)
+    logits, teachers, gradient = existing(p, student, teachers, student)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teachers, labels, loss, parts, None, gradient, p, temperatures=temperatures
+        logits, teachers, labels, loss, parts, None, gradient, p, temperatures=temperatures
     )
+    fill_padding(p, student)
     return loss, parts
 
 

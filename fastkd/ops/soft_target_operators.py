@@ -22,7 +22,7 @@ _PARAMETERS = in_schema(SoftTarget)
 def existing(
     p: SoftTarget, student: Tensor, teachers: Sequence[Tensor], *gradients: Tensor | None
 ) -> tuple[Any, ...]:
-    """The same tensors without the classes that do not exist, where gradients become 0."""
+    """The same tensors without the classes that do not exist."""
     count = p.num_classes
     if count is None:
         return student, teachers, *gradients
@@ -30,11 +30,21 @@ def existing(
     def existing(x: Tensor) -> Tensor:
         return x.narrow(p.dim, 0, count)
 
+    to = [None if gradient is None else existing(gradient) for gradient in gradients]
+    return existing(student), [existing(teacher) for teacher in teachers], *to
+
+
+def fill_padding(p: SoftTarget, *gradients: Tensor | None) -> None:
+    """Where no classes exist a gradient is 0.
+
+    After the kernels, which say how the memory of a gradient is best mapped before they touch it.
+    """
+    count = p.num_classes
+    if count is None:
+        return
     for gradient in gradients:
         if gradient is not None:
             gradient.narrow(p.dim, count, gradient.shape[p.dim] - count).zero_()
-    to = [None if gradient is None else existing(gradient) for gradient in gradients]
-    return existing(student), [existing(teacher) for teacher in teachers], *to
 
 
 def outputs(
@@ -87,10 +97,11 @@ def forward(
     inputs = student, teachers, labels, temperatures
     found = outputs(*inputs, with_parts, with_statistics, with_gradient, p)
     *of_rows, gradient = found
-    student, teachers, gradient = existing(p, student, teachers, gradient)
+    student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teachers, labels, *of_rows, gradient, p, temperatures=temperatures
+        student, teachers, labels, *of_rows, to, p, temperatures=temperatures
     )
+    fill_padding(p, gradient)
     return found
 
 
@@ -147,6 +158,7 @@ def backward(
         temperatures=temperatures,
         to_temperatures=found[2],
     )
+    fill_padding(p, *found[:2])
     return found
 
 
@@ -185,3 +197,4 @@ def rescale(
         in_place,
         temperatures=temperatures,
     )
+    fill_padding(p, gradient)
