@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.losses import checks, logits
+from fastkd.losses import checks, logits, rows
 from fastkd.precision import compute_dtype
 
 
@@ -55,11 +55,11 @@ def _check_one(
         return checks.number(name, value, above=0)
     checks.floating((name, value))
     checks.same_device("student_logits", student, name, value)
-    rows = student.shape[:dim] + student.shape[dim + 1 :]
-    if value.ndim > 0 and value.shape != rows:
+    shape = rows.shape_of(student, dim)
+    if value.ndim > 0 and value.shape != shape:
         raise ValueError(
             f"{name} must be a number, a tensor without dimensions, or one of the logits' shape "
-            f"without dim {dim}, {tuple(rows)}, got {tuple(value.shape)}"
+            f"without dim {dim}, {tuple(shape)}, got {tuple(value.shape)}"
         )
     wrong = ~((value > 0) & (value < math.inf))
     if not logits.has_values(value):
@@ -73,7 +73,7 @@ def _check_one(
 
 def _of_rows(value: float | Tensor, sides: Sequence[Tensor], dim: int) -> Tensor:
     student, dtype = sides[0], compute_dtype(*sides)
-    rows = student.shape[:dim] + student.shape[dim + 1 :]
+    shape = rows.shape_of(student, dim)
     if isinstance(value, Tensor):
-        return value.to(dtype).expand(rows).contiguous()
-    return student.new_ones(rows, dtype=dtype, requires_grad=False) * value
+        return value.to(dtype).expand(shape).contiguous()
+    return student.new_ones(shape, dtype=dtype, requires_grad=False) * value
