@@ -50,6 +50,16 @@ def test_other_keywords(backend, reduction):
     assert_same(soft_target(logits(9, 40), backend, **others), logits(9, 48))
 
 
+@pytest.mark.parametrize("classes", [40, 1100, 20000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_and_normalizers(backend, dtype, classes):
+    student, teacher = logits(9, classes, dtype=dtype), logits(9, classes, dtype=dtype)
+    weights = {"row_weight": torch.randn(9).to(DEVICE)}
+    normalizer = {"normalizer": torch.tensor(7.0, device=DEVICE)}
+    for others in (weights, normalizer, weights | normalizer):
+        assert_same(soft_target(teacher, backend, **others), student)
+
+
 @pytest.mark.parametrize("shape, dim", [((3, 6, 50), -1), ((2, 19, 8, 8), 1), ((30, 7), 0)])
 def test_shapes_and_dims(backend, shape, dim):
     student, teacher = logits(*shape), logits(*shape)
@@ -284,12 +294,16 @@ def learns(student):
         (lambda x: (x * 1)[:, 1:], {}, "a view, because another tensor would change"),
         (lambda x: (x * 1).view(4, 30), {}, "a view, because another tensor would change"),
         (lambda x: x * 1, {"reduction": "none"}, "a loss that is one number"),
-        (lambda x: x * 1, {"row_weight": torch.ones(3)}, "a loss that is one number"),
-        (lambda x: x * 1, learns, "a teacher or a temperature that requires"),
+        (
+            lambda x: x * 1,
+            {"row_weight": torch.ones(3).requires_grad_()},
+            "row_weight that requires",
+        ),
+        (lambda x: x * 1, learns, "that requires a gradient, which needs"),
         (
             lambda x: x * 1,
             {"temperature": torch.tensor(2.0, requires_grad=True)},
-            "a teacher or a temperature that requires",
+            "that requires a gradient, which needs",
         ),
         (lambda x: x * 1, lambda s: {"teacher_logits": s.detach()}, "shares its memory"),
         (lambda x: x * 1, {"inplace": 1}, "inplace must be True or False"),

@@ -179,11 +179,13 @@ def test_nothing_to_do_in_place(dtype, classes):
     for upstream in (torch.ones(()), torch.ones((), dtype=torch.float64)):
         soft_target.soft_target_backward(
             upstream, nothing.to(dtype), [nothing], None, torch.full_like(statistics, math.nan),
-            gradient, None, SUM, True,
+            gradient, None, SUM, upstream,
         )  # fmt: skip
         assert torch.equal(gradient, before)
     soft_target.soft_target_backward(
-        torch.tensor(3.0), student, [teacher], None, statistics, gradient, None, SUM, in_place=True
+        torch.tensor(3.0),
+        *(student, [teacher], None, statistics, gradient, None, SUM),
+        in_place=torch.tensor(3.0),
     )
     assert_gradient(gradient, expected_gradients(student, teacher, 3.0)[0])
 

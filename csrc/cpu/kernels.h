@@ -17,10 +17,11 @@ struct Labels {
 
 struct SoftTargetKernels {
   // loss is a scalar, or one per row; its parts, the statistics of the rows of one teacher, and the
-  // gradient may be absent.
+  // gradient may be absent. grad_output is a scalar, or one per row; absent for 1.
   void (*forward)(const Tensor& student, const Tensors& teachers, const Labels& labels,
                   const Tensors& temperatures, void* loss, void* parts, void* statistics,
-                  const Tensor& gradient, const SoftTargetParameters& p, int threads);
+                  const Tensor& gradient, const Tensor& grad_output, const SoftTargetParameters& p,
+                  int threads);
   // Either gradient may be absent. Of several teachers, and of a divergence of probabilities, the
   // teacher's and the statistics are, and the gradients of the three temperatures of each row.
   // grad_output is a scalar, or one per row.

@@ -105,18 +105,19 @@ Tensor of_pair(const Tensor& grad_output, size_t pair, size_t pairs) {
 void soft_target_forward(const Place& place, const Tensor& student, const Tensors& teachers,
                          const Tensor& labels, const Tensor& loss, const Tensor& parts,
                          const Tensor& statistics, const Tensor& gradient, const Tensor&,
-                         const SoftTargetParameters& p, const Tensors& temperatures) {
+                         const SoftTargetParameters& p, const Tensors& temperatures,
+                         const Tensor& grad_output) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensor to = gradient;
   expect_writing(to, bytes_of(to));
   kernels().soft_target.forward(student, teachers, checked, temperatures, loss.data, parts.data,
-                                statistics.data, to, p, place.threads());
+                                statistics.data, to, grad_output, p, place.threads());
 }
 
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor&,
-                          const SoftTargetParameters& p, bool, const Tensors& temperatures,
+                          const SoftTargetParameters& p, const Tensor&, const Tensors& temperatures,
                           const Tensor& to_temperatures) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensors to{to_student, to_teacher};

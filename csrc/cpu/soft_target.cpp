@@ -189,13 +189,14 @@ void with_arithmetic(const Tensor& student, const Tensors& teachers, const SoftT
 
 void forward(const Tensor& student, const Tensors& teachers, const Labels& labels,
              const Tensors& temperatures, void* loss, void* parts, void* statistics,
-             const Tensor& gradient, const SoftTargetParameters& p, int available) {
+             const Tensor& gradient, const Tensor& grad_output, const SoftTargetParameters& p,
+             int available) {
   const Rows rows = rows_of(student, teachers, gradient, absent, p.dim);
   const int threads = threads_of(rows, int64_t(teachers.size()), available);
   with_arithmetic(student, teachers, p, [&](auto divergence, auto number) {
     using D = decltype(divergence);
     using A = decltype(number);
-    Arguments<A> a(p, rows, labels, temperatures, gradient, absent, absent);
+    Arguments<A> a(p, rows, labels, temperatures, gradient, absent, grad_output);
     Array<A> losses(statistics ? 0 : 2 * rows.count);
     a.losses = losses.data();
     if (statistics) {

@@ -225,7 +225,7 @@ void run(const Call& call, const Plan& plan, const Scratch& scratch, const Strea
 void soft_target_forward(const Place& place, const Tensor& student, const Tensors& teachers,
                          const Tensor& labels, const Tensor& loss, const Tensor& parts,
                          const Tensor& statistics, const Tensor& gradient, const Tensor& scratch,
-                         const SoftTargetParameters& p, const Tensors&) {
+                         const SoftTargetParameters& p, const Tensors&, const Tensor& grad_output) {
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) {
@@ -238,6 +238,7 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
     call.loss = loss.data;
     call.parts = parts.data;
     call.statistics = statistics.data;
+    call.grad_output = grad_output.data;
     const Scratch own = prepare(call, scratch.data, stream);
     mean ? run(*mean, plan, own, stream) : run(call, plan, own, stream);
   });
@@ -246,7 +247,7 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor& scratch,
-                          const SoftTargetParameters& p, bool in_place, const Tensors&,
+                          const SoftTargetParameters& p, const Tensor& in_place, const Tensors&,
                           const Tensor&) {
   using namespace logits;
   if (student.numel() == 0) return;
@@ -255,7 +256,7 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
     const Plan plan(call, mean, student, teachers, labels, to_student, to_teacher, p);
     call.statistics = statistics.data;
     call.grad_output = grad_output.data;
-    call.in_place = in_place && p.reduction != Reduction::none;
+    call.in_place = in_place.data;
     mean ? run(*mean, plan, prepare(call, scratch.data, stream), stream)
          : launch_backward(call, plan.are_columns, stream);
   });

@@ -49,13 +49,18 @@ struct Call {
   double* partial;                    // (divergence, cross-entropy) of each block
   const unsigned long long* counted;  // rows that count, where an earlier kernel found them
 
-  const void* grad_output;  // backward's: one number, or one a row
-  bool in_place;            // the gradient is that for a grad_output of 1
+  const void* grad_output;  // of the losses of rows: one number, or one a row; absent for 1
+  const void* in_place;     // or absent: a number, for which the gradient is there where it is 1
 
   // Whether the losses of rows are added up.
   constexpr bool sums_losses() const { return reduction != Reduction::none && loss != nullptr; }
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
 };
+
+template <class A>
+__device__ __forceinline__ bool is_there(const Call& call) {
+  return call.in_place != nullptr && *static_cast<const A*>(call.in_place) == A(1);
+}
 
 // exp2, within 2 ulp; what would leave float's normal range is 0.
 __device__ __forceinline__ float exp2_of(float x) {

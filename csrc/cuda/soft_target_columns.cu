@@ -149,7 +149,8 @@ struct Columns {
     if (warp == 0 && counts)
       write_row(call, row, whole, losses_of<D>(whole, rates, call, label, logit), total);
     if (!exists || gradient.data == nullptr) return;
-    RowFactors<float> by(D(), whole, call.inverse, rates, weights, label);
+    RowFactors<float> by(D(), whole, call.inverse, rates,
+                         weights.times(grad_output_of<float>(call, row)), label);
     by.any = by.any && counts;
     write_gradient(load, elements_of<S>(gradient, at[kToStudent]), own, whole, by, label);
   }

@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, blocks_together(V* kVector<S, T>))
     t_loaded.widen_to(t, teacher.dtype);
     const RowState<float> state = of_row.sums(s, t);
     if (gradient.data != nullptr) {
-      const RowFactors<float> by(D(), state, call.inverse, of_row.rates, weights, label);
+      const RowFactors<float> by(D(), state, call.inverse, of_row.rates,
+                                 weights.times(grad_output_of<float>(call, row)), label);
       of_row.write_gradient(at[kToStudent], s, t, by, label);
     }
     // Here, where no exponential waits in a register.

@@ -27,7 +27,10 @@ struct Queue {
     if (shared.counted < call.rows) row = first_that_counts(row);
     if (lane == 0) to.row = row;
     if (row == call.rows) return;
-    if (lane == 0) to.label = label_of(call, row);
+    if (lane == 0) {
+      to.label = label_of(call, row);
+      to.weights = shared.weights.times(grad_output_of<float>(call, row));
+    }
     starts.find(row, index % kQueue, to.start);
   }
   __device__ __forceinline__ uint32_t row_after(uint32_t row) const {

@@ -115,7 +115,7 @@ struct LongRows {
     shared.is_served = units.serve(row);
     shared.repeats += !units.is_rounded;
     shared.row = row;
-    shared.factors = RowFactors<float>(D(), row, units.inverse(), units, shared.weights, of.label);
+    shared.factors = RowFactors<float>(D(), row, units.inverse(), units, of.weights, of.label);
     if (part.rank() == 0)
       shared.found[found % kFound] = {row, of.row, of.label, of.logit, units.is_rounded};
   }

@@ -80,6 +80,7 @@ struct QueuedRow {
   uint32_t row;
   int64_t label;
   float logit;  // the label's
+  Weights<float> weights;
 };
 // The row that is computed, the next one, one more that is looked up; and a thread may still be
 // busy with the one before.

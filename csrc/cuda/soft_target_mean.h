@@ -137,19 +137,11 @@ __device__ __forceinline__ A add_mean(RowState<A>& row, A es, A p, A x, const Me
   return kept;
 }
 
-// The factors of a gradient, for a row's own grad_output. p needs no divisor but its rounding.
+// The factors of a gradient. p needs no divisor but its rounding.
 template <class D, class A>
-__device__ __forceinline__ RowFactors<A> factors_of(const Call& call, uint32_t row,
-                                                    RowState<A> state, const Rates<A>& rates,
-                                                    Weights<A> weights, int64_t label) {
-  if (call.grad_output != nullptr) {
-    const A by = static_cast<const A*>(
-        call.grad_output)[call.reduction == Reduction::none ? row : uint32_t(0)];
-    weights.soft *= by;
-    weights.hard *= by;
-    weights.smoothing *= by;
-    weights.label *= by;
-  }
+__device__ __forceinline__ RowFactors<A> factors_of(const Call& call, RowState<A> state,
+                                                    const Rates<A>& rates,
+                                                    const Weights<A>& weights, int64_t label) {
   state.teacher = 1;
   return RowFactors<A>(D(), state, call.inverse, rates, weights, label);
 }

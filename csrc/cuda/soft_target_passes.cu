@@ -147,7 +147,8 @@ struct Passes {
     RowState<A> state = sums_of<true>(call.sides[kStudent], start.at[kStudent], phase,
                                       MergeMeanLanes<D, A>{rates, with_logits});
     const A s_shift = shift(state.student_max);
-    const auto by = factors_of<D>(call, row, state, rates, weights, label);
+    const auto by =
+        factors_of<D>(call, state, rates, weights.times(grad_output_of<A>(call, row)), label);
     double sums[2] = {};  // of the target's mass and of the divergence's terms
     over_vectors(phase, [&](int64_t i) {
       A p[N], s[N];
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
     soft_target_passes_kernel(const __grid_constant__ MeanCall of, int64_t vectors,
                               const Tickets tickets) {
   const Call& call = of.call;
-  if (call.in_place && *static_cast<const A*>(call.grad_output) == A(1)) return;
+  if (is_there<A>(call)) return;
   Shared<A>& shared = shared_memory<Shared<A>>();
   const double counted = counted_rows(call, shared.losses);
   const Passes<D, A, kIsColumns> passes{of,

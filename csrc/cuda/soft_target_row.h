@@ -143,7 +143,24 @@ struct Weights {
     smoothing = A(to_hard * call.smoothing / double(call.classes));
     label = A(to_hard * (1 - call.smoothing));
   }
+
+  __device__ __forceinline__ Weights times(A by) const {
+    Weights of;
+    of.soft = soft * by;
+    of.hard = hard * by;
+    of.smoothing = smoothing * by;
+    of.label = label * by;
+    return of;
+  }
 };
+
+// The row's own, or the one for all.
+template <class A>
+__device__ __forceinline__ A grad_output_of(const Call& call, uint32_t row) {
+  if (call.grad_output == nullptr) return 1;
+  return static_cast<const A*>(
+      call.grad_output)[call.reduction == Reduction::none ? row : uint32_t(0)];
+}
 
 // And whether anything counts.
 template <class A>

@@ -109,10 +109,11 @@ struct Rows {
     return own;
   }
   // The row's factors, in shared memory; emit has the barrier after it.
-  __device__ __forceinline__ void keep(const RowState<float>& row) const {
+  __device__ __forceinline__ void keep(uint32_t row, const RowState<float>& state) const {
     if (part.lane == 0) {
-      shared.rows[part.warp] = row;
-      shared.factors[part.warp] = RowFactors<float>(D(), row, call.inverse, rates, shared.weights);
+      shared.rows[part.warp] = state;
+      shared.factors[part.warp] = RowFactors<float>(
+          D(), state, call.inverse, rates, shared.weights.times(grad_output_of<float>(call, row)));
     }
   }
   __device__ __forceinline__ void emit(uint32_t row, const Stage& at, const Vectors& s,
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kShortThreads, blocks_together(V* kVector<S, T
     if (next < call.rows) rows.fetch(next, rows.stage((round & 1) ^ 1));
     __pipeline_commit();
     if (has_row) {
-      rows.keep(rows.sums(row, stage, s, t));
+      rows.keep(row, rows.sums(row, stage, s, t));
       rows.emit(row, stage, s, t);
     }
     if (next == call.rows) break;

@@ -98,7 +98,8 @@ struct Streamed {
         write_row(call, row, state, losses_of<D>(state, rates, call, label, logit), total);
     }
     if (call.sides[kToStudent].data == nullptr) return;
-    RowFactors<A> by(D(), state, call.inverse, rates, weights, label);
+    RowFactors<A> by(D(), state, call.inverse, rates, weights.times(grad_output_of<A>(call, row)),
+                     label);
     by.any = by.any && !is_ignored;
     emit(start, state, by, label);
   }

@@ -71,7 +71,7 @@ struct TeachersRows : TeachersTarget<kIsCluster, S, kVectors> {
     add_over_lanes<kWarp>(state, rates.has_hard, call.smooths());
     if (lane != 0) return;
     shared.row = state;
-    shared.factors = factors_of<D>(call, row.row, state, rates, shared.weights, row.label);
+    shared.factors = factors_of<D>(call, state, rates, row.weights, row.label);
     if (part.rank() == 0)
       shared.found[index % kFound] = {state, row.row, row.label, row.logit, false};
   }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                                           const __grid_constant__ Tickets tickets) {
   if constexpr (kIsCluster && !kHasClusters) return;
   const Call& call = of.call;
-  if (call.in_place && *static_cast<const float*>(call.grad_output) == 1) return;
+  if (is_there<float>(call)) return;
   using Rows = TeachersRows<D, kIsCluster, S, V>;
   TeachersShared& shared = shared_memory<TeachersShared>();
   const typename Rows::RowPart part{call, share, after<char>(shared)};

@@ -141,7 +141,8 @@ struct Rows {
     const double logit = part.leads ? logit_of<Any>(call, start.at[kStudent], label) : 0;
     __syncwarp();
     if (call.sides[kToStudent].data != nullptr) {
-      const auto by = factors_of<D>(call, row, state, rates, shared.weights, label);
+      const auto by = factors_of<D>(call, state, rates,
+                                    shared.weights.times(grad_output_of<float>(call, row)), label);
       part.template write_gradient<D, Any>(start, s, p, part.stage(kOfHard), by, label);
     }
     // Here, where no exponential waits in a register.
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kShortThreads, blocks_together(V* N))
     soft_target_teachers_short_rows_kernel(const __grid_constant__ MeanCall of, const Share share,
                                            const __grid_constant__ Tickets tickets) {
   const Call& call = of.call;
-  if (call.in_place && *static_cast<const float*>(call.grad_output) == 1) return;
+  if (is_there<float>(call)) return;
   ShortShared& shared = shared_memory<ShortShared>();
   const Rows<D, V> rows{
       of, call, shared, {call, share, after<char>(shared)}, MeanRates<float>(of), call.smooths()};

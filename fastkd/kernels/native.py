@@ -38,14 +38,20 @@ def soft_target_forward(
     gradient: Tensor | None,
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
+    grad_output: Tensor | None = None,
 ) -> None:
-    """Fill the loss, and those that are wanted of its parts, the statistics and the gradient."""
+    """Fill the loss, and those that are wanted of its parts, the statistics and the gradient.
+
+    The gradient is that for `grad_output`, one number or one a row.
+    """
     place = place_of(student)
     labels = labels if labels is None else labels.contiguous()
     memory = scratch(place, student, "soft_target")
     outputs = loss, parts, statistics, gradient
+    if grad_output is not None:
+        grad_output = as_buffer(grad_output, loss.dtype)
     loaded().soft_target_forward(
-        place, student, teachers, labels, *outputs, memory, struct_of(p), temperatures
+        place, student, teachers, labels, *outputs, memory, struct_of(p), temperatures, grad_output
     )
 
 
@@ -58,19 +64,21 @@ def soft_target_backward(
     to_student: Tensor | None,
     to_teacher: Tensor | None,
     p: SoftTarget,
-    in_place: bool = False,
+    in_place: Tensor | None = None,
     temperatures: Sequence[Tensor] = (),
     to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, where there are statistics from these.
 
-    `in_place` says that the student's is that for a `grad_output` of 1: on a GPU it stays where it
-    is 1. Statistics give the gradients of temperatures, too, one kind after another.
+    Where the number `in_place` is 1, the student's is there already: on a GPU it stays. Statistics
+    give the gradients of temperatures, too, one kind after another.
     """
     place = place_of(student)
     grad_output = as_buffer(grad_output, compute_dtype(student, *teachers))
     labels = labels if labels is None else labels.contiguous()
     memory = scratch(place, student, "soft_target") if statistics is None else None
+    if in_place is not None:
+        in_place = as_buffer(in_place, grad_output.dtype)
     inputs = grad_output, student, teachers, labels, statistics
     loaded().soft_target_backward(
         place,

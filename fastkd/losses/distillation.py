@@ -9,8 +9,7 @@ from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
-from fastkd.ops.soft_target import soft_target
-from fastkd.ops.soft_target_inplace import soft_target_
+from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
 
@@ -164,12 +163,11 @@ def distillation_loss(
             whatever its label is. Default: None.
         row_weight: real numbers of the labels' shape, on the logits' device, which multiply the
             losses of rows; the count that `"batchmean"` divides by stays as it is. They receive
-            their gradient if they require one; otherwise a row of weight 0 is not read. Backward
-            reads the logits again. Default: None.
+            their gradient if they require one, and backward then reads the logits again; otherwise
+            a row of weight 0 is not read. Default: None.
         normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
             number of rows in `"batchmean"`: the tokens of all accumulated batches, or of all ranks.
-            A tensor is not waited for, gets no gradient, and costs a pass over the student's
-            gradient in backward. Default: None, the rows that count.
+            A tensor is not waited for, and gets no gradient. Default: None, the rows that count.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -177,8 +175,8 @@ def distillation_loss(
         inplace: write the student's gradient over the student's logits in forward, so that a step
             needs no memory for it. Nothing may need the logits afterwards: a use in the graph
             raises in backward, a use without gradient reads the gradient. The logits must be no
-            leaf and no view, the teachers must not learn, and the loss must be one number of rows
-            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            leaf and no view, nothing but the student may learn, and the loss must be one number.
+            float16 and bfloat16 gradients are rounded before `grad_output`
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
@@ -237,7 +235,7 @@ def distillation_loss(
     number, of_teacher, heat, are_own = temperatures.check(
         tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
     )
-    in_place = check_inplace(inplace, student_logits, teachers, heat, reduce.by_kernels)
+    in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = labels, row_weight, *heat
     chosen = select("distillation_loss", tensors, backend, others, divergence, are_own)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
@@ -260,25 +258,11 @@ def distillation_loss(
         num_classes=num_classes,
         backend=chosen,
     )
-    if in_place:
-        loss, *parts = soft_target_(
-            student_logits,
-            teachers,
-            labels,
-            parameters,
-            heat,
-            return_parts,
-            lambda student: reference.distillation_loss(
-                student, teachers, labels, parameters, heat
-            ),
-        )
-    elif chosen == "reference":
-        loss, *parts = reference.distillation_loss(
-            student_logits, teachers, labels, parameters, heat
-        )
-    else:
-        loss, *parts = soft_target(student_logits, teachers, labels, parameters, heat, return_parts)
-    loss = logits.tied(reduce.of(loss), unused)
+    loss, *parts = run(
+        reference.distillation_loss,
+        *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+    )
+    loss = logits.tied(loss, unused)
     if not return_parts:
         return loss
     return DistillationParts(loss, *map(reduce.of_part, parts))

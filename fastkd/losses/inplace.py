@@ -14,7 +14,8 @@ def check_inplace(
     student: Tensor,
     teachers: Sequence[Tensor],
     temperatures: Sequence[Tensor],
-    by_kernels: str,
+    reduction: str,
+    row_weight: Tensor | None,
 ) -> bool:
     """Whether it does, in this call.
 
@@ -23,23 +24,25 @@ def check_inplace(
     """
     if not checks.flag("inplace", inplace):
         return False
-    if by_kernels == "none":
+    if reduction == "none":
         raise ValueError(
-            "inplace=True needs a loss that is one number, of rows without weights: "
-            'reduction="none" and row_weight do not go with it'
+            "inplace=True needs a loss that is one number, which that of reduction='none' is not"
         )
     if not torch.is_grad_enabled() or not student.requires_grad or torch.compiler.is_compiling():
         return False
-    problem = _problem(student, teachers, temperatures)
+    problem = _problem(student, teachers, temperatures, row_weight)
     if problem is not None:
         raise ValueError(f"inplace=True does not take {problem}; pass inplace=False")
     return True
 
 
 def _problem(
-    student: Tensor, teachers: Sequence[Tensor], temperatures: Sequence[Tensor]
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    temperatures: Sequence[Tensor],
+    row_weight: Tensor | None,
 ) -> str | None:
-    obstacle = obstacle_to_kernels((student, *teachers, *temperatures))
+    obstacle = obstacle_to_kernels((student, *teachers, row_weight, *temperatures))
     if obstacle is not None:
         return f"tensors that only the reference serves ({obstacle})"
     if student.is_leaf:
@@ -50,10 +53,11 @@ def _problem(
             "any shape can be passed as the model returns them, with dim and mask in the place of "
             "reshaping and slicing"
         )
-    if any([x.requires_grad for x in (*teachers, *temperatures)]):
+    learning = (*teachers, *temperatures, *(() if row_weight is None else (row_weight,)))
+    if any([x.requires_grad for x in learning]):
         return (
-            "a teacher or a temperature that requires a gradient, which needs the student's logits "
-            "in backward"
+            "a teacher, a temperature or a row_weight that requires a gradient, which needs the "
+            "student's logits in backward"
         )
     memory = student.untyped_storage()._cdata
     if any([teacher.untyped_storage()._cdata == memory for teacher in teachers]):

@@ -76,6 +76,19 @@ class Reduction:
             found = found.sum() if self.sums else found
         return found if self.scalar is None else found / self.scalar.to(found.dtype)
 
+    def factor(self, dtype: torch.dtype) -> Tensor | None:
+        """By which kernels multiply the gradient, so that forward can compute it.
+
+        The result is then the sum of what they find times this. None where `of` makes it: there is
+        nothing to multiply by, each row's loss is wanted, or the weights receive a gradient.
+        """
+        if self.row_weight is None:
+            return None if self.scalar is None else 1 / self.scalar.to(dtype)
+        if not self.sums or self.row_weight.requires_grad:
+            return None
+        factor = self.row_weight.to(dtype)
+        return factor if self.scalar is None else factor / self.scalar.to(dtype)
+
     def of_part(self, found: Tensor) -> Tensor:
         """The result of a part, which has no weight that could have been divided; detached."""
         return self.of(found if self.number == 1 else found / self.number).detach()

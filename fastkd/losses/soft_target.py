@@ -8,8 +8,7 @@ from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
-from fastkd.ops.soft_target import soft_target
-from fastkd.ops.soft_target_inplace import soft_target_
+from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
 from fastkd.reference import soft_target as reference
 
@@ -83,20 +82,20 @@ def soft_target_loss(
             Default: None, every row counts.
         row_weight: real numbers of the rows' shape, on the logits' device, which multiply the
             losses of rows; the count that `"batchmean"` and `"mean"` divide by stays as it is. They
-            receive their gradient if they require one; otherwise a row of weight 0 is not read.
-            Backward reads the logits again. Default: None.
+            receive their gradient if they require one, and backward then reads the logits again;
+            otherwise a row of weight 0 is not read. Default: None.
         normalizer: a positive number, or a tensor of one on the logits' device, in the place of the
             number of rows in `"batchmean"` and `"mean"`: the tokens of all accumulated batches, or
-            of all ranks. A tensor is not waited for, gets no gradient, and costs a pass over the
-            student's gradient in backward. Default: None, the rows that count.
+            of all ranks. A tensor is not waited for, and gets no gradient. Default: None, the rows
+            that count.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
         inplace: write the student's gradient over the student's logits in forward, so that a step
             needs no memory for it. Nothing may need the logits afterwards: a use in the graph
             raises in backward, a use without gradient reads the gradient. The logits must be no
-            leaf and no view, the teachers must not learn, and the loss must be one number of rows
-            without weights. float16 and bfloat16 gradients are rounded before `grad_output`
+            leaf and no view, nothing but the student may learn, and the loss must be one number.
+            float16 and bfloat16 gradients are rounded before `grad_output`
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
@@ -146,7 +145,7 @@ def soft_target_loss(
     number, of_teacher, heat, are_own = temperatures.check(
         tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
     )
-    in_place = check_inplace(inplace, student_logits, teachers, heat, reduce.by_kernels)
+    in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = marks, row_weight, *heat
     chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own)
     parameters = SoftTarget(
@@ -165,20 +164,8 @@ def soft_target_loss(
         num_classes=num_classes,
         backend=chosen,
     )
-    if in_place:
-        (loss,) = soft_target_(
-            student_logits,
-            teachers,
-            marks,
-            parameters,
-            heat,
-            False,
-            lambda student: [
-                reference.soft_target_loss(student, teachers, marks, parameters, heat)
-            ],
-        )
-    elif chosen == "reference":
-        loss = reference.soft_target_loss(student_logits, teachers, marks, parameters, heat)
-    else:
-        (loss,) = soft_target(student_logits, teachers, marks, parameters, heat)
-    return logits.tied(reduce.of(loss), unused)
+    (loss,) = run(
+        lambda *inputs: (reference.soft_target_loss(*inputs),),
+        *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+    )
+    return logits.tied(loss, unused)

@@ -23,7 +23,14 @@ from fastkd.autograd import (
     scales,
     wants_gradient,
 )
-from fastkd.ops.soft_target_operators import backward, existing, forward, rescale
+from fastkd.ops.soft_target_operators import (
+    backward,
+    existing,
+    forward,
+    rescale,
+    times,
+    weighted,
+)
 from fastkd.ops.temperatures import exchanged, to_temperatures
 from fastkd.parameters import SoftTarget
 from fastkd.reference.soft_target import teacher_gradients
@@ -41,7 +48,8 @@ _MIRRORED = {
 class SoftTargetLoss(Fused):
     """The loss and its parts, which are None where nobody asks; only the loss is differentiable.
 
-    `apply(with_parts, parameters, labels, student, *teachers, *temperatures)`.
+    `apply(with_parts, parameters, labels, factor, student, *teachers, *temperatures)`. With a
+    factor, a number or one for each row, the loss is the sum of what kernels find times that.
     """
 
     @staticmethod
@@ -50,26 +58,39 @@ class SoftTargetLoss(Fused):
         with_parts: bool,
         p: SoftTarget,
         labels: Tensor | None,
+        factor: Tensor | None,
         student: Tensor,
         *others: Tensor,
     ) -> Any:
         needed, count = ctx.needs_input_grad, len(p.weights)
         teachers, temperatures = others[:count], others[count:]
         with_gradient = (
-            needed[3] and not any(needed[4:]) and p.reduction != "none" and eager_gradient(student)
+            needed[4]
+            and not any(needed[5:])
+            and (p.reduction != "none" or factor is not None)
+            and eager_gradient(student)
         )
         scaled = with_gradient and scales(student)
         with_statistics = count == 1 and not scaled and p.divergence not in _MIRRORED
         loss, parts, statistics, gradient = forward(
-            student, teachers, labels, temperatures, with_parts, with_statistics, with_gradient, p
+            student,
+            teachers,
+            labels,
+            temperatures,
+            factor if with_gradient else None,
+            with_parts,
+            with_statistics,
+            with_gradient,
+            p,
         )
         # What is absent is an empty tensor where the dispatcher was asked.
         statistics = statistics if with_statistics else None
         if scaled:
             ctx.save_for_backward(gradient, student)
         else:
-            ctx.save_for_backward(*savable(gradient, student, labels, statistics, *others))
+            ctx.save_for_backward(*savable(gradient, student, labels, statistics, factor, *others))
         ctx.parameters, ctx.with_gradient = p, with_gradient
+        loss = weighted(loss, factor)
         if not with_parts:
             return loss
         ctx.mark_non_differentiable(parts)
@@ -79,12 +100,12 @@ class SoftTargetLoss(Fused):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
         gradient, student, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        of_others = (None,) * (len(needed) - 4)
+        of_others = (None,) * (len(needed) - 5)
         if ctx.with_gradient and is_final(grad_output):
-            return (None, None, None, gradient, *of_others)
+            return (None, None, None, None, gradient, *of_others)
         check_grad_output("a loss on logits", grad_output)
         p = ctx.parameters
-        labels, statistics, *others = others or (None, None)
+        labels, statistics, factor, *others = others or (None, None, None)
         count = len(p.weights)
         inputs = student, others[:count], labels, others[count:], statistics
         with no_grad():
@@ -93,13 +114,13 @@ class SoftTargetLoss(Fused):
                     [gradient],
                     grad_output,
                     p.backend,
-                    lambda to, in_place: rescale(to[0], grad_output, *inputs, in_place, p),
+                    lambda to, in_place: rescale(to[0], grad_output, *inputs, factor, in_place, p),
                 )
                 gradients: tuple[Tensor | None, ...] = (to, *of_others)
             else:
-                gradients = _all_gradients(grad_output, *inputs, needed[3:], p)
+                gradients = _all_gradients(times(grad_output, factor), *inputs, needed[4:], p)
         found = differentiate_once("a loss on logits", gradients, (student, *others))
-        return (None, None, None, *found)
+        return (None, None, None, None, *found)
 
 
 def _all_gradients(
@@ -176,13 +197,19 @@ def soft_target(
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
     with_parts: bool = False,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`(loss,)` or `(loss, hard, T² KL)`, the loss differentiable where that is wanted."""
+    """`(loss,)` or `(loss, hard, T² KL)`, the loss differentiable where that is wanted.
+
+    The factor is no part of the parts.
+    """
     parts: Any = None
     if wants_gradient(student, *teachers, *temperatures):
-        found = SoftTargetLoss.record(with_parts, p, labels, student, *teachers, *temperatures)
+        sides = student, *teachers
+        found = SoftTargetLoss.record(with_parts, p, labels, factor, *sides, *temperatures)
         loss, parts = found if with_parts else (found, None)
     else:
         inputs = student, teachers, labels, temperatures
-        loss, parts, *_ = forward(*inputs, with_parts, False, False, p)
+        loss, parts, *_ = forward(*inputs, None, with_parts, False, False, p)
+        loss = weighted(loss, factor)
     return (loss, *parts.unbind()) if with_parts else (loss,)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd.autograd import Fused, is_final, keeps_graph
 from fastkd.operators import define, kernels
-from fastkd.ops.soft_target_operators import existing, fill_padding, outputs
+from fastkd.ops.soft_target_operators import existing, fill_padding, outputs, weighted
 from fastkd.parameters import SoftTarget, in_schema
 
 
@@ -17,17 +17,18 @@ def _losses(
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
+    factor: Tensor | None,
     with_parts: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None]:
     inputs = student, teachers, labels, temperatures
-    loss, parts, *_ = outputs(*inputs, with_parts, False, False, p)
+    loss, parts, *_ = outputs(*inputs, factor, with_parts, False, False, p)
     return loss, parts
 
 
 @define(
     "soft_target_forward_(Tensor(a!) student, Tensor[] teachers, Tensor? labels, "
-    f"Tensor[] temperatures, bool with_parts, {in_schema(SoftTarget)}) "
+    f"Tensor[] temperatures, Tensor? factor, bool with_parts, {in_schema(SoftTarget)}) "
     "-> (Tensor loss, Tensor parts)",
     _losses,
     SoftTarget,
@@ -37,14 +38,27 @@ def forward_(
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
+    factor: Tensor | None,
     with_parts: bool,
     p: SoftTarget,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and its parts `(hard, T² D)`; `student` then holds the gradient."""
-    loss, parts = _losses(student, teachers, labels, temperatures, with_parts, p)
+    """The loss and its parts `(hard, T² D)`; `student` then holds the gradient.
+
+    The gradient alone is multiplied by the factor, a number or one for each row.
+    """
+    loss, parts = _losses(student, teachers, labels, temperatures, factor, with_parts, p)
     logits, teachers, gradient = existing(p, student, teachers, student)
     kernels(p.backend, "soft_target").soft_target_forward(
-        logits, teachers, labels, loss, parts, None, gradient, p, temperatures=temperatures
+        logits,
+        teachers,
+        labels,
+        loss,
+        parts,
+        None,
+        gradient,
+        p,
+        temperatures=temperatures,
+        grad_output=factor,
     )
     fill_padding(p, student)
     return loss, parts
@@ -95,12 +109,17 @@ def soft_target_(
     p: SoftTarget,
     temperatures: Sequence[Tensor],
     with_parts: bool,
+    factor: Tensor | None,
     reference: Callable[[Tensor], Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """`(loss,)` or `(loss, hard, T² D)`; `reference(student)` are these by the reference."""
+    """`(loss,)` or `(loss, hard, T² D)`; `reference(student)` are these by the reference.
+
+    The factor multiplies the loss, and is no part of the parts.
+    """
 
     def by_kernels(student: Tensor) -> tuple[Tensor, Tensor | None]:
-        return forward_(student, teachers, labels, temperatures, with_parts, p)
+        loss, parts = forward_(student, teachers, labels, temperatures, factor, with_parts, p)
+        return weighted(loss, factor), parts
 
     def by_reference(student: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():

@@ -47,11 +47,22 @@ def fill_padding(p: SoftTarget, *gradients: Tensor | None) -> None:
             gradient.narrow(p.dim, count, gradient.shape[p.dim] - count).zero_()
 
 
+def times(grad_output: Tensor, factor: Tensor | None) -> Tensor:
+    """That of the losses which kernels find, from that of what the factor makes of them."""
+    return grad_output if factor is None else grad_output * factor
+
+
+def weighted(found: Tensor, factor: Tensor | None) -> Tensor:
+    """The loss, from what kernels find."""
+    return found if factor is None else (found * factor).sum()
+
+
 def outputs(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
+    factor: Tensor | None,
     with_parts: bool,
     with_statistics: bool,
     with_gradient: bool,
@@ -74,7 +85,7 @@ def outputs(
 
 @define(
     "soft_target_forward(Tensor student, Tensor[] teachers, Tensor? labels, "
-    "Tensor[] temperatures, bool with_parts, "
+    "Tensor[] temperatures, Tensor? factor, bool with_parts, "
     f"bool with_statistics, bool with_gradient, {_PARAMETERS}) "
     "-> (Tensor loss, Tensor parts, Tensor statistics, Tensor gradient)",
     outputs,
@@ -85,6 +96,7 @@ def forward(
     teachers: Sequence[Tensor],
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
+    factor: Tensor | None,
     with_parts: bool,
     with_statistics: bool,
     with_gradient: bool,
@@ -92,14 +104,15 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, its parts `(hard, T² KL)`, what backward needs of each row, and the gradient.
 
+    The gradient alone is multiplied by the factor, a number or one for each row.
     There are statistics where there is one teacher and the divergence is a KL divergence.
     """
     inputs = student, teachers, labels, temperatures
-    found = outputs(*inputs, with_parts, with_statistics, with_gradient, p)
+    found = outputs(*inputs, factor, with_parts, with_statistics, with_gradient, p)
     *of_rows, gradient = found
     student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_forward(
-        student, teachers, labels, *of_rows, to, p, temperatures=temperatures
+        student, teachers, labels, *of_rows, to, p, temperatures=temperatures, grad_output=factor
     )
     fill_padding(p, gradient)
     return found
@@ -164,7 +177,8 @@ def backward(
 
 @define(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, "
-    "Tensor[] teachers, Tensor? labels, Tensor[] temperatures, Tensor? statistics, bool in_place, "
+    "Tensor[] teachers, Tensor? labels, Tensor[] temperatures, Tensor? statistics, Tensor? factor, "
+    "bool in_place, "
     f"{_PARAMETERS}) -> ()",
     lambda *_: None,
     SoftTarget,
@@ -177,16 +191,17 @@ def rescale(
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
     statistics: Tensor | None,
+    factor: Tensor | None,
     in_place: bool,
     p: SoftTarget,
 ) -> None:
     """The student's gradient for a scalar `grad_output`, computed from the inputs.
 
-    `in_place` says that `gradient` holds forward's, for a `grad_output` of 1.
+    `in_place` says that `gradient` holds forward's, for a `grad_output` of 1 and the same factor.
     """
     student, teachers, to = existing(p, student, teachers, gradient)
     kernels(p.backend, "soft_target").soft_target_backward(
-        grad_output,
+        times(grad_output, factor),
         student,
         teachers,
         labels,
@@ -194,7 +209,7 @@ def rescale(
         to,
         None,
         p,
-        in_place,
+        in_place=grad_output if in_place else None,
         temperatures=temperatures,
     )
     fill_padding(p, gradient)

@@ -53,7 +53,7 @@ def to_temperatures(
             part = _by_temperature(gradient, teacher, of_teacher, p.dim)
             to_teacher = part if to_teacher is None else to_teacher + part
     if wanted[2]:  # of T² times what else a row's loss is
-        losses = forward(*inputs, False, False, False, p._replace(reduction="none"))[0]
+        losses = forward(*inputs, None, False, False, False, p._replace(reduction="none"))[0]
         assert losses is not None
         divisor = divisor_of(losses.numel(), student.shape[p.dim], losses, labels, p)
         to_root = 2 * losses / root * (grad_output.to(dtype) / divisor)

@@ -50,6 +50,7 @@ from fastkd.precision import compute_dtype
     do_not_specialize=["ignore_index", "rows"],
     do_not_specialize_on_alignment=[
         *("labels", "losses", "parts", "statistics", "sums", "kept", "grad_output"),
+        "in_place",
     ],
 )
 def logits_forward(
@@ -63,6 +64,7 @@ def logits_forward(
     sums,  # of cross-entropies, divergences and rows that count, one a program each; or None
     kept,  # the number by which the gradient is divided, or None
     grad_output,  # or None
+    in_place,  # or None
     mean,  # of several teachers: weights, a power of 2 and its inverse; or None
     soft_weight: tl.float64,
     hard_weight: tl.float64,
@@ -83,7 +85,6 @@ def logits_forward(
     HAS_HARD: tl.constexpr,  # whether temperature 1 takes exponentials of its own
     DIVERGENCE: tl.constexpr,
     SMOOTHS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     WHOLE: tl.constexpr,
     UNIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
@@ -94,9 +95,9 @@ def logits_forward(
 ):
     """Loss, statistics and gradient of a tile of rows.
 
-    With IN_PLACE the gradient is there, for a `grad_output` of 1.
+    Where `in_place` is 1 the gradient is there already.
     """
-    if IN_PLACE and tl.load(grad_output).to(COMPUTE) == 1:
+    if in_place is not None and tl.load(in_place) == 1:
         return
     SEVERAL: tl.constexpr = len(teachers) > 1
     classes = units * UNIT
@@ -199,13 +200,13 @@ def soft_target_forward(
     gradient: Tensor | None,
     p: SoftTarget,
     grad_output: Tensor | None = None,
-    in_place: bool = False,
+    in_place: Tensor | None = None,
     temperatures: Sequence[Tensor] = (),
 ) -> None:
     """Fill those that are wanted of the loss, its parts, the statistics and the gradient.
 
-    There are statistics of one teacher alone. With `in_place` the gradient holds its values for a
-    `grad_output` of 1, and where it is 1 nothing is read or written.
+    There are statistics of one teacher alone. The gradient is that for `grad_output`, one number or
+    one a row. Where the number `in_place` is 1 it is there already, and nothing is read or written.
     """
     dtype = compute_dtype(student, *teachers) if loss is None else loss.dtype
     logits = student, student if gradient is None else gradient, *teachers
@@ -227,12 +228,11 @@ def soft_target_forward(
         plan.programs,
         student,
         *(student, tuple(teachers), gradient, labels, *of_rows, statistics, sums, kept),
-        *(grad_output, mean_of_teachers(p.weights, rate)),
+        *(grad_output, in_place, mean_of_teachers(p.weights, rate)),
         *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta),
         *(ignore_index, rate, *others),
         () if grad_output is None else plan.upstream_strides,
         SMOOTHS=p.label_smoothing > 0,
-        IN_PLACE=in_place,
         WHOLE=whole,
         NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
@@ -251,14 +251,13 @@ def soft_target_backward(
     to_student: Tensor | None,
     to_teacher: Tensor | None,
     p: SoftTarget,
-    in_place: bool = False,
+    in_place: Tensor | None = None,
     temperatures: Sequence[Tensor] = (),
     to_temperatures: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are wanted, for one teacher from the statistics.
 
-    With `in_place` the student's holds its values for a `grad_output` of 1, and where it is 1
-    nothing is read or written.
+    Where the number `in_place` is 1 the student's is there already, and nothing is read or written.
     """
     if statistics is None:
         outputs = None, None, None, to_student
@@ -278,10 +277,10 @@ def soft_target_backward(
         logits_backward,
         plan.programs,
         student,
-        *(grad_output, student, teacher, to_student, to_teacher, labels, statistics, kept),
+        *(grad_output, in_place, student, teacher, to_student, to_teacher, labels),
+        *(statistics, kept),
         *arguments(plan, labels, p),
         plan.upstream_strides,
-        IN_PLACE=in_place,
         **constants(plan, labels, statistics.dtype, p),
     )
 

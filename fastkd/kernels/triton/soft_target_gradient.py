@@ -100,10 +100,11 @@ def last_pass(
 
 @triton.jit(
     do_not_specialize=["ignore_index", "rows"],
-    do_not_specialize_on_alignment=["grad_output", "labels", "statistics", "kept"],
+    do_not_specialize_on_alignment=["grad_output", "in_place", "labels", "statistics", "kept"],
 )
 def logits_backward(
     grad_output,
+    in_place,  # or None
     student,
     teacher,
     to_student,  # or None
@@ -125,7 +126,6 @@ def logits_backward(
     COMPUTE: tl.constexpr,
     HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     UNIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,9 +133,9 @@ def logits_backward(
 ):
     """Gradients of a tile of rows, a block at a time.
 
-    With IN_PLACE those of students are there, for a `grad_output` of 1.
+    Where `in_place` is 1 those of students are there already.
     """
-    if IN_PLACE and tl.load(grad_output).to(COMPUTE) == 1:
+    if in_place is not None and tl.load(in_place) == 1:
         return
     classes = units * UNIT
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)

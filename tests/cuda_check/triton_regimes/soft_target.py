@@ -78,8 +78,8 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Regime("by row", forward(None, row, None, None, None, by_row), Narrow(0, 4)),
             Regime(
                 "backward",
-                backward(scalar, labels, None, gradient, None, hard, True),
-                Narrow(4, 0),
+                backward(scalar, labels, None, gradient, None, hard, scalar),
+                Narrow(5, 0),
             ),
             Regime(
                 "backward by row", backward(row, None, None, gradient, None, by_row), Narrow(1, 0)
@@ -106,8 +106,8 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         ),
         Regime(
             "in place",
-            backward(scalar, labels, statistics, gradient, None, hard, True),
-            Narrow(9, 0),
+            backward(scalar, labels, statistics, gradient, None, hard, scalar),
+            Narrow(10, 0),
         ),
         *divergences,
         Regime(

@@ -1,0 +1,38 @@
+"""Runs a loss on logits by the implementation that was chosen for it."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fastkd.losses.rows import Reduction
+from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target_inplace import soft_target_
+from fastkd.parameters import SoftTarget
+from fastkd.precision import compute_dtype
+
+
+def run(
+    reference: Callable[..., tuple[Tensor, ...]],
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    reduce: Reduction,
+    in_place: bool,
+    with_parts: bool = False,
+) -> tuple[Tensor, ...]:
+    """The loss, and its parts where they are wanted as kernels find them."""
+
+    def by_reference(student: Tensor) -> tuple[Tensor, ...]:
+        loss, *parts = reference(student, teachers, labels, p, temperatures)
+        return reduce.of(loss), *parts
+
+    if p.backend == "reference" and not in_place:
+        return by_reference(student)
+    factor = reduce.factor(compute_dtype(student, *teachers))
+    inputs = student, teachers, labels, p, temperatures, with_parts, factor
+    if in_place:
+        return soft_target_(*inputs, by_reference)
+    loss, *parts = soft_target(*inputs)
+    return loss if factor is not None else reduce.of(loss), *parts
