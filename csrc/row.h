@@ -96,6 +96,19 @@ FASTKD_ANYWHERE double divergence_of(const RowState<A>& row, double inverse) {
                           std::log(double(row.student) / double(row.teacher)));
 }
 
+// Of a divergence of probabilities: Σφ, and the Σψ that the gradient takes.
+struct RowTerms {
+  double phi = 0, psi = 0;
+
+  // Scaled. Of a row without a class or with NaN on either side nothing else is to be seen.
+  FASTKD_ANYWHERE double divergence(double student, double teacher) const {
+    return student > 0 && teacher > 0 ? (phi < 0 ? 0 : phi) * kLogitScale : double(NAN);
+  }
+  FASTKD_ANYWHERE double mean(double student, double teacher) const {
+    return student > 0 && teacher > 0 ? psi : double(NAN);
+  }
+};
+
 // From the logarithm of the sum at temperature 1, the maximum, the label's logit and the mean of
 // all, scaled. Logits are compared with one another first: beside a large one the logarithm has no
 // digits. A part of weight 0 may be infinite.

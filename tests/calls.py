@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
-import divergences
 import temperatures
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,8 +159,6 @@ def variants(name, dtype=torch.float32):
 
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
-    if not divergences.HAVE_KERNELS:
-        others = [other for other in others if "divergence" not in other]
     if not temperatures.HAVE_KERNELS:
         others = [other for other in others if not temperatures.NAMES & {*other}]
     for other in ({}, *others):

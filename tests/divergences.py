@@ -1,12 +1,7 @@
 """The divergences, with the betas at which they are tested."""
 
-import shim
 import torch
 from agreement import logits
-from conftest import BACKENDS, DEVICE
-
-# Whether every backend under test has kernels for them: the compiled module's for GPUs have none.
-HAVE_KERNELS = "native" not in BACKENDS or (DEVICE == "cpu" and not shim.module())
 
 BETAS = (0, 0.1, 0.5, 0.9, 1)
 MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl")

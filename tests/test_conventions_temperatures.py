@@ -7,7 +7,7 @@ from temperatures import HAVE_KERNELS
 
 import fastkd
 
-pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="the GPUs' kernels have one number alone")
+pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="Triton's kernels have one number alone")
 
 T, K, B = 2.0, 7, 5
 table = "Soft targets"

@@ -9,7 +9,7 @@ import temperatures
 import torch
 from agreement import array, check_metrics
 from conftest import DEVICE
-from divergences import HAVE_KERNELS, is_reverse_kl
+from divergences import is_reverse_kl
 from fuzzing import compare, examples, odd_keywords, shapes, sometimes, started, tensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +22,6 @@ DIVERGENCES = st.sampled_from(
         *[("reverse_kl", 0.5), ("tvd", 0.5), ("jsd", 0), ("jsd", 0.3), ("jsd", 1), ("tvd", 0.3)],
         *[("skew_kl", 0.1), ("skew_kl", 0.9), ("skew_reverse_kl", 0.0), ("skew_reverse_kl", 0.5)],
     ]
-    if HAVE_KERNELS
-    else [("forward_kl", 0.5)]
 )
 # What masks a class, -inf in half precision. The student's is such that it times a probability that
 # float32 takes for 0 is nothing.

@@ -73,7 +73,6 @@ def test_all_but_the_last_token(backend):
     check_soft_target(student, teacher, backend, mask=mask)
 
 
-@pytest.mark.skipif(not divergences.HAVE_KERNELS, reason="the CUDA kernels have forward KL alone")
 @pytest.mark.parametrize("keywords", divergences.FEW, ids=divergences.name_of)
 def test_other_divergences(backend, keywords):
     mask = MASKS["half"]

@@ -67,7 +67,7 @@ def test_the_numbers_are_the_function_s(backend, module, with_keywords):
     assert torch.equal(module(**keywords)(*inputs), function(*inputs, **keywords))
 
 
-@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="the GPUs' kernels have one number alone")
+@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="Triton's kernels have one number alone")
 def test_a_module_learns_its_temperature(backend):
     """A parameter is the module's; a temperature of a call takes its place."""
     heat = torch.nn.Parameter(torch.tensor(4.0))

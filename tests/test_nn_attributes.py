@@ -8,7 +8,6 @@ import pytest
 import temperatures
 import torch
 from calls import MODULES, keyword_defaults, sample
-from divergences import HAVE_KERNELS
 
 import fastkd
 from fastkd import nn
@@ -58,16 +57,10 @@ VALUES = {
     (nn.SimilarityPreservingLoss, "pair_weights"): ([2], ["2"]),
     (nn.FSPLoss, "pair_weights"): ([-1.5], [float("nan")]),
 }
-OF_DIVERGENCES = {
-    (module, name)
-    for module in (nn.SoftTargetLoss, nn.DistillationLoss)
-    for name in ("divergence", "beta")
-}
 BACKENDS = {(module, "backend"): ("reference", "cuda") for module in LOSSES}
 CASES = [
     (*key, *values)
     for key, values in (VALUES | BACKENDS).items()
-    if HAVE_KERNELS or key not in OF_DIVERGENCES
     if temperatures.HAVE_KERNELS or key[1] != "teacher_temperature"
 ]
 EACH = pytest.mark.parametrize(("module", "name", "value", "wrong"), CASES)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import fastkd
 
 pytestmark = [
-    pytest.mark.skipif(not HAVE_KERNELS, reason="the GPUs' kernels have one number alone"),
+    pytest.mark.skipif(not HAVE_KERNELS, reason="Triton's kernels have one number alone"),
     pytest.mark.usefixtures("fresh_compiler"),
 ]
 

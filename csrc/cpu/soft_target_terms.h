@@ -23,19 +23,6 @@ Shares<A> shares_of(const Arguments<A>& a) {
   return {A(a.p.beta), A(1 - a.p.beta)};
 }
 
-// The divergence of a row, and the Σψ that its gradient takes.
-struct RowTerms {
-  double phi = 0, psi = 0;
-
-  // Scaled. Of a row without a class or with NaN on either side nothing else is to be seen.
-  double divergence(double student, double teacher) const {
-    return student > 0 && teacher > 0 ? (phi < 0 ? 0 : phi) * kLogitScale : NAN;
-  }
-  double mean(double student, double teacher) const {
-    return student > 0 && teacher > 0 ? psi : NAN;
-  }
-};
-
 // Of `n` exponentials, of which each factor makes probabilities; ψ takes the teacher's place.
 template <class T, class A>
 RowTerms add_terms(const Exponentials<A>& from, int n, A of_student, A of_teacher,

@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "soft_target_forms.h"
-#include "soft_target_mean.h"
+#include "soft_target_general.h"
 
 namespace fastkd::cuda {
 namespace logits {
@@ -36,13 +36,14 @@ class Plan {
  public:
   Plan(Call& call, MeanCall* mean, const fastkd::Tensor& student, const Tensors& teachers,
        const fastkd::Tensor& labels, const fastkd::Tensor& to_student,
-       const fastkd::Tensor& to_teacher, const SoftTargetParameters& p)
+       const fastkd::Tensor& to_teacher, const SoftTargetParameters& p, bool has_temperatures)
       : call_(call), mean_(mean), teachers_(teachers) {
     call.classes = student.sizes[p.dim];
     call.share = 1 / double(call.classes);
     call.labels = labels.as<int64_t>();
     call.ignore_index = p.ignore_index;
-    call.has_hard = call.labels != nullptr && p.labels_are_classes && p.temperature != 1;
+    call.has_hard =
+        call.labels != nullptr && p.labels_are_classes && (p.temperature != 1 || has_temperatures);
     call.reduction = p.reduction;
     call.divergence = p.divergence;
     call.temperature = p.temperature;
@@ -192,18 +193,36 @@ Scratch prepare(Call& call, void* scratch, const Stream& stream) {
   return {reinterpret_cast<unsigned*>(&memory->counter)};
 }
 
-// f(call, mean), of which the second is there, and holds the call, where there are several
-// teachers: one teacher's call does without its kilobytes.
+// f(call, mean, general), of which the second is there, and holds the call, where there are several
+// teachers or the third holds it, which no other form serves: a common call does without kilobytes.
 template <class F>
-void with_call(const Tensors& teachers, const F& f) {
+void with_call(const Tensors& teachers, const SoftTargetParameters& p, const Tensors& temperatures,
+               const F& f) {
+  GeneralCall* const absent = nullptr;
+  if (p.divergence != Divergence::forward_kl || p.teacher_temperature != p.temperature ||
+      !temperatures.empty()) {
+    GeneralCall general{};
+    general.beta = p.beta;
+    general.teacher_temperature = p.teacher_temperature;
+    if (!temperatures.empty()) {
+      general.temperatures = temperatures[0].data;
+      general.teacher_temperatures = temperatures[1].data;
+      general.roots = temperatures[2].data;
+    }
+    return f(general.mean.call, &general.mean, &general);
+  }
   if (teachers.size() > 1) {
     MeanCall mean{};
-    return f(mean.call, &mean);
+    return f(mean.call, &mean, absent);
   }
   Call call{};
-  f(call, static_cast<MeanCall*>(nullptr));
+  f(call, static_cast<MeanCall*>(nullptr), absent);
 }
 
+void run(const GeneralCall& general, const Plan& plan, const Scratch& scratch,
+         const Stream& stream) {
+  launch_general(general, plan.are_columns, scratch, stream);
+}
 void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const Stream& stream) {
   if (plan.are_columns || mean.call.is_double ||
       !(launch_teachers_short_rows(mean, scratch, stream) ||
@@ -225,7 +244,8 @@ void run(const Call& call, const Plan& plan, const Scratch& scratch, const Strea
 void soft_target_forward(const Place& place, const Tensor& student, const Tensors& teachers,
                          const Tensor& labels, const Tensor& loss, const Tensor& parts,
                          const Tensor& statistics, const Tensor& gradient, const Tensor& scratch,
-                         const SoftTargetParameters& p, const Tensors&, const Tensor& grad_output) {
+                         const SoftTargetParameters& p, const Tensors& temperatures,
+                         const Tensor& grad_output) {
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) {
@@ -233,32 +253,39 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
       clear(output->data, output->numel(), loss.dtype, stream);
     return;
   }
-  with_call(teachers, [&](Call& call, MeanCall* mean) {
-    const Plan plan(call, mean, student, teachers, labels, gradient, {}, p);
+  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+    const Plan plan(call, mean, student, teachers, labels, gradient, {}, p, !temperatures.empty());
     call.loss = loss.data;
     call.parts = parts.data;
     call.statistics = statistics.data;
     call.grad_output = grad_output.data;
     const Scratch own = prepare(call, scratch.data, stream);
-    mean ? run(*mean, plan, own, stream) : run(call, plan, own, stream);
+    general ? run(*general, plan, own, stream)
+    : mean  ? run(*mean, plan, own, stream)
+            : run(call, plan, own, stream);
   });
 }
 
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
                           const Tensors& teachers, const Tensor& labels, const Tensor& statistics,
                           const Tensor& to_student, const Tensor& to_teacher, const Tensor& scratch,
-                          const SoftTargetParameters& p, const Tensor& in_place, const Tensors&,
-                          const Tensor&) {
+                          const SoftTargetParameters& p, const Tensor& in_place,
+                          const Tensors& temperatures, const Tensor& to_temperatures) {
   using namespace logits;
   if (student.numel() == 0) return;
   const Stream stream(place);
-  with_call(teachers, [&](Call& call, MeanCall* mean) {
-    const Plan plan(call, mean, student, teachers, labels, to_student, to_teacher, p);
+  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+    const Plan plan(call, mean, student, teachers, labels, to_student, to_teacher, p,
+                    !temperatures.empty());
     call.statistics = statistics.data;
     call.grad_output = grad_output.data;
     call.in_place = in_place.data;
-    mean ? run(*mean, plan, prepare(call, scratch.data, stream), stream)
-         : launch_backward(call, plan.are_columns, stream);
+    if (general != nullptr) general->to_temperatures = to_temperatures.data;
+    // Statistics have all that there would be to count.
+    const Scratch own = statistics ? Scratch{} : prepare(call, scratch.data, stream);
+    general ? run(*general, plan, own, stream)
+    : mean  ? run(*mean, plan, own, stream)
+            : launch_backward(call, plan.are_columns, stream);
   });
 }
 

@@ -43,7 +43,7 @@ struct Call {
   float rate;      // log2(e) / T, of scaled logits
   double inverse;  // makes a divergence of a row's difference: 1 / T, as the arithmetic has it
 
-  void* loss;                         // absent in a backward call with several teachers
+  void* loss;                         // absent in a backward call
   void* parts;                        // of the loss, (hard, T² divergence), or absent
   void* statistics;                   // or absent
   double* partial;                    // (divergence, cross-entropy) of each block
@@ -52,8 +52,9 @@ struct Call {
   const void* grad_output;  // of the losses of rows: one number, or one a row; absent for 1
   const void* in_place;     // or absent: a number, for which the gradient is there where it is 1
 
+  constexpr bool is_backward() const { return loss == nullptr; }
   // Whether the losses of rows are added up.
-  constexpr bool sums_losses() const { return reduction != Reduction::none && loss != nullptr; }
+  constexpr bool sums_losses() const { return reduction != Reduction::none && !is_backward(); }
   constexpr bool smooths() const { return smoothing > 0 && labels != nullptr; }
 };
 

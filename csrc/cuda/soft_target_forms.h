@@ -1,6 +1,7 @@
 // The forms that a call on logits can take, and how they are launched: rows on the chip, columns
 // (contiguous rows, classes apart), a stream of classes; with several teachers short and long
-// rows, or two passes.
+// rows, or two passes. These have forward KL at one number for a temperature; one general form has
+// the rest.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +50,10 @@ bool launch_teachers_short_rows(const MeanCall& of, const Scratch& scratch, cons
 bool launch_teachers_long_rows(const MeanCall& of, const Scratch& scratch, const Stream& stream);
 void launch_passes(const MeanCall& of, bool are_columns, const Scratch& scratch,
                    const Stream& stream);
+
+struct GeneralCall;
+void launch_general(const GeneralCall& of, bool are_columns, const Scratch& scratch,
+                    const Stream& stream);
 
 // f(a divergence, null pointers of the two storage types). Pairs of one dtype have kernels of their
 // own; float64 is not among them.

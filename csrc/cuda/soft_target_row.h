@@ -105,7 +105,22 @@ __device__ __forceinline__ void add(RowState<A>& row, const A (&s)[N], const A (
   row.take(these);
 }
 
-// The losses of a row of which `label_logit` is known.
+// Of a row of which `label_logit` is known.
+template <class A>
+__device__ double cross_entropy_of(const RowState<A>& row, const Rates<A>& rates, const Call& call,
+                                   int64_t label, double label_logit) {
+  if (label == kNoLabels) return 0;
+  // Multiplied by 1 / K, and what that is off by. The mean of equal logits is then their value, to
+  // the last bit of a large one; beside an infinite mean there is no rest.
+  double mean = row.logits * call.share;
+  const double rest = fma(-mean, double(call.classes), double(row.logits));
+  if (!isnan(rest)) mean = fma(rest, call.share, mean);
+  return label == kWrongLabel
+             ? double(NAN)
+             : cross_entropy(log(double(rates.has_hard ? row.hard : row.student)) * kLogitScale,
+                             double(row.student_max) * kLogitScale, label_logit * kLogitScale, mean,
+                             call.smoothing);
+}
 template <class D, class A>
 __device__ Losses losses_of(RowState<A> row, const Rates<A>& rates, const Call& call, int64_t label,
                             double label_logit) {
@@ -113,20 +128,8 @@ __device__ Losses losses_of(RowState<A> row, const Rates<A>& rates, const Call& 
   if (isnan(row.difference) && !isnan(row.student) && !isnan(row.teacher) &&
       (D::kByTeacher ? row.teacher : row.student) > 0)
     row.difference = D::kByTeacher ? A(INFINITY) : A(-INFINITY);
-  Losses losses{divergence_of<D>(row, call.inverse), 0};
-  if (label == kNoLabels) return losses;
-  // Multiplied by 1 / K, and what that is off by. The mean of equal logits is then their value, to
-  // the last bit of a large one; beside an infinite mean there is no rest.
-  double mean = row.logits * call.share;
-  const double rest = fma(-mean, double(call.classes), double(row.logits));
-  if (!isnan(rest)) mean = fma(rest, call.share, mean);
-  losses.cross_entropy =
-      label == kWrongLabel
-          ? double(NAN)
-          : cross_entropy(log(double(rates.has_hard ? row.hard : row.student)) * kLogitScale,
-                          double(row.student_max) * kLogitScale, label_logit * kLogitScale, mean,
-                          call.smoothing);
-  return losses;
+  return {divergence_of<D>(row, call.inverse),
+          cross_entropy_of(row, rates, call, label, label_logit)};
 }
 
 // The weights of a gradient's terms, for a grad_output.

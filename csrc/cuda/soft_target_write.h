@@ -33,20 +33,27 @@ __device__ void write_losses(const Call& call, uint32_t row, const Losses& losse
   write_parts<A>(call, row, call.rows, losses);
 }
 
-// And the statistics, which are not kept of several teachers.
+// `hard` is the sum of exponentials at temperature 1.
 template <class A>
-__device__ void write_row(const Call& call, uint32_t row, const RowState<A>& state,
-                          const Losses& losses, Losses& total) {
-  write_losses<A>(call, row, losses, total);
+__device__ void write_statistics(const Call& call, uint32_t row, const RowState<A>& state, A hard,
+                                 const Losses& losses) {
   if (call.statistics == nullptr) return;
   A* to = static_cast<A*>(call.statistics) + int64_t(row) * kCount;
   to[kStudentMax] = state.student_max;
   to[kStudentSum] = state.student;
   to[kTeacherMax] = state.teacher_max;
   to[kTeacherSum] = state.teacher;
-  to[kHardSum] = call.temperature == 1 ? state.student : state.hard;
+  to[kHardSum] = hard;
   to[kKl] = A(losses.divergence);
   to[kCe] = A(losses.cross_entropy);
+}
+
+// Both. Statistics are not kept of several teachers.
+template <class A>
+__device__ void write_row(const Call& call, uint32_t row, const RowState<A>& state,
+                          const Losses& losses, Losses& total) {
+  write_losses<A>(call, row, losses, total);
+  write_statistics(call, row, state, call.temperature == 1 ? state.student : state.hard, losses);
 }
 template <class A>
 __device__ void write_ignored_row(const Call& call, uint32_t row) {

@@ -100,6 +100,12 @@ DEMANDS = {
         Demand("soft_target_passes_kernel<ForwardKl, double"),
         Demand("soft_target_passes_kernel<", loads=16, stores=8),
     ],
+    # Each of three passes reads both sides, of every dtype, and the last one may write gradients of
+    # both.
+    "soft_target_general": [
+        Demand("soft_target_general_kernel<double"),
+        Demand("soft_target_general_kernel<", loads=32, stores=16, most_registers=128),
+    ],
     "soft_target_teachers_short_rows": [
         Demand("soft_target_teachers_short_rows_kernel<", loads=12, stores=12)
     ],

@@ -1,0 +1,167 @@
+// Rows that are read again in each of several passes: how a thread shares in a row, what it reads
+// of one, and the sums of one tensor's row.
+#pragma once
+
+#include "soft_target_forms.h"
+#include "soft_target_mean.h"
+
+namespace fastkd::cuda::logits {
+
+constexpr int kColumnThreads = 128;
+
+// What becomes of a teacher's scaled logits in a row: exp2((t - shift) · rate) · by.
+template <class A>
+struct Normaliser {
+  A shift, by;
+};
+
+template <class A>
+struct PassesShared : BlockShared<A> {
+  double sums[kBlockRowThreads / kWarp][2];
+};
+
+// N classes. Those outside of the row are excluded ones.
+template <class A, int N>
+__device__ __forceinline__ void read(const Tensor& from, int64_t at, int64_t i, int64_t classes,
+                                     bool is_aligned, A (&to)[N]) {
+  if (is_aligned) return load_vector<A, Any>(from, at, i, classes, true, to);
+  const auto of_storage = [&](auto* storage) {
+    using E = std::remove_pointer_t<decltype(storage)>;
+    const E* const data = reinterpret_cast<const E*>(from.data) + at;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      to[k] = A(-INFINITY);
+      if (i + k < 0 || i + k >= classes) continue;
+      const E x = data[(i + k) * from.class_stride];
+      if constexpr (std::is_same_v<E, double>)
+        to[k] = A(x);
+      else
+        to[k] = A(widen(x));
+    }
+  };
+  if constexpr (sizeof(A) == sizeof(double))
+    if (from.dtype == DType::f64) return of_storage(static_cast<double*>(nullptr));
+  with_storage(from.dtype, of_storage);
+}
+
+// A thread's part in a row, which is a block's, or in columns a thread's.
+template <class A, bool kIsColumns>
+struct RowPasses {
+  static constexpr int N = kClasses<A, Any, Any>;
+
+  const MeanCall& of;
+  const Call& call;
+  PassesShared<A>& shared;
+  const int64_t vectors;
+  const bool with_logits;
+  Normaliser<A>* const normalisers = after<Normaliser<A>>(shared);
+  const bool leads = kIsColumns || threadIdx.x == 0;
+
+  __device__ __forceinline__ RowPasses(const MeanCall& of, PassesShared<A>& shared, int64_t vectors)
+      : of(of), call(of.call), shared(shared), vectors(vectors), with_logits(of.call.smooths()) {}
+
+  __device__ __forceinline__ Normaliser<A>& normaliser(int m) const {
+    return normalisers[kIsColumns ? m * int(blockDim.x) + int(threadIdx.x) : m];
+  }
+
+  // f(first class), for the vectors of this thread.
+  template <class F>
+  __device__ __forceinline__ void over_vectors(int phase, const F& f) const {
+    const int64_t step = kIsColumns ? 1 : int(blockDim.x);
+#pragma unroll 1
+    for (int64_t v = kIsColumns ? 0 : threadIdx.x; v < vectors; v += step) f(v * N - phase);
+  }
+
+  // Maximum and sums of one tensor's row, in every thread that has a part in it.
+  template <bool kIsStudent, class Merge>
+  __device__ __forceinline__ RowState<A> sums_of(const Tensor& from, int64_t at, int phase,
+                                                 const Rates<A>& rates, const Merge& lanes) const {
+    const bool by_vectors = is_aligned(from, at, phase);
+    RowState<A> row;
+    over_vectors(phase, [&](int64_t i) {
+      A x[N];
+      read(from, at, i, call.classes, by_vectors, x);
+      A maximum = row.student_max;
+#pragma unroll
+      for (int k = 0; k < N; ++k) maximum = x[k] > maximum ? x[k] : maximum;
+      if (maximum > row.student_max) lanes.move(row, maximum);
+      // Partial sums of their own take part in fewer roundings.
+      A sum = 0, hard = 0;
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const A below = shifted(x[k], shift(maximum));
+        sum += rates.exp_soft(below);
+        if (kIsStudent && rates.has_hard) hard += rates.exp_hard(below);
+        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes)
+          row.logits += double(x[k] * A(kLogitScale));
+      }
+      row.student += sum;
+      row.hard += hard;
+    });
+    if constexpr (!kIsColumns) merge_over_block(row, shared.of_warps, lanes);
+    return row;
+  }
+
+  // The sums of every teacher's row become its normaliser, which all threads see behind a barrier.
+  __device__ __forceinline__ void find_normalisers(uint32_t row, int phase,
+                                                   const MeanRates<A>& rates) const {
+#pragma unroll 1
+    for (int m = 0; m < of.count; ++m) {
+      const RowState<A> teacher =
+          sums_of<false>(of.teachers[m].tensor, start_of_teacher(of, row, m), phase, rates,
+                         MergeTeacherLanes<A>{rates});
+      if (leads)
+        normaliser(m) = {shift(teacher.student_max), A(of.teachers[m].weight) / teacher.student};
+    }
+  }
+
+  // p of N classes.
+  __device__ __forceinline__ void target(uint32_t row, int phase, int64_t i,
+                                         const MeanRates<A>& rates, A (&p)[N]) const {
+#pragma unroll
+    for (A& x : p) x = A(-0.0);
+#pragma unroll 1
+    for (int m = 0; m < of.count; ++m) {
+      const Tensor& teacher = of.teachers[m].tensor;
+      const int64_t start = start_of_teacher(of, row, m);
+      const Normaliser<A> by = normaliser(m);
+      A t[N];
+      read(teacher, start, i, call.classes, is_aligned(teacher, start, phase), t);
+#pragma unroll
+      for (int k = 0; k < N; ++k) p[k] += rates.of_teacher(shifted(t[k], by.shift)) * by.by;
+    }
+  }
+};
+
+// f(row), of this block's rows, or in columns of this thread's.
+template <bool kIsColumns, class F>
+__device__ __forceinline__ void over_rows(const Call& call, const F& f) {
+  const uint32_t threads = blockDim.x;
+  const uint32_t first = kIsColumns ? blockIdx.x * threads + threadIdx.x : blockIdx.x;
+  const uint32_t step = kIsColumns ? gridDim.x * threads : gridDim.x;
+  for (uint32_t row = first; row < call.rows; row += step) {
+    f(row);
+    if (call.rows - row <= step) break;
+  }
+}
+
+// Launches kernel(of, vectors, tickets), whose call on rows is `mean`.
+template <class A, bool kIsColumns, class Of>
+void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const MeanCall& mean,
+                      const Scratch& scratch, const Stream& stream) {
+  constexpr int N = kClasses<A, Any, Any>;
+  const Call& call = mean.call;
+  const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
+  const int threads =
+      kIsColumns ? kColumnThreads
+                 : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
+  const int64_t at_once = kIsColumns ? threads : 1;
+  Grid grid{
+      1, threads,
+      kHeader<PassesShared<A>> + size_t(mean.count) * size_t(at_once) * sizeof(Normaliser<A>)};
+  grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
+                          resident_clusters(kernel, grid, stream), kMostBlocks});
+  launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));
+}
+
+}  // namespace fastkd::cuda::logits
