@@ -229,11 +229,11 @@ auto with_terms(Divergence which, const F& f) {
   }
 }
 
-// f(the divergence that a call names), of those that GPUs have kernels for.
+// f(the divergence that a call names), of those that GPUs have fast kernels for.
 template <class F>
 auto with_divergence(Divergence which, const F& f) {
   if (which != Divergence::forward_kl)
-    throw std::invalid_argument("there are no CUDA kernels for this divergence");
+    throw std::invalid_argument("only the general form has this divergence");
   return f(ForwardKl{});
 }
 
