@@ -8,7 +8,7 @@ them by name. It has none of `OF_OPERATORS`, which no kernel sees.
 from typing import Any, NamedTuple, get_type_hints
 
 # Whose kernels run, and the part of the logits that operators hand to them.
-OF_OPERATORS = ("backend", "num_classes")
+OF_OPERATORS = ("backend", "num_classes", "teacher_is")
 
 _IN_SCHEMA = {
     bool: "bool",
@@ -27,7 +27,9 @@ class SoftTarget(NamedTuple):
     temperatures it does not, and both temperatures here are 1. `beta` is that of a divergence which
     mixes both sides, and never one at which it is another divergence. `weights` are the teachers',
     and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
-    number, only the first so many classes of either side exist.
+    number, only the first so many classes of either side exist. `teacher_is` tells what the
+    teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
+    used as they are, and whose temperature is 1.
     """
 
     temperature: float
@@ -44,6 +46,7 @@ class SoftTarget(NamedTuple):
     weights: tuple[float, ...]
     num_classes: int | None
     backend: str
+    teacher_is: str = "logits"
 
 
 class Metrics(NamedTuple):

@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 
-from fastkd.facts import NO_TEMPERATURES, ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import (
+    NO_PROBABILITIES,
+    NO_TEMPERATURES,
+    ON_GPUS,
+    USE_REFERENCE,
+    Facts,
+    Refusal,
+)
 
 OLDEST_ARCHITECTURE = 80  # what csrc/architectures.py allows
 DIVERGENCES = frozenset({"forward_kl"})  # what csrc/divergence.h has for GPUs
@@ -16,6 +23,10 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
         return Refusal("the compiled module is for NVIDIA's GPUs, not AMD's", expected=True)
     if facts.loss not in ON_GPUS:
         return Refusal(f"this release has no CUDA kernels for {facts.loss}", USE_REFERENCE)
+    if facts.teacher_is != "logits":
+        return Refusal(
+            f"the compiled module has no CUDA kernels for {NO_PROBABILITIES}", USE_REFERENCE
+        )
     if facts.divergence not in DIVERGENCES:
         return Refusal(
             f"the compiled module has no CUDA kernels for divergence={facts.divergence!r}",
