@@ -66,16 +66,16 @@ class LogProbabilities:
     log_probabilities: Tensor
 
 
-# As pytrees they pass through torch.export, and tree_map moves their tensors.
-pytree.register_pytree_node(
-    Probabilities,
-    lambda side: ([side.probabilities], None),
-    lambda tensors, _: Probabilities(*tensors),
-    serialized_type_name="fastkd.Probabilities",
-)
-pytree.register_pytree_node(
-    LogProbabilities,
-    lambda side: ([side.log_probabilities], None),
-    lambda tensors, _: LogProbabilities(*tensors),
-    serialized_type_name="fastkd.LogProbabilities",
-)
+def _register(kind: type, name: str) -> None:
+    """As a pytree it passes through torch.export, and `tree_map` moves its tensor."""
+    pytree.register_pytree_node(
+        kind,
+        lambda side: ([getattr(side, name)], None),
+        lambda tensors, _: kind(*tensors),
+        serialized_type_name=f"fastkd.{kind.__name__}",
+        flatten_with_keys_fn=lambda side: ([(pytree.GetAttrKey(name), getattr(side, name))], None),
+    )
+
+
+_register(Probabilities, "probabilities")
+_register(LogProbabilities, "log_probabilities")

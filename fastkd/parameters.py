@@ -8,7 +8,7 @@ them by name. It has none of `OF_OPERATORS`, which no kernel sees.
 from typing import Any, NamedTuple, get_type_hints
 
 # Whose kernels run, and the part of the logits that operators hand to them.
-OF_OPERATORS = ("backend", "num_classes", "teacher_is")
+OF_OPERATORS = ("backend", "num_classes")
 
 _IN_SCHEMA = {
     bool: "bool",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.facts import NO_PROBABILITIES, OBSTACLES, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import OBSTACLES, USE_REFERENCE, Facts, Refusal
 from fastkd.kernels import cuda
 from fastkd.kernels.compiled import as_buffer, load, loaded, place_of, scratch, struct_of
 from fastkd.parameters import Hint, Map, Metrics, SoftTarget, Transfer
@@ -17,8 +17,6 @@ def refuse(facts: Facts) -> Refusal | None:
     device = facts.device.partition(":")[0]
     if device not in ("cpu", "cuda"):
         return Refusal(f"the compiled module has no kernels for {device} tensors", USE_REFERENCE)
-    if facts.teacher_is != "logits":
-        return Refusal(f"the compiled module has no kernels for {NO_PROBABILITIES}", USE_REFERENCE)
     if facts.obstacle is not None:
         return OBSTACLES[facts.obstacle]
     module = load()

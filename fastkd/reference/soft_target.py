@@ -100,7 +100,8 @@ def stated(
     """The same of a teacher whose probabilities, or their logarithms, are used as they are."""
     log_lift = 0.0 if lift is None else lift.log()
     if p.teacher_is == "probabilities":
-        share = teacher.masked_fill(teacher < 0, torch.nan)
+        # What is 0 is excluded, and has a gradient of 0.
+        share = teacher.masked_fill(teacher < 0, torch.nan).masked_fill(teacher == 0, 0)
         log_p = log_of(share)
         share = share if lift is None else share * lift
     else:
