@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from agreement import DTYPES, GIVEN, logits
 from calls import Recorder
 from probabilities import HAVE_KERNELS, KINDS, sides
@@ -45,26 +44,6 @@ def loss_of(name, teacher_is, backend, **keywords):
         )
 
     return loss, sides(teacher_is, 4, 10, torch.float32, torch.float32, temperature=2.0)
-
-
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
-@every_kind
-def test_the_convention_of_torch(backend, teacher_is, reduction):
-    """torch.nn.KLDivLoss takes such targets as they are, too."""
-    student, teacher = sides(teacher_is, 4, 10, torch.float64, torch.float64)
-    is_log = teacher_is == "log_probabilities"
-
-    def formula(student, teacher):
-        log_q = student.log_softmax(-1)
-        loss = F.kl_div(log_q, teacher, reduction=reduction, log_target=is_log)
-        return loss.sum(-1) if reduction == "none" else loss
-
-    def loss(student, teacher):
-        side = GIVEN[teacher_is](teacher)
-        return fastkd.soft_target_loss(student, side, reduction=reduction, backend=backend)
-
-    found, expected = (gradients(f, student, teacher) for f in (loss, formula))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
 @every_kind
