@@ -138,13 +138,13 @@ def ensemble(function):
 def stating(function, teacher_is):
     """A loss on logits whose teacher states its probabilities, or their logarithms.
 
-    Where these are to be probabilities they are made from any numbers.
+    Probabilities are made from any numbers.
     """
 
     def flat(student, teacher, **keywords):
         if teacher_is == "log_probabilities":
             return function(student, fastkd.LogProbabilities(teacher), **keywords)
-        return function(student, fastkd.Probabilities(teacher.sigmoid()), **keywords)
+        return function(student, fastkd.Probabilities(teacher.abs()), **keywords)
 
     return flat
 
