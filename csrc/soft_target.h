@@ -9,6 +9,13 @@
 
 namespace fastkd {
 
+// What a teacher's numbers are. Probabilities and their logarithms are used as they are: the
+// teacher's temperature is 1, and nothing is normalised.
+enum class TeacherIs { logits, probabilities, log_probabilities };
+constexpr std::array<const char*, 3> names_of(TeacherIs) {
+  return {"logits", "probabilities", "log_probabilities"};
+}
+
 struct SoftTargetParameters {
   double temperature;
   double teacher_temperature;
@@ -22,6 +29,7 @@ struct SoftTargetParameters {
   Reduction reduction;
   int dim;                      // of the classes, counted from the front
   std::vector<double> weights;  // of the teachers; they sum to 1
+  TeacherIs teacher_is;
 
   static constexpr auto fields() {
     using P = SoftTargetParameters;
@@ -32,7 +40,7 @@ struct SoftTargetParameters {
         field("label_smoothing", &P::label_smoothing), field("ignore_index", &P::ignore_index),
         field("labels_are_classes", &P::labels_are_classes), field("divergence", &P::divergence),
         field("beta", &P::beta), field("reduction", &P::reduction), field("dim", &P::dim),
-        field("weights", &P::weights));
+        field("weights", &P::weights), field("teacher_is", &P::teacher_is));
   }
 };
 

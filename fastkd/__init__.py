@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         explain,
         use_backend,
     )
+    from fastkd.logits import LogProbabilities, Probabilities
     from fastkd.losses.attention import attention_map, attention_transfer_loss
     from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
@@ -31,6 +32,8 @@ __all__ = [
     "DistillationMetrics",
     "DistillationParts",
     "FallbackWarning",
+    "LogProbabilities",
+    "Probabilities",
     "attention_map",
     "attention_transfer_loss",
     "distillation_loss",
@@ -51,6 +54,8 @@ _HOME = {
     "FallbackWarning": "dispatch",
     "explain": "dispatch",
     "use_backend": "dispatch",
+    "LogProbabilities": "logits",
+    "Probabilities": "logits",
     "attention_map": "losses.attention",
     "attention_transfer_loss": "losses.attention",
     "fsp_loss": "losses.fsp",

@@ -115,11 +115,12 @@ def select(
     others: tuple[Tensor | None, ...] = (),
     divergence: str = "forward_kl",
     temperatures: bool = False,
+    teacher_is: str = "logits",
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
     `others` are tensors whose dtype does not matter: labels, a regressor. `temperatures` says that
-    some are tensors, or the teacher's own.
+    some are tensors, or the teacher's own, and `teacher_is` what stands for the teacher's logits.
 
     Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
     available.
@@ -137,12 +138,14 @@ def select(
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         kinds = tuple([type(t) for t in tensors])
-        return _resolve_compiled(loss, device, dtypes, kinds, divergence, temperatures, requested)
+        return _resolve_compiled(
+            loss, device, dtypes, kinds, divergence, temperatures, teacher_is, requested
+        )
     obstacle = obstacle_to_kernels((*tensors, *others))
     if _explaining.get():
-        facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures)
+        facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures, teacher_is)
         raise _Explained(_explain(facts, requested))
-    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, requested)
+    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, teacher_is, requested)
 
 
 def _resolve_compiled(
@@ -152,10 +155,11 @@ def _resolve_compiled(
     kinds: tuple[type[Tensor], ...],
     divergence: str,
     temperatures: bool,
+    teacher_is: str,
     requested: Backend | None,
 ) -> Backend:
     obstacle = obstacle_while_compiling(kinds)
-    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, requested)
+    return _resolve(loss, device, dtypes, obstacle, divergence, temperatures, teacher_is, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -171,9 +175,10 @@ def _resolve(
     obstacle: str | None,
     divergence: str,
     temperatures: bool,
+    teacher_is: str,
     requested: Backend | None,
 ) -> Backend:
-    facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures)
+    facts = Facts(loss, device, dtypes, obstacle, divergence, temperatures, teacher_is)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:

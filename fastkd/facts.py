@@ -20,6 +20,7 @@ class Facts(NamedTuple):
     obstacle: str | None  # one of the four below
     divergence: str = "forward_kl"  # of losses on logits
     temperatures: bool = False  # of these: one is a tensor, or the teacher has its own
+    teacher_is: str = "logits"  # or probabilities, or log_probabilities
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.
@@ -45,6 +46,7 @@ class Refusal:
         return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
 
+NO_PROBABILITIES = "a teacher that is given as probabilities or their logarithms"
 NO_TEMPERATURES = "temperatures that are tensors or differ between the sides"
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'

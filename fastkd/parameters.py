@@ -27,7 +27,9 @@ class SoftTarget(NamedTuple):
     temperatures it does not, and both temperatures here are 1. `beta` is that of a divergence which
     mixes both sides, and never one at which it is another divergence. `weights` are the teachers',
     and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
-    number, only the first so many classes of either side exist.
+    number, only the first so many classes of either side exist. `teacher_is` tells what the
+    teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
+    used as they are, and whose temperature is 1.
     """
 
     temperature: float
@@ -44,6 +46,7 @@ class SoftTarget(NamedTuple):
     weights: tuple[float, ...]
     num_classes: int | None
     backend: str
+    teacher_is: str = "logits"
 
 
 class Metrics(NamedTuple):

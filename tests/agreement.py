@@ -12,6 +12,11 @@ from torch import float32, float64
 
 import fastkd
 
+# What holds a teacher that states its probabilities.
+GIVEN = {
+    "probabilities": fastkd.Probabilities,
+    "log_probabilities": fastkd.LogProbabilities,
+}
 RELATIONS = ["rkd_distance_loss", "rkd_angle_loss"]
 DTYPES = [float32, float64, torch.float16, torch.bfloat16]
 
@@ -146,11 +151,30 @@ def _size(
     return per_row * {"sum": rows, "mean": 1 / shape[dim]}.get(reduction, 1)
 
 
+def given(teacher, teacher_is="logits", **keywords):
+    """A loss's teacher and keywords, of those that the oracle takes."""
+    if teacher_is == "logits":
+        return teacher, keywords
+    del keywords["teacher_temperature"]
+    return GIVEN[teacher_is](teacher), keywords
+
+
+def mass(teacher, teacher_is="logits", dim=-1, **_):
+    """The largest sum of a row's probabilities."""
+    if teacher_is == "logits" or not teacher.numel():
+        return 1.0
+    p = teacher.double()
+    p = p.exp() if teacher_is == "log_probabilities" else p
+    return p.nan_to_num().sum(dim).max().item()
+
+
 def _arguments(student, teacher, keywords):
-    """The tensors of a call; how a loss takes them; and how the oracle does.
+    """The tensors of a call, and how the oracle takes them.
 
     These are the student, the teachers, and the temperatures that are tensors.
     """
+    if "teacher_is" in keywords:
+        keywords = {**keywords, "teacher_temperature": 1.0}
     teachers = teacher if isinstance(teacher, list) else [teacher]
     names = ("temperature", "teacher_temperature")
     names = [name for name in names if isinstance(keywords.get(name), torch.Tensor)]
@@ -166,11 +190,15 @@ def _arguments(student, teacher, keywords):
 
 
 def check_soft_target(student, teacher, backend, grad_output=None, teachers=True, **keywords):
-    """`teacher` may be a list, and temperatures tensors, whose gradients are checked as well."""
+    """`teacher` may be a list, and temperatures tensors, whose gradients are checked as well.
+
+    `teacher_is` tells that it is no logits.
+    """
     tensors, taken = _arguments(student, teacher, keywords)
 
     def loss(s, *others):
         t, keywords = taken(others)
+        t, keywords = given(t, **keywords)
         return fastkd.soft_target_loss(s, t, backend=backend, **keywords)
 
     def expected(s, *others, grad_output, magnitudes=False):
@@ -182,7 +210,7 @@ def check_soft_target(student, teacher, backend, grad_output=None, teachers=True
         expected,
         tensors,
         grad_output=grad_output,
-        size=_size(student.shape, **keywords),
+        size=_size(student.shape, **keywords) * max(mass(teacher, **keywords), 1),
         teachers=teachers,
         terms=lambda *arrays, grad_output: expected(
             *arrays, grad_output=np.abs(grad_output), magnitudes=True
@@ -193,10 +221,10 @@ def check_soft_target(student, teacher, backend, grad_output=None, teachers=True
 def check_distillation(
     student, teacher, labels, backend, grad_output=None, teachers=True, **keywords
 ):
-    """`teacher` may be a list, and temperatures tensors, whose gradients are checked as well."""
+    """As `check_soft_target`."""
     soft, hard = keywords.get("soft_weight", 0.9), keywords.get("hard_weight", 0.1)
     size = float(torch.as_tensor(keywords.get("temperature", 4.0)).max()) ** 2
-    size = abs(soft) * size + abs(hard)
+    size = abs(soft) * size * max(mass(teacher, **keywords), 1) + abs(hard)
     if "row_weight" in keywords:
         size *= keywords["row_weight"].abs().max().item()
     if keywords.get("reduction") == "sum":
@@ -205,6 +233,7 @@ def check_distillation(
 
     def loss(s, *others):
         t, keywords = taken(others)
+        t, keywords = given(t, **keywords)
         return fastkd.distillation_loss(s, t, labels, backend=backend, **keywords)
 
     def expected(s, *others, grad_output, **weights):

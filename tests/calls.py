@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import probabilities
 import temperatures
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,9 @@ _SAMPLES = {
             {"temperature": 3.0, "teacher_temperature": 1.5, "reduction": "none"},
             {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "teacher_weights": [1, 3]},
             {"temperature": [3.0, 1.0, 0.5, 2.0], "divergence": "jsd", "beta": 0.3},
+            {"teacher_is": "probabilities"},
+            {"teacher_is": "log_probabilities", "divergence": "reverse_kl", "reduction": "none"},
+            {"teacher_is": "probabilities", "divergence": "skew_kl", "mask": [True, False] * 2},
         ],
     ),
     "distillation_loss": (
@@ -47,6 +51,8 @@ _SAMPLES = {
             {"divergence": "skew_reverse_kl", "beta": 0.1, "label_smoothing": 0.1},
             {"divergence": "tvd", "reduction": "sum"},
             {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1},
+            {"teacher_is": "log_probabilities", "label_smoothing": 0.1},
+            {"teacher_is": "probabilities", "divergence": "jsd", "temperature": [3.0, 1, 0.5, 2]},
         ],
     ),
     "attention_map": (
@@ -128,6 +134,20 @@ def ensemble(function):
     return lambda student, *teachers, **keywords: function(student, list(teachers), **keywords)
 
 
+def stating(function, teacher_is):
+    """A loss on logits whose teacher states its probabilities, or their logarithms.
+
+    Probabilities are made from any numbers.
+    """
+
+    def flat(student, teacher, **keywords):
+        if teacher_is == "log_probabilities":
+            return function(student, fastkd.LogProbabilities(teacher), **keywords)
+        return function(student, fastkd.Probabilities(teacher.abs()), **keywords)
+
+    return flat
+
+
 def pair(function):
     """A loss on one pair of layers, whose tensors come one by one."""
 
@@ -159,6 +179,8 @@ def variants(name, dtype=torch.float32):
 
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
+    if not probabilities.HAVE_KERNELS:
+        others = [other for other in others if "teacher_is" not in other]
     if not temperatures.HAVE_KERNELS:
         others = [other for other in others if not temperatures.NAMES & {*other}]
     for other in ({}, *others):
@@ -167,6 +189,8 @@ def variants(name, dtype=torch.float32):
         other = {k: torch.tensor(v) if k in of_rows else v for k, v in other.items()}
         if name == "fsp_loss":
             changed = pair(function)
+        if "teacher_is" in other:
+            changed = stating(function, other.pop("teacher_is"))
         if "teacher_weights" in other:
             changed = ensemble(function)
             drawn = tensors + draw(shapes[1:] * (len(other["teacher_weights"]) - 1))

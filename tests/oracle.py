@@ -6,6 +6,7 @@ returns `(loss, gradients)`, the gradients in the order of the array arguments.
 
 import numpy as np
 import oracle_divergence
+import oracle_probabilities
 import oracle_temperatures
 from oracle_features import attention_map, attention_transfer, hint, pooling
 from oracle_relations import fsp, rkd_angle, rkd_distance, similarities, similarity
@@ -37,15 +38,27 @@ def log_softmax(x, temperature=1.0):
 
 
 def divergence_rows(
-    student, teachers, weights, temperatures, magnitudes=False, divergence="forward_kl", beta=0.5
-):
+    student, teachers, weights, temperatures, magnitudes=False, divergence="forward_kl", beta=0.5,
+    teacher_is="logits",
+):  # fmt: skip
     """T D(p, q) of each row, and D's derivatives by s/T and by each teacher's t/T_t.
 
     `temperatures` are T and T_t, one for each row. All are times SCALE. p is the weighted mean of
     the teachers' probabilities; those of weight 0 are not there. With `magnitudes` the terms of a
     derivative are added up where they are subtracted: what rounding errors are measured against.
+    A teacher that is no logits states p, or its logarithm; the derivative is by what it states.
     """
     temperature, teacher_temperature = temperatures
+    if divergence == "jsd" and beta in (0, 1):  # a convention, and no limit
+        divergence = "reverse_kl" if beta else "forward_kl"
+    if divergence.startswith("skew_") and beta == 0:
+        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[divergence]
+    if teacher_is != "logits":
+        rows, to_student, to_teacher = oracle_probabilities.divergence_rows(
+            student, teachers[0], temperature, divergence, beta, teacher_is, magnitudes
+        )
+        rows = rows * temperature[..., 0] * SCALE
+        return rows, to_student * SCALE, [to_teacher * SCALE]
     log_q = log_softmax(student, temperature)
     ratio = temperature / teacher_temperature
     logs = [log_softmax(x, teacher_temperature) * ratio for x in teachers]
@@ -55,10 +68,6 @@ def divergence_rows(
     if len(counted) > 1:
         log_p = scale * np.logaddexp.reduce([np.log(weights[i]) + logs[i] / scale for i in counted])
     of_counted = log_p, [logs[i] for i in counted], [weights[i] for i in counted], log_q
-    if divergence == "jsd" and beta in (0, 1):  # a convention, and no limit
-        divergence = "reverse_kl" if beta else "forward_kl"
-    if divergence.startswith("skew_") and beta == 0:
-        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[divergence]
     if divergence == "forward_kl":
         rows, to_student, found = forward_kl_rows(*of_counted, scale, magnitudes)
     elif divergence == "reverse_kl":
@@ -119,7 +128,7 @@ def _ensemble(student, teachers, weights, dim):
 def soft_target(
     student, teachers, grad_output=1.0, *, temperature=1.0, teacher_temperature=None,
     scale_t2=True, reduction="batchmean", dim=-1, divergence="forward_kl", beta=0.5, mask=None,
-    teacher_weights=None, magnitudes=False,
+    teacher_weights=None, magnitudes=False, teacher_is="logits",
 ):  # fmt: skip
     """Takes a teacher or a list of them; the gradients are the student's, then all teachers'.
 
@@ -131,7 +140,7 @@ def soft_target(
     of_rows = [t[kept] for t in of_rows]
     of_kept = [x[kept] for x in (student, *teachers)]
     rows, *found = divergence_rows(
-        of_kept[0], of_kept[1:], weights, of_rows, magnitudes, divergence, beta
+        of_kept[0], of_kept[1:], weights, of_rows, magnitudes, divergence, beta, teacher_is
     )
     slopes = [found[0], *found[1]]
     weight = of_rows[0] if scale_t2 else 1 / of_rows[0]
@@ -162,7 +171,7 @@ def distillation(
     student, teachers, labels, grad_output=1.0, *, temperature=4.0, teacher_temperature=None,
     soft_weight=0.9, hard_weight=0.1, ignore_index=-100, label_smoothing=0.0,
     reduction="batchmean", dim=-1, divergence="forward_kl", beta=0.5, teacher_weights=None,
-    magnitudes=False,
+    magnitudes=False, teacher_is="logits",
 ):  # fmt: skip
     """As the others; the loss is `(loss, hard, soft)`, each reduced."""
     student, teachers, weights = _ensemble(student, teachers, teacher_weights, dim)
@@ -180,7 +189,7 @@ def distillation(
     of_rows = [t[kept] for t in of_rows]
     of_kept = [s, *(t[kept] for t in teachers)]
     rows, soft_to_student, soft_to_teachers = divergence_rows(
-        s, of_kept[1:], weights, of_rows, magnitudes, divergence, beta
+        s, of_kept[1:], weights, of_rows, magnitudes, divergence, beta, teacher_is
     )
     soft = of_rows[0][..., 0] * rows / count
 

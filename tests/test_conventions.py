@@ -6,6 +6,7 @@ from pathlib import Path
 import test_conventions_divergences
 import test_conventions_features
 import test_conventions_logits
+import test_conventions_probabilities
 import test_conventions_relations
 import test_conventions_temperatures
 
@@ -14,6 +15,7 @@ MODULES = (
     test_conventions_divergences,
     test_conventions_features,
     test_conventions_logits,
+    test_conventions_probabilities,
     test_conventions_relations,
     test_conventions_temperatures,
 )

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import oracle_rows
+import probabilities
 import pytest
 import temperatures
 import torch
-from agreement import array, check_metrics
+from agreement import GIVEN, array, check_metrics
 from conftest import DEVICE
 from divergences import is_reverse_kl
 from fuzzing import compare, examples, odd_keywords, shapes, sometimes, started, tensors
@@ -99,6 +100,45 @@ def test_soft_target_loss(backend, data):
         lambda: without_infinite(
             oracle_rows.soft_target(
                 array(student), [*map(array, teachers)], 2.0, **arrays_of(keywords)
+            ),
+            **keywords,
+        ),
+        **keywords,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not probabilities.HAVE_KERNELS, reason="the GPUs' kernels take logits alone")
+@examples(60)
+@given(st.data())
+def test_probabilities(backend, data):
+    draw = started(data)
+    teacher_is = draw(st.sampled_from(probabilities.KINDS))
+    is_log = teacher_is == "log_probabilities"
+    shape = draw(shapes())
+    student = draw(tensors(shape, specials=(math.nan, -math.inf, 1e4, 0.0))).requires_grad_()
+    teacher = draw(tensors(sometimes(draw, shape, shapes()), stream=1))
+    # Masses that a loss, which is compared with what it is made of, does not drown in.
+    teacher = -teacher.abs() if is_log else teacher.sigmoid()
+    holes = draw(st.sampled_from([None, -math.inf if is_log else 0.0, math.nan]))
+    if holes is not None and teacher.numel():
+        generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        teacher = teacher.masked_fill(torch.as_tensor(generator.random(teacher.shape) < 0.1), holes)
+    keywords = {
+        "temperature": draw(st.sampled_from([0.5, 1.0, 4, 20.0])),
+        "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
+        "dim": draw(st.integers(-len(shape), max(len(shape) - 1, 0))),
+    }
+    keywords["divergence"], keywords["beta"] = draw(DIVERGENCES)
+    if shape and draw(st.booleans()):
+        keywords |= of_rows(draw, np.delete(shape, keywords["dim"]))
+    keywords = odd_keywords(draw, keywords)
+    compare(
+        lambda s, t, **k: fastkd.soft_target_loss(s, GIVEN[teacher_is](t), **k), backend,
+        [student, teacher],
+        lambda: without_infinite(
+            oracle_rows.soft_target(
+                array(student), array(teacher), 2.0, teacher_is=teacher_is,
+                teacher_temperature=1.0, **arrays_of(keywords),
             ),
             **keywords,
         ),

@@ -1,5 +1,8 @@
 """Each instruction set that runs here, at the sizes where its vectors and blocks end."""
 
+import math
+
+import probabilities
 import pytest
 import temperatures
 import thresholds
@@ -131,6 +134,23 @@ def test_temperatures(isa, dtype, keywords):
         check_soft_target(*pair, "native", **heat, **keywords)
         labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
         check_distillation(*pair, labels, "native", **heat, **keywords)
+
+
+@pytest.mark.skipif(not probabilities.HAVE_KERNELS, reason="the GPUs' kernels take logits alone")
+@pytest.mark.parametrize("keywords", [{}, *FEW], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher_is", probabilities.KINDS)
+def test_probabilities(isa, teacher_is, dtype, keywords):
+    keywords = {**keywords, "teacher_is": teacher_is, "temperature": 2.0}
+    for size in SIZES[1::2]:
+        pair = probabilities.sides(teacher_is, 16, size, dtype, dtype, temperature=2.0)
+        check_soft_target(*pair, "native", **keywords)
+        labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
+        check_distillation(*pair, labels, "native", **keywords)
+    pair[1][:, ::5] = 1e-40 if teacher_is == "probabilities" else -90.0
+    if keywords.get("divergence") != "reverse_kl":
+        pair[1][3] = 0.0 if teacher_is == "probabilities" else -math.inf
+    check_soft_target(*pair, "native", **keywords)
 
 
 @pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])

@@ -21,6 +21,7 @@ CHOICES = {
     "kind": ("sum", "sum_pow", "max_pow"),
     "distance": ("norm", "mse"),
     "reduction": ("none", "sum", "mean", "batchmean"),
+    "teacher_is": ("logits", "probabilities", "log_probabilities"),
 }
 
 

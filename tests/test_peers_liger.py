@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import probabilities
 import pytest
 import torch
 
@@ -98,7 +99,18 @@ def test_jsd(backend, key, liger):
 @pytest.mark.parametrize("key", of("kl"), ids=str)
 def test_kl(backend, key, liger):
     """Without a reduction it returns the terms of each class, here a row's terms are added up."""
-    check(liger[key], lambda s, t: soft(s, t, reduction=key[1]), backend)
+    _, reduction, log_target = key
+    check(liger[key], lambda s, t: soft(s, t, reduction=reduction), backend)
+    if not probabilities.HAVE_KERNELS:
+        return
+
+    def target(t):
+        """As Liger-Kernel has it."""
+        if log_target:
+            return fastkd.LogProbabilities(t.log_softmax(-1))
+        return fastkd.Probabilities(t.softmax(-1))
+
+    check(liger[key], lambda s, t: soft(s, target(t), reduction=reduction), backend)
 
 
 @pytest.mark.parametrize("key", [k for k in of("tvd") if k[2] != "none"], ids=str)

@@ -58,7 +58,8 @@ struct Arguments {
   // The temperatures of rows, or none: of the student, of the teacher, and the one whose square
   // multiplies the divergence.
   const A *temperatures = nullptr, *teacher_temperatures = nullptr, *roots = nullptr;
-  bool own;                             // the sides differ in temperature, or rows do
+  bool stated;                          // the teacher's probabilities are used as they are
+  bool own;                             // the sides differ in temperature, or rows may
   Exp<A> exp_soft, exp_hard;            // exp(x / T), exp(x), of scaled logits
   Exp<A> raw_exp_soft, raw_exp_hard;    // and of logits as they are
   Exp<A> exp_teacher, raw_exp_teacher;  // at the teacher's temperature
@@ -81,7 +82,8 @@ struct Arguments {
         to_teacher(to_teacher),
         labels(of.labels),
         grad_output(grad_output.as<A>()),
-        own(!temperatures.empty() || p.teacher_temperature != p.temperature),
+        stated(p.teacher_is != TeacherIs::logits),
+        own(stated || !temperatures.empty() || p.teacher_temperature != p.temperature),
         exp_soft(1 / p.temperature / kLogitScale),
         exp_hard(1 / kLogitScale),
         raw_exp_soft(1 / p.temperature),

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "soft_target_block.h"
+#include "soft_target_probabilities.h"
 #include "soft_target_terms.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -70,9 +71,10 @@ struct RowMemory {
   }
 };
 
-// A row's divergence, scaled, and the mean that its gradient takes.
+// A row's divergence, scaled, the mean that its gradient takes, and what the gradient's weight is
+// multiplied by.
 struct Outcome {
-  double divergence, mean;
+  double divergence, mean, weight;
 };
 
 template <class D, class A>
@@ -85,7 +87,9 @@ Outcome outcome_of(const Arguments<A>& a, const RowState<double>& sums,
       for (int64_t b = 0; b < memory.blocks; ++b) {
         const int64_t left = a.classes - b * memory.width;
         const double by_s = a.rates.soft(memory.student_max[b], sums.student_max) / sums.student;
-        const double by_t = a.rates.teacher(memory.teacher_max[b], sums.teacher_max) / sums.teacher;
+        const double by_t =
+            a.stated ? a.rates.teacher(memory.teacher_max[b], 0)
+                     : a.rates.teacher(memory.teacher_max[b], sums.teacher_max) / sums.teacher;
         const RowTerms found = add_terms<decltype(terms)>(
             memory.block(b), int(left < memory.width ? left : memory.width), A(by_s), A(by_t),
             shares);
@@ -93,10 +97,22 @@ Outcome outcome_of(const Arguments<A>& a, const RowState<double>& sums,
         total.psi += found.psi;
       }
     });
-    return {total.divergence(sums.student, sums.teacher), total.mean(sums.student, sums.teacher)};
+    if (a.stated) {
+      const double mass = Mass(sums.teacher_max, sums.teacher).value;
+      const bool is_valid = sums.student > 0 && mass >= 0;
+      const double phi = (total.phi + taken_off(a.p.divergence, a.p.beta, mass)) * kLogitScale;
+      return {is_valid ? phi : NAN, is_valid ? total.psi : NAN, 1};
+    }
+    return {total.divergence(sums.student, sums.teacher), total.mean(sums.student, sums.teacher),
+            1};
   } else {
-    return {a.losses ? divergence_of<D>(sums, a.rates.inverse) : 0,
-            mean_of<D>(sums, a.rates.inverse)};
+    const double mean = mean_of<D>(sums, a.rates.inverse);
+    const double divergence = a.losses ? divergence_of<D>(sums, a.rates.inverse) : 0;
+    if (a.stated) {
+      const Mass mass(sums.teacher_max, sums.teacher);
+      return {with_mass(D{}, divergence, mass), mean, weight_of(D{}, mass)};
+    }
+    return {divergence, mean, 1};
   }
 }
 
@@ -126,7 +142,9 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
   const Tensor& to = *side.tensor;
   const int64_t offset = a.rows.offset(side, row), stride = side.class_stride;
   const Weights by = a.weights_of(row);
-  const auto soft = D::factors(by.soft, sums.student, sums.teacher, found.mean, a.rates.inverse);
+  const double zt = a.stated && sums.teacher == 0 ? 1 : sums.teacher;  // a row without mass
+  const auto soft =
+      D::factors(weighted(by.soft, found.weight), sums.student, zt, found.mean, a.rates.inverse);
   const double hard = a.labels ? by.hard / sums.hard : 0;
   alignas(64) A computed[kMostBlock];
   for (int64_t b = 0; b < memory.blocks; ++b) {
@@ -175,6 +193,7 @@ class Source {
       S* to = buffers_ + (which_ ^= 1) * 2 * kMostBlock;
       gather(*student.tensor, s, student.class_stride, n, to);
       gather(*teacher.tensor, t, teacher.class_stride, n, to + kMostBlock);
+      if (a_.p.teacher_is == TeacherIs::probabilities) take_logarithms(to + kMostBlock, n);
       return {to, to + kMostBlock, n};
     } else {
       return {at<S>(*student.tensor, s), at<S>(*teacher.tensor, t), n};

@@ -200,8 +200,9 @@ void with_call(const Tensors& teachers, const SoftTargetParameters& p, const Ten
                const F& f) {
   GeneralCall* const absent = nullptr;
   if (p.divergence != Divergence::forward_kl || p.teacher_temperature != p.temperature ||
-      !temperatures.empty()) {
+      p.teacher_is != TeacherIs::logits || !temperatures.empty()) {
     GeneralCall general{};
+    general.teacher_is = p.teacher_is;
     general.beta = p.beta;
     general.teacher_temperature = p.teacher_temperature;
     if (!temperatures.empty()) {

@@ -76,20 +76,35 @@ struct General : GeneralPasses<A, kIsColumns> {
       sums[1] += double(other);
     });
     add_up(sums);
-    const bool is_one = general.has_one_teacher();
+    const bool is_one = general.has_one_teacher(), is_stated = general.is_stated();
     with_any_divergence(call.divergence, [&](auto divergence) {
       using D = FactorsOf<decltype(divergence)>;
       if constexpr (D::kNormalizes) {
         const RowTerms terms{sums[0], sums[1]};
         of.divergence = terms.divergence(double(of.state.student), double(of.state.teacher));
         of.mean = terms.mean(double(of.state.student), double(of.state.teacher));
+        if (is_stated) this->use_mass(of, terms);
       } else {
         of.state.difference = A(sums[0]);
         if (!is_one) of.state.teacher = A(sums[1]);
         of.mean = mean_of<D>(of.state, of.rates.inverse);
         of.divergence = divergence_of<D>(of.state, of.rates.inverse);
+        if (is_stated) {
+          const Mass mass(of.state.teacher_max, of.state.teacher);
+          of.divergence = with_mass(D{}, of.divergence, mass);
+          of.weight = weight_of(D{}, mass);
+        }
       }
     });
+  }
+
+  // Where a teacher states its probabilities their mass is any, and so is the divergence's sign.
+  __device__ __forceinline__ void use_mass(Row& of, const RowTerms& terms) const {
+    const double mass = Mass(of.state.teacher_max, of.state.teacher).value;
+    const bool is_valid = of.state.student > 0 && mass >= 0;
+    const double phi = terms.phi + taken_off(call.divergence, general.beta, mass);
+    of.divergence = is_valid ? phi * kLogitScale : double(NAN);
+    of.mean = is_valid ? terms.psi : double(NAN);
   }
 
   // Adds up what all threads have. The memory is free again for the next sums.
@@ -113,7 +128,8 @@ struct General : GeneralPasses<A, kIsColumns> {
     const double by = double(grad_output_of<A>(call, of.row));
     Weights<A> weights(call, divisor, by);
     const double soft =
-        weighted(call.soft_weight, of.rates.squared / of.rates.temperature) / divisor;
+        weighted(weighted(call.soft_weight, of.rates.squared / of.rates.temperature), of.weight) /
+        divisor;
     weights.soft = A(soft * by);
     return weights;
   }

@@ -4,6 +4,7 @@
 
 #include <cfloat>
 
+#include "../probabilities.h"
 #include "soft_target_mean.h"
 
 namespace fastkd::cuda::logits {
@@ -12,11 +13,13 @@ namespace fastkd::cuda::logits {
 struct GeneralCall {
   MeanCall mean;
   double beta, teacher_temperature;
+  TeacherIs teacher_is;
   // The temperatures of rows, or none: of the student, of the teachers, and the one whose square
   // multiplies the divergence. Their gradients, if they are wanted, come one kind after another.
   const void *temperatures, *teacher_temperatures, *roots;
   void* to_temperatures;
 
+  __device__ __forceinline__ bool is_stated() const { return teacher_is != TeacherIs::logits; }
   __device__ __forceinline__ bool has_one_teacher() const { return mean.count == 1; }
   // Whether this is a backward call that has what forward found of its rows.
   __device__ __forceinline__ bool has_statistics() const {

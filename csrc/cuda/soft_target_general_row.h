@@ -17,6 +17,7 @@ struct GeneralRow {
   RowState<A> state;      // of several teachers, `teacher` is the sum of their mean
   RowTarget<A> target;
   double divergence, mean;  // scaled, and what the gradient takes
+  double weight = 1;        // of the gradient, besides the call's
 
   __device__ __forceinline__ GeneralRow(const GeneralCall& of, uint32_t row)
       : row(row), rates(of, row), label(label_of(of.mean.call, row)) {
@@ -81,27 +82,26 @@ struct GeneralPasses : RowPasses<A, kIsColumns> {
     } else {
       const int phase = of.start.phase;
       if (general.has_one_teacher()) {
-        teacher =
-            this->template sums_of<false>(general.mean.teachers[0].tensor, of.teacher_start, phase,
-                                          of.rates.teacher, MergeTeacherLanes<A>{of.rates.teacher});
+        teacher = this->template sums_of<false>(teacher_reader(of), phase, of.rates.teacher,
+                                                MergeTeacherLanes<A>{of.rates.teacher});
       } else {
         this->find_normalisers(of.row, phase, of.rates.teacher);
         teacher.student_max = 0;
         teacher.student = 1;
       }
-      of.state = this->template sums_of<true>(call.sides[kStudent], of.start.at[kStudent], phase,
-                                              of.rates.student,
+      of.state = this->template sums_of<true>(student_reader(of), phase, of.rates.student,
                                               MergeStudentLanes<A>{of.rates.student, with_logits});
       of.state.teacher_max = teacher.student_max;
       of.state.teacher = teacher.student;
     }
-    of.target = {1 / of.state.student, 1 / of.state.teacher,
+    of.target = {1 / of.state.student,
+                 general.is_stated() ? A(exp(double(of.state.teacher_max))) : 1 / of.state.teacher,
                  general.has_one_teacher() ? A(of.rates.ratio) : A(1),
                  Shares<A>{A(general.beta), A(1 - general.beta)}};
   }
 
   __device__ __forceinline__ void read_classes(const Row& of, int64_t i, Classes& to) const {
-    read_side(call.sides[kStudent], of.start.at[kStudent], of.start.phase, i, to.x);
+    student_reader(of)(i, to.x);
     const A s_shift = shift(of.state.student_max);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -114,7 +114,7 @@ struct GeneralPasses : RowPasses<A, kIsColumns> {
         find_logits(of, i, to);
       return;
     }
-    read_side(general.mean.teachers[0].tensor, of.teacher_start, of.start.phase, i, to.y);
+    teacher_reader(of)(i, to.y);
     const A t_shift = shift(of.state.teacher_max);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -124,9 +124,20 @@ struct GeneralPasses : RowPasses<A, kIsColumns> {
   }
 
  private:
-  __device__ __forceinline__ void read_side(const Tensor& from, int64_t at, int phase, int64_t i,
-                                            A (&to)[N]) const {
-    read(from, at, i, call.classes, is_aligned(from, at, phase), to);
+  __device__ __forceinline__ auto student_reader(const Row& of) const {
+    return this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
+  }
+  // Of one teacher.
+  __device__ __forceinline__ auto teacher_reader(const Row& of) const {
+    const auto reader =
+        this->reader(general.mean.teachers[0].tensor, of.teacher_start, of.start.phase);
+    return [=](int64_t i, A(&to)[N]) {
+      reader(i, to);
+      if (general.teacher_is != TeacherIs::probabilities) return;
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (i + k >= 0 && i + k < call.classes) to[k] = log(to[k]);
+    };
   }
 
   // T log p, of the mean p of several teachers. Where it underflows its logarithm counts if the

@@ -43,8 +43,8 @@ struct Passes : RowPasses<A, kIsColumns> {
     this->find_normalisers(row, phase, rates);
     // The student's sums are behind a barrier that those writes are before.
     RowState<A> state =
-        this->template sums_of<true>(call.sides[kStudent], start.at[kStudent], phase, rates,
-                                     MergeMeanLanes<D, A>{rates, with_logits});
+        this->template sums_of<true>(this->reader(call.sides[kStudent], start.at[kStudent], phase),
+                                     phase, rates, MergeMeanLanes<D, A>{rates, with_logits});
     const A s_shift = shift(state.student_max);
     const auto by =
         factors_of<D>(call, state, rates, weights.times(grad_output_of<A>(call, row)), label);

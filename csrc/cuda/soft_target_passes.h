@@ -72,15 +72,21 @@ struct RowPasses {
     for (int64_t v = kIsColumns ? 0 : threadIdx.x; v < vectors; v += step) f(v * N - phase);
   }
 
-  // Maximum and sums of one tensor's row, in every thread that has a part in it.
-  template <bool kIsStudent, class Merge>
-  __device__ __forceinline__ RowState<A> sums_of(const Tensor& from, int64_t at, int phase,
-                                                 const Rates<A>& rates, const Merge& lanes) const {
+  // What reads N classes of a row, from its class i on.
+  __device__ __forceinline__ auto reader(const Tensor& from, int64_t at, int phase) const {
     const bool by_vectors = is_aligned(from, at, phase);
+    return
+        [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
+  }
+
+  // Maximum and sums of one tensor's row, in every thread that has a part in it.
+  template <bool kIsStudent, class Reader, class Merge>
+  __device__ __forceinline__ RowState<A> sums_of(const Reader& reader, int phase,
+                                                 const Rates<A>& rates, const Merge& lanes) const {
     RowState<A> row;
     over_vectors(phase, [&](int64_t i) {
       A x[N];
-      read(from, at, i, call.classes, by_vectors, x);
+      reader(i, x);
       A maximum = row.student_max;
 #pragma unroll
       for (int k = 0; k < N; ++k) maximum = x[k] > maximum ? x[k] : maximum;
@@ -108,8 +114,8 @@ struct RowPasses {
 #pragma unroll 1
     for (int m = 0; m < of.count; ++m) {
       const RowState<A> teacher =
-          sums_of<false>(of.teachers[m].tensor, start_of_teacher(of, row, m), phase, rates,
-                         MergeTeacherLanes<A>{rates});
+          sums_of<false>(reader(of.teachers[m].tensor, start_of_teacher(of, row, m), phase), phase,
+                         rates, MergeTeacherLanes<A>{rates});
       if (leads)
         normaliser(m) = {shift(teacher.student_max), A(of.teachers[m].weight) / teacher.student};
     }

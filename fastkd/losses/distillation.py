@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
+from fastkd.logits import LogProbabilities, Probabilities
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
@@ -33,7 +34,7 @@ class DistillationParts(NamedTuple):
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -60,7 +61,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -87,7 +88,7 @@ def distillation_loss(
 @checks.keywords
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = 4.0,
@@ -123,6 +124,8 @@ def distillation_loss(
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
+            `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
+            probabilities in the place of its logits; they are used as they are.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
         temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the
@@ -130,7 +133,8 @@ def distillation_loss(
             receives its gradient, that of T² included, if it requires one. It is floating, on the
             logits' device. Default: 4.0.
         teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
-            T² stays the student's. Default: None, the student's.
+            T² stays the student's. Probabilities have none, and refuse it. Default: None, the
+            student's.
         soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
             on ImageNet. Default: 0.9.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are
@@ -210,8 +214,9 @@ def distillation_loss(
     section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
     other divergences.
     """
+    teacher, teacher_is, teacher_temperature = logits.given_as(teacher_logits, teacher_temperature)
     axis, num_classes, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher_logits, teacher_weights, dim, num_classes
+        student_logits, teacher, teacher_weights, dim, num_classes
     )
     divergence, beta = logits.check_divergence(divergence, beta)
     soft_weight = checks.number("soft_weight", soft_weight)
@@ -237,7 +242,7 @@ def distillation_loss(
     )
     in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others, divergence, are_own)
+    chosen = select("distillation_loss", tensors, backend, others, divergence, are_own, teacher_is)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         classes = student_logits.shape[axis] if num_classes is None else num_classes
@@ -257,6 +262,7 @@ def distillation_loss(
         weights=weights,
         num_classes=num_classes,
         backend=chosen,
+        teacher_is=teacher_is,
     )
     loss, *parts = run(
         reference.distillation_loss,

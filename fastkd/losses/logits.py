@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.logits import LogProbabilities, Probabilities
 from fastkd.losses import checks, rows
 from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
@@ -29,6 +30,25 @@ _INTEGERS = (
 )
 
 
+def given_as(teacher: Any, teacher_temperature: Any) -> tuple[Any, str, Any]:
+    """The teacher's tensors, what their numbers are, and the teacher's temperature."""
+    if isinstance(teacher, Probabilities):
+        tensor, teacher_is = teacher.probabilities, "probabilities"
+    elif isinstance(teacher, LogProbabilities):
+        tensor, teacher_is = teacher.log_probabilities, "log_probabilities"
+    else:
+        return teacher, "logits", teacher_temperature
+    name = type(teacher).__name__
+    if teacher_temperature is not None:
+        raise ValueError(
+            f"teacher_temperature softens logits, and the teacher's {name} are used as they are: "
+            f"leave it out, got {teacher_temperature!r}"
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must hold a tensor, got {type(tensor).__name__}")
+    return tensor, teacher_is, 1.0
+
+
 def check_logits(
     student: Tensor, teacher: Any, weights: Any, dim: int, num_classes: Any
 ) -> tuple[int, int | None, list[Tensor], tuple[float, ...], list[Tensor]]:
@@ -45,6 +65,11 @@ def check_logits(
     dim = checks.dimension("dim", dim, student.ndim)
     for i, one in enumerate(teachers):
         name = f"teacher_logits[{i}]" if is_ensemble else "teacher_logits"
+        if isinstance(one, (Probabilities, LogProbabilities)):
+            raise TypeError(
+                f"{name} must be a tensor of logits, got {type(one).__name__}: of an ensemble of "
+                "probabilities pass the mean, Probabilities(w1 * p1 + w2 * p2)"
+            )
         checks.floating((name, one))
         checks.same_device("student_logits", student, name, one)
         if num_classes is None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
+from fastkd.logits import LogProbabilities, Probabilities
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
@@ -18,7 +19,7 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 @checks.keywords
 def soft_target_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -50,12 +51,15 @@ def soft_target_loss(
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
+            `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
+            probabilities in the place of its logits; they are used as they are.
         temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
             rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
             receives its gradient, that of T² included, if it requires one. It is floating, on the
             logits' device. Default: 1.0.
         teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
-            T² stays the student's. Default: None, the student's.
+            T² stays the student's. Probabilities have none, and refuse it. Default: None, the
+            student's.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
             Default: True.
         reduction: `"batchmean"` for the sum over the number of rows, `"sum"`, `"mean"` for the sum
@@ -127,8 +131,9 @@ def soft_target_loss(
     "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
+    teacher, teacher_is, teacher_temperature = logits.given_as(teacher_logits, teacher_temperature)
     axis, num_classes, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher_logits, teacher_weights, dim, num_classes
+        student_logits, teacher, teacher_weights, dim, num_classes
     )
     logits.check_last_dim(student_logits, dim)
     divergence, beta = logits.check_divergence(divergence, beta)
@@ -147,7 +152,7 @@ def soft_target_loss(
     )
     in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own)
+    chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own, teacher_is)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -163,6 +168,7 @@ def soft_target_loss(
         weights=weights,
         num_classes=num_classes,
         backend=chosen,
+        teacher_is=teacher_is,
     )
     (loss,) = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),

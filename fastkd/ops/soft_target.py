@@ -45,6 +45,11 @@ _MIRRORED = {
 }
 
 
+def _has_statistics(p: SoftTarget) -> bool:
+    """Whether kernels compute all gradients, from statistics of the rows."""
+    return len(p.weights) == 1 and p.divergence not in _MIRRORED and p.teacher_is == "logits"
+
+
 class SoftTargetLoss(Fused):
     """The loss and its parts, which are None where nobody asks; only the loss is differentiable.
 
@@ -71,7 +76,7 @@ class SoftTargetLoss(Fused):
             and eager_gradient(student)
         )
         scaled = with_gradient and scales(student)
-        with_statistics = count == 1 and not scaled and p.divergence not in _MIRRORED
+        with_statistics = not scaled and _has_statistics(p)
         loss, parts, statistics, gradient = forward(
             student,
             teachers,
@@ -161,16 +166,17 @@ def _gradients_of_sides(
 ) -> tuple[Tensor | None, ...]:
     """Those that are wanted, of the student and the teachers.
 
-    Several teachers rarely learn: their gradients are computed in torch's own operations.
+    Several teachers rarely learn, and neither do probabilities: their gradients are computed in
+    torch's own operations.
     """
     inputs = grad_output, student, teachers, labels, temperatures
     if not any(wanted):
         return (None,) * len(wanted)
-    if len(teachers) == 1 and p.divergence not in _MIRRORED:
+    if _has_statistics(p):
         return of_wanted(backward(*inputs, statistics, *wanted, False, p)[:2], wanted)
     to_student, *to_teachers = wanted
     found = backward(*inputs, None, True, False, False, p)[0] if to_student else None
-    if len(teachers) > 1:
+    if len(teachers) > 1 or p.teacher_is != "logits":
         return found, *teacher_gradients(*inputs, to_teachers, p)
     if not to_teachers[0]:
         return found, None

@@ -104,8 +104,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, its parts `(hard, T² KL)`, what backward needs of each row, and the gradient.
 
-    The gradient alone is multiplied by the factor, a number or one for each row.
-    There are statistics where there is one teacher and the divergence is a KL divergence.
+    The gradient alone is multiplied by the factor, a number or one for each row. There are
+    statistics where there is one teacher, of logits, and the divergence is a KL divergence.
     """
     inputs = student, teachers, labels, temperatures
     found = outputs(*inputs, factor, with_parts, with_statistics, with_gradient, p)

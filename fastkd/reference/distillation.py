@@ -56,7 +56,7 @@ def distillation_loss(
         hard = rows.masked_fill(ignored, 0)
     with torch.set_grad_enabled(torch.is_grad_enabled() if p.soft_weight else False):
         lift = lift_for(weight / divisor)
-        soft = divergence_rows(student, teachers, lift, p, by)
+        soft = divergence_rows(student, teachers, ignored, lift, p, by)
 
     def reduced(rows: Tensor) -> Tensor:
         return rows if p.reduction == "none" else rows.sum()

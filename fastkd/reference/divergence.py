@@ -8,15 +8,16 @@ from torch import Tensor
 
 from fastkd.reference.temperatures import of_rows, over
 
-# More than the logarithm of any two probabilities' ratio of which the smaller one counts.
-_FAR = 200.0
+# More than the logarithm of the ratio of any two numbers that a float can be.
+_FAR = 2000.0
 
 
 class Sides(NamedTuple):
     """Rows of classes, and what is known of each of them.
 
     `lift` is a factor of p and q, one number for all rows. The logarithm of p / q is multiplied by
-    `unit`.
+    `unit`. `teachers` are logits, or the logarithms of p where that is used as it is: then it need
+    not sum to 1, and p is not `normalized`.
     """
 
     student: Tensor  # logits
@@ -29,6 +30,7 @@ class Sides(NamedTuple):
     lift: Tensor | float
     unit: float | Tensor
     beta: float
+    normalized: bool
 
     @property
     def p(self) -> Tensor:
@@ -43,15 +45,23 @@ class Sides(NamedTuple):
 class Divergence(NamedTuple):
     """`rows` is the divergence of each row, differentiable, and `to_teachers` its gradients.
 
-    Both are multiplied by the sides' unit, and the gradients by T.
+    Both are multiplied by the sides' unit, and the gradients by T. So are `slopes`, the derivative
+    by p of what the classes add up, and `of_logarithms`, that by log p: p times the slopes.
     """
 
     rows: Callable[[Sides], Tensor]
     to_teachers: Callable[[Sides], Sequence[Tensor]]
+    slopes: Callable[[Sides], Tensor]
+    of_logarithms: Callable[[Sides], Tensor]
+
+    def to_stated(self, sides: Sides, teacher_is: str) -> Tensor:
+        """The gradient of a p that is used as it is: 0 where a class is excluded."""
+        by = self.slopes if teacher_is == "probabilities" else self.of_logarithms
+        return by(sides).masked_fill(sides.excluded, 0)
 
 
 def _by_slopes(slopes: Callable[[Sides], Tensor]) -> Callable[[Sides], Sequence[Tensor]]:
-    """The teachers' gradients by what a divergence gains by p.
+    """The gradients of the teachers' logits by a divergence's derivative by p.
 
     That may lack what is the same for all classes of a row.
     """
@@ -66,19 +76,29 @@ def _by_slopes(slopes: Callable[[Sides], Tensor]) -> Callable[[Sides], Sequence[
     return to_teachers
 
 
+def _with_slopes(rows: Callable[[Sides], Tensor], slopes: Callable[[Sides], Tensor]) -> Divergence:
+    return Divergence(rows, _by_slopes(slopes), slopes, lambda sides: sides.p * slopes(sides))
+
+
 def _forward_kl(sides: Sides) -> Tensor:
     """`sum(p * log(p / q))`."""
-    ratio, p = _forward_kl_slopes(sides), sides.p
+    ratio, p = _forward_kl_logarithms(sides), sides.p
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
     rows = _infinite(ratio, p)
+    if not sides.normalized:
+        return rows + (p * ratio.masked_fill(p == 0, 0)).sum(-1)
     for share, weight in zip(sides.shares, sides.weights, strict=True):
         rows = rows + _weighed(share, ratio, weight * sides.lift)
     return rows
 
 
-def _forward_kl_slopes(sides: Sides) -> Tensor:
+def _forward_kl_logarithms(sides: Sides) -> Tensor:
     """`log(p / q)`; a class that every teacher excludes contributes 0."""
     return sides.log_ratio.masked_fill(sides.excluded, 0)
+
+
+def _forward_kl_slopes(sides: Sides) -> Tensor:
+    return sides.log_ratio + sides.unit
 
 
 def _reverse_kl(sides: Sides) -> Tensor:
@@ -95,6 +115,14 @@ def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
         gain - share * (gain.sum(-1, keepdim=True) / weight)
         for gain, share, weight in zip(gains, sides.shares, sides.weights, strict=True)
     ]
+
+
+def _reverse_kl_slopes(sides: Sides) -> Tensor:
+    return _reverse_kl_of_logarithms(sides) / sides.p
+
+
+def _reverse_kl_of_logarithms(sides: Sides) -> Tensor:
+    return -sides.q() * sides.unit
 
 
 def _nan_of(sides: Sides) -> Tensor:
@@ -187,18 +215,25 @@ def _skew_reverse_kl_slopes(sides: Sides) -> Tensor:
 def _to_skewed(of: Tensor, log_ratio: Tensor, other: Tensor, sides: Sides) -> Tensor:
     """`KL(of, m)` of `log(of / m)`, with `m = beta * of + (1 - beta) * other`.
 
-    `of - m` is taken off, so that no class has a negative term. Its sum is 0, whatever the logits.
+    Of logits `of - m` is taken off, so that no class has a negative term: its sum is 0.
     """
-    with torch.no_grad():
-        surplus = (1 - sides.beta) * (of - other)
-    return (of * log_ratio - surplus).sum(-1) * of_rows(sides.unit) + _nan_of(sides)
+    classes = of * log_ratio
+    if sides.normalized:
+        with torch.no_grad():
+            surplus = (1 - sides.beta) * (of - other)
+        classes = classes - surplus
+    return classes.sum(-1) * of_rows(sides.unit) + _nan_of(sides)
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(_forward_kl, _by_slopes(_forward_kl_slopes)),
-    "reverse_kl": Divergence(_reverse_kl, _reverse_kl_to_teachers),
-    "jsd": Divergence(_jsd, _by_slopes(_jsd_slopes)),
-    "tvd": Divergence(_tvd, _by_slopes(_tvd_slopes)),
-    "skew_kl": Divergence(_skew_kl, _by_slopes(_skew_kl_slopes)),
-    "skew_reverse_kl": Divergence(_skew_reverse_kl, _by_slopes(_skew_reverse_kl_slopes)),
+    "forward_kl": _with_slopes(_forward_kl, _forward_kl_slopes)._replace(
+        to_teachers=_by_slopes(_forward_kl_logarithms)
+    ),
+    "reverse_kl": Divergence(
+        _reverse_kl, _reverse_kl_to_teachers, _reverse_kl_slopes, _reverse_kl_of_logarithms
+    ),
+    "jsd": _with_slopes(_jsd, _jsd_slopes),
+    "tvd": _with_slopes(_tvd, _tvd_slopes),
+    "skew_kl": _with_slopes(_skew_kl, _skew_kl_slopes),
+    "skew_reverse_kl": _with_slopes(_skew_reverse_kl, _skew_reverse_kl_slopes),
 }

@@ -55,6 +55,8 @@ def compared(
 
     p is the mean of the teachers' probabilities, not of their logits.
     """
+    if p.teacher_is != "logits":
+        return stated(student, teachers[0], p, by, lift)
     log_lift = 0.0 if lift is None else lift.log()
     weights, scale = p.weights, by.student * LOGIT_SCALE
     maxima = [largest(t) for t in teachers]
@@ -88,6 +90,45 @@ def compared(
         lift=1.0 if lift is None else lift,
         unit=scale,
         beta=p.beta,
+        normalized=True,
+    )
+
+
+def stated(
+    student: Tensor, teacher: Tensor, p: SoftTarget, by: Temperatures, lift: Tensor | None
+) -> Sides:
+    """The same of a teacher whose probabilities, or their logarithms, are used as they are."""
+    log_lift = 0.0 if lift is None else lift.log()
+    if p.teacher_is == "probabilities":
+        # What is 0 is excluded, and has a gradient of 0.
+        share = teacher.masked_fill(teacher < 0, torch.nan).masked_fill(teacher == 0, 0)
+        log_p = log_of(share)
+        share = share if lift is None else share * lift
+    else:
+        log_p, share = teacher, exp(teacher + log_lift)
+    scale, top = by.student * LOGIT_SCALE, largest(student)
+    of_student = log_sum(over(student - top, by.student).exp())
+    return Sides(
+        student=student,
+        teachers=[log_p],
+        log_ratio=times(log_p, scale) + scale * of_student - shifted(student, top),
+        shares=[share],
+        log_parts=lambda: [],
+        weights=p.weights,
+        q=lambda: exp(over(student - top, by.student) - of_student + log_lift),
+        lift=1.0 if lift is None else lift,
+        unit=scale,
+        beta=p.beta,
+        normalized=False,
+    )
+
+
+def log_of(x: Tensor) -> Tensor:
+    """`log(x)`, also of subnormal numbers; where x is 0 its gradient is 0."""
+    raised = torch.where(x < torch.finfo(x.dtype).tiny, 2.0**64, 1.0).to(x.dtype)
+    is_zero = x == 0
+    return ((x * raised).masked_fill(is_zero, 1).log() - raised.log()).masked_fill(
+        is_zero, -torch.inf
     )
 
 
@@ -111,7 +152,12 @@ def log_of_mean(mean: Tensor, log_mean: Tensor, shares: Sequence[Tensor]) -> Ten
 
 
 def divergence_rows(
-    student: Tensor, teachers: Sequence[Tensor], lift: Tensor, p: SoftTarget, by: Temperatures
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    ignored: Tensor | None,
+    lift: Tensor,
+    p: SoftTarget,
+    by: Temperatures,
 ) -> Tensor:
     """`lift * T * D(sum(w * softmax(teacher/T_t)), softmax(student/T))` of rows, scaled.
 
@@ -119,7 +165,10 @@ def divergence_rows(
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
     sides = compared(student, teachers, p, by, lift)
-    return DIVERGENCES[p.divergence].rows(sides)
+    rows = DIVERGENCES[p.divergence].rows(sides)
+    if ignored is None or sides.normalized:
+        return rows
+    return rows.masked_fill(ignored, 0)  # of logits it is 0 as it is
 
 
 def lift_for(factor: Tensor) -> Tensor:
@@ -151,7 +200,9 @@ def prepared(
     if labels is not None:
         ignored = labels == p.ignore_index
         # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
-        student, *others = (x.masked_fill(ignored[..., None], 0) for x in (student, *others))
+        student = student.masked_fill(ignored[..., None], 0)
+        fill = float(p.teacher_is == "probabilities")
+        others = [x.masked_fill(ignored[..., None], fill) for x in others]
     return student, others, divisor
 
 
@@ -180,7 +231,8 @@ def soft_target_loss(
     factor = of_rows(by.weight) / divisor
     lift = lift_for(factor)
     # Divided before they are added up, because only the mean may be representable.
-    rows = divergence_rows(student, teachers, lift, p, by) * (factor / lift / LOGIT_SCALE)
+    ignored = None if labels is None else labels == p.ignore_index
+    rows = divergence_rows(student, teachers, ignored, lift, p, by) * (factor / lift / LOGIT_SCALE)
     return rows if p.reduction == "none" else rows.sum()
 
 
@@ -200,7 +252,8 @@ def teacher_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the teachers that want one, for kernels that leave them to torch.
 
-    With slopes r and `p_m` one teacher's probabilities it is `w_m/T_t p_m (r - sum(p_m r))`.
+    With slopes r and `p_m` one teacher's probabilities it is `w_m/T_t p_m (r - sum(p_m r))`. Of
+    probabilities that are used as they are it is r, and of their logarithms `p r`.
     """
     wanting = list(zip(teachers, wanted, strict=True))
     if p.soft_weight == 0 or not any(wanted):
@@ -212,7 +265,11 @@ def teacher_gradients(
         factor = factor.masked_fill((labels == p.ignore_index)[..., None], 0)
     sides = compared(student, logits, p, by)
     factor = factor / sides.unit
-    gradients = DIVERGENCES[p.divergence].to_teachers(sides)
+    divergence = DIVERGENCES[p.divergence]
+    if sides.normalized:
+        gradients = divergence.to_teachers(sides)
+    else:
+        gradients = [divergence.to_stated(sides, p.teacher_is)]
     return [
         _padded((factor * gradient).movedim(-1, p.dim).to(teacher.dtype), teacher, p.dim)
         if want

@@ -53,7 +53,8 @@ TRAINING = "tests/test_train_step.py"
 FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or divergence or mask or normalizer or "
-    "row_weight or num_classes or inplace or temperature or extreme or metrics",
+    "row_weight or num_classes or inplace or temperature or probabilities or extreme or "
+    "metrics",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }

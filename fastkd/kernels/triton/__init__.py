@@ -4,7 +4,15 @@ import functools
 import importlib
 import os
 
-from fastkd.facts import NO_TEMPERATURES, OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import (
+    NO_PROBABILITIES,
+    NO_TEMPERATURES,
+    OBSTACLES,
+    ON_GPUS,
+    USE_REFERENCE,
+    Facts,
+    Refusal,
+)
 
 _DEVICES = frozenset({"cuda", "xpu"})
 
@@ -24,6 +32,8 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
+    if facts.teacher_is != "logits":
+        return Refusal(f"fastkd has no Triton kernels for {NO_PROBABILITIES}", USE_REFERENCE)
     if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
         return Refusal(
             "fastkd has no Triton kernels for the reverse KL divergence from several teachers, "
