@@ -18,8 +18,8 @@ class Probabilities:
     mean, `Probabilities(w1 * p1 + w2 * p2)`, is their ensemble.
 
     A class of probability 0 is excluded: `0 * log 0` is 0, and the gradient that p receives there
-    is 0. A negative probability makes its row's loss and gradients NaN: looking for one would cost
-    a pass over p.
+    is 0. A negative probability makes its row's loss NaN, and the student's gradient of the row:
+    looking for one would cost a pass over p.
 
     Args:
         probabilities: p, of the student's logits' shape (but see `num_classes`) and device, in

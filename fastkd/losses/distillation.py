@@ -133,8 +133,7 @@ def distillation_loss(
             receives its gradient, that of T² included, if it requires one. It is floating, on the
             logits' device. Default: 4.0.
         teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
-            T² stays the student's. Probabilities have none, and refuse it. Default: None, the
-            student's.
+            T² stays the student's. Default: None, the student's.
         soft_weight: the weight of the soft term; 0 switches it off. Usual: 0.9 on CIFAR-100, 0.5
             on ImageNet. Default: 0.9.
         hard_weight: the weight of the cross-entropy; 0 switches it off. The weights are

@@ -58,8 +58,7 @@ def soft_target_loss(
             receives its gradient, that of T² included, if it requires one. It is floating, on the
             logits' device. Default: 1.0.
         teacher_temperature: the teacher's own T, of the same kinds; several teachers share it.
-            T² stays the student's. Probabilities have none, and refuse it. Default: None, the
-            student's.
+            T² stays the student's. Default: None, the student's.
         scale_t2: multiply by T², which keeps the gradient's size comparable across temperatures.
             Default: True.
         reduction: `"batchmean"` for the sum over the number of rows, `"sum"`, `"mean"` for the sum

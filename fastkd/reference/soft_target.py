@@ -200,9 +200,7 @@ def prepared(
     if labels is not None:
         ignored = labels == p.ignore_index
         # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
-        student = student.masked_fill(ignored[..., None], 0)
-        fill = float(p.teacher_is == "probabilities")
-        others = [x.masked_fill(ignored[..., None], fill) for x in others]
+        student, *others = (x.masked_fill(ignored[..., None], 0) for x in (student, *others))
     return student, others, divisor
 
 
