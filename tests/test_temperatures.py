@@ -210,6 +210,17 @@ def test_finite_masks(backend, heat, mask, classes):
         check_soft_target(student, teacher, backend, divergence="jsd", **one)
 
 
+@pytest.mark.parametrize("classes", [40, 1100])
+@pytest.mark.parametrize("keywords", [{}, {"divergence": "jsd"}], ids=str)
+def test_finite_masks_far_beyond_the_range(backend, keywords, classes):
+    """Also where they are scaled. Probabilities at such temperatures leave no gradient but one."""
+    student, teacher = logits(9, classes), logits(9, classes)
+    teacher[:, 3:9] = student[:, 5:7] = -3e38
+    for heat in ((1e5, 1e-4), (torch.full((9,), 1e5), torch.full((9,), 1e-4))):
+        temperatures = dict(zip(("temperature", "teacher_temperature"), heat, strict=True))
+        check_soft_target(student, teacher, backend, teachers=False, **temperatures, **keywords)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinite_rows(backend, kind):
     student, teacher = logits(9, 40), logits(9, 40)
