@@ -4,7 +4,7 @@ import functools
 import importlib
 import os
 
-from fastkd.facts import NO_TEMPERATURES, OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 _DEVICES = frozenset({"cuda", "xpu"})
 
@@ -24,14 +24,6 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
-    if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
-        return Refusal(
-            "fastkd has no Triton kernels for the reverse KL divergence from several teachers, "
-            "whose mean probabilities may underflow where their logarithm counts",
-            USE_REFERENCE,
-        )
-    if facts.temperatures:
-        return Refusal(f"fastkd has no Triton kernels for {NO_TEMPERATURES}", USE_REFERENCE)
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
     if facts.obstacle is not None:
