@@ -18,8 +18,6 @@ class Facts(NamedTuple):
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
-    divergence: str = "forward_kl"  # of losses on logits
-    temperatures: bool = False  # of these: one is a tensor, or the teacher has its own
     teacher_is: str = "logits"  # or probabilities, or log_probabilities
 
 
@@ -47,7 +45,6 @@ class Refusal:
 
 
 NO_PROBABILITIES = "a teacher that is given as probabilities or their logarithms"
-NO_TEMPERATURES = "temperatures that are tensors or differ between the sides"
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
 

@@ -181,8 +181,6 @@ def variants(name, dtype=torch.float32):
     calls = []
     if not probabilities.HAVE_KERNELS:
         others = [other for other in others if "teacher_is" not in other]
-    if not temperatures.HAVE_KERNELS:
-        others = [other for other in others if not temperatures.NAMES & {*other}]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
         of_rows = {*OF_ROWS, *temperatures.NAMES}

@@ -3,10 +3,6 @@
 import math
 
 import torch
-from conftest import BACKENDS
-
-# Whether every backend under test has kernels for them: Triton has none.
-HAVE_KERNELS = "triton" not in BACKENDS
 
 NAMES = {"temperature", "teacher_temperature"}
 KINDS = ["scalar", "rows", "rows and number", "number and rows", "numbers", "rows and rows"]

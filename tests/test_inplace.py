@@ -82,7 +82,6 @@ def test_other_divergences(backend, keywords, classes):
     assert_same(soft_target(teacher, backend, **keywords), student)
 
 
-@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="Triton has no kernels for them")
 @pytest.mark.parametrize("kind", temperatures.KINDS)
 @pytest.mark.parametrize("classes", [40, 3000])
 def test_temperatures(backend, kind, classes):

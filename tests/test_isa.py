@@ -123,7 +123,6 @@ def test_divergences(isa, dtype, keywords):
         check_soft_target(*columns, "native", temperature=2.0, dim=0, **keywords)
 
 
-@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="Triton's kernels have one number alone")
 @pytest.mark.parametrize("keywords", [{}, *FEW], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_temperatures(isa, dtype, keywords):

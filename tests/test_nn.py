@@ -6,7 +6,6 @@ import io
 import pickle
 
 import pytest
-import temperatures
 import torch
 import torch.nn.functional as F
 from calls import MODULES, keyword_defaults, sample
@@ -67,7 +66,6 @@ def test_the_numbers_are_the_function_s(backend, module, with_keywords):
     assert torch.equal(module(**keywords)(*inputs), function(*inputs, **keywords))
 
 
-@pytest.mark.skipif(not temperatures.HAVE_KERNELS, reason="Triton's kernels have one number alone")
 def test_a_module_learns_its_temperature(backend):
     """A parameter is the module's; a temperature of a call takes its place."""
     heat = torch.nn.Parameter(torch.tensor(4.0))

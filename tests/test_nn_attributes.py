@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-import temperatures
 import torch
 from calls import MODULES, keyword_defaults, sample
 
@@ -58,11 +57,7 @@ VALUES = {
     (nn.FSPLoss, "pair_weights"): ([-1.5], [float("nan")]),
 }
 BACKENDS = {(module, "backend"): ("reference", "cuda") for module in LOSSES}
-CASES = [
-    (*key, *values)
-    for key, values in (VALUES | BACKENDS).items()
-    if temperatures.HAVE_KERNELS or key[1] != "teacher_temperature"
-]
+CASES = [(*key, *values) for key, values in (VALUES | BACKENDS).items()]
 EACH = pytest.mark.parametrize(("module", "name", "value", "wrong"), CASES)
 
 

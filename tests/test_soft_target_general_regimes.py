@@ -7,14 +7,11 @@ import pytest
 import torch
 from agreement import check_distillation, check_soft_target, edge_labels
 from divergences import FEW, sides
-from temperatures import HAVE_KERNELS, of_kind
+from temperatures import of_kind
 
 import fastkd
 
-pytestmark = [
-    pytest.mark.gpu_sizes,
-    pytest.mark.skipif(not HAVE_KERNELS, reason="Triton's kernels have one number alone"),
-]
+pytestmark = pytest.mark.gpu_sizes
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SIDES = [(F32, F32), (BF16, BF16), (F32, BF16), (F16, F32), (F64, F32)]

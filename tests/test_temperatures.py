@@ -15,14 +15,10 @@ from agreement import (
     some_labels,
 )
 from divergences import DIVERGENCES, FEW, name_of, sides
-from temperatures import BAD, HAVE_KERNELS, KINDS, of_kind
+from temperatures import BAD, KINDS, of_kind
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastkd
-from fastkd.facts import Facts
-from fastkd.kernels import triton
-
-pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="Triton's kernels have one number alone")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_divergence = pytest.mark.parametrize("keywords", [{}, *DIVERGENCES], ids=name_of)
@@ -302,11 +298,6 @@ def test_errors(name, value, error, words):
         fastkd.soft_target_loss(x, x, **{name: value})
     with pytest.raises(error, match=words):
         fastkd.distillation_loss(x, x, torch.tensor([0, 1, 2]), **{name: value})
-
-
-def test_triton_refuses():
-    facts = Facts("soft_target_loss", "cuda:0", (torch.float32,) * 2, None, temperatures=True)
-    assert "temperatures that are tensors or differ between the sides" in str(triton.refuse(facts))
 
 
 def test_empty_batch(backend):

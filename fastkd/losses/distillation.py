@@ -236,12 +236,12 @@ def distillation_loss(
         labels = rows.skipping(labels, row_weight, ignore_index)
     logits.check_last_dim(student_logits, dim, labels)
     tensors = student_logits, *teachers
-    number, of_teacher, heat, are_own = temperatures.check(
+    number, of_teacher, heat = temperatures.check(
         tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
     )
     in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others, divergence, are_own, teacher_is)
+    chosen = select("distillation_loss", tensors, backend, others, teacher_is)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         classes = student_logits.shape[axis] if num_classes is None else num_classes

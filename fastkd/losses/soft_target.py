@@ -146,12 +146,12 @@ def soft_target_loss(
     if row_weight is not None and not row_weight.requires_grad:
         marks = rows.skipping(marks, row_weight, rows.MASKED)
     tensors = student_logits, *teachers
-    number, of_teacher, heat, are_own = temperatures.check(
+    number, of_teacher, heat = temperatures.check(
         tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
     )
     in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others, divergence, are_own, teacher_is)
+    chosen = select("soft_target_loss", tensors, backend, others, teacher_is)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,

@@ -18,17 +18,16 @@ def check(
     scale_t2: bool,
     labels: Tensor | None,
     ignore_index: int,
-) -> tuple[float, float, tuple[Tensor, ...], bool]:
+) -> tuple[float, float, tuple[Tensor, ...]]:
     """The temperatures for `sides`, student first, whose rows count but for the ignored labels.
 
-    The student's number and the teacher's; tensors in their place, if any; and whether these are
-    there or the numbers may differ. Where there are tensors both numbers are 1. The tensors are the
-    student's, the teacher's, and those whose squares multiply the divergence: each of the rows'
-    shape, in the precision of the loss.
+    The student's number and the teacher's; and tensors in their place, if any. Where there are
+    tensors both numbers are 1. The tensors are the student's, the teacher's, and those whose
+    squares multiply the divergence: each of the rows' shape, in the precision of the loss.
     """
     if teacher_temperature is None and not isinstance(temperature, Tensor):
         number = checks.number("temperature", temperature, above=0)
-        return number, number, (), False
+        return number, number, ()
     counts = None if labels is None else labels != ignore_index
     student = _check_one("temperature", temperature, sides[0], dim, counts)
     if teacher_temperature is None:
@@ -36,7 +35,7 @@ def check(
     else:
         teacher = _check_one("teacher_temperature", teacher_temperature, sides[0], dim, counts)
     if not isinstance(student, Tensor) and not isinstance(teacher, Tensor):
-        return student, teacher, (), True
+        return student, teacher, ()
     of_student = _of_rows(student, sides, dim)
     # Views, because compiled code takes no tensor twice for an autograd function.
     if teacher is student:
@@ -44,7 +43,7 @@ def check(
     else:
         of_teacher = _of_rows(teacher, sides, dim)
     root = of_student.view_as(of_student) if scale_t2 else _of_rows(1.0, sides, dim)
-    return 1.0, 1.0, (of_student, of_teacher, root), True
+    return 1.0, 1.0, (of_student, of_teacher, root)
 
 
 def _check_one(

@@ -6,7 +6,6 @@ import os
 
 from fastkd.facts import (
     NO_PROBABILITIES,
-    NO_TEMPERATURES,
     OBSTACLES,
     ON_GPUS,
     USE_REFERENCE,
@@ -34,14 +33,6 @@ def refuse(facts: Facts) -> Refusal | None:
         )
     if facts.teacher_is != "logits":
         return Refusal(f"fastkd has no Triton kernels for {NO_PROBABILITIES}", USE_REFERENCE)
-    if facts.divergence == "reverse_kl" and len(facts.dtypes) > 2:
-        return Refusal(
-            "fastkd has no Triton kernels for the reverse KL divergence from several teachers, "
-            "whose mean probabilities may underflow where their logarithm counts",
-            USE_REFERENCE,
-        )
-    if facts.temperatures:
-        return Refusal(f"fastkd has no Triton kernels for {NO_TEMPERATURES}", USE_REFERENCE)
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
     if facts.obstacle is not None:

@@ -4,17 +4,16 @@ The overlap takes probabilities, and so the row once more, backwards: what was r
 be in the cache.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.triton.divergence import INFINITY, LN_2, LOGIT_SCALE, SCALE, terms
+from fastkd.kernels.triton.divergence import INFINITY, LN_2, SCALE, terms
 from fastkd.kernels.triton.rows import WHOLE, load, locate, tile_of_rows
 from fastkd.kernels.triton.rows import plan as plan_rows
 from fastkd.kernels.triton.softmax import exponentials, shift
+from fastkd.kernels.triton.temperatures import rate_of
 from fastkd.kernels.triton.tiles import COMPUTE, launch
 from fastkd.parameters import Metrics
 
@@ -176,14 +175,8 @@ def distillation_metrics(
         plan.programs,
         student,
         *(student, teacher, mask, values, argmax, p.temperature, p.teacher_temperature),
-        *(_rate(p.temperature), _rate(p.teacher_temperature)),
+        *(rate_of(p.temperature), rate_of(p.teacher_temperature)),
         *(plan.rows, plan.units, plan.sizes, plan.row_strides, plan.class_strides),
         COMPUTE=COMPUTE[values.dtype],
         **{**plan.tile, "CLASSES": min(plan.tile["CLASSES"], _MOST_CLASSES)},
     )
-
-
-def _rate(temperature: float) -> float:
-    # Where all logits count the same, or the largest alone, 0 or infinity would make NaN.
-    limits = torch.finfo(torch.float32)
-    return min(max(1 / math.log(2) / temperature / LOGIT_SCALE, limits.tiny), limits.max)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd.kernels.triton.divergence import LOGIT_SCALE, SCALE
 from fastkd.kernels.triton.hint import add_up
 from fastkd.kernels.triton.rows import Plan
+from fastkd.kernels.triton.temperatures import rate_of
 from fastkd.kernels.triton.tiles import COMPUTE, TILE, launch
 from fastkd.parameters import SoftTarget
 
@@ -113,11 +114,9 @@ def arguments(plan: Plan, labels: Tensor | None, p: SoftTarget) -> tuple[Any, ..
     divisor = size_of_row(plan, p)
     if labels is None and p.reduction in BY_ROWS:
         divisor *= max(plan.rows, 1)
-    limits = torch.finfo(torch.float32)
     return (
         p.ignore_index,
-        # Where all logits count the same, or the largest alone, 0 or infinity would make NaN.
-        min(max(1 / math.log(2) / p.temperature / LOGIT_SCALE, limits.tiny), limits.max),
+        rate_of(p.temperature),
         p.soft_weight / p.temperature / divisor,
         p.hard_weight / divisor if labels is not None else 0.0,
         p.label_smoothing,
@@ -141,12 +140,17 @@ def mean_of_teachers(weights: Sequence[float], rate: float) -> tuple[Any, ...] |
 
 
 def constants(
-    plan: Plan, labels: Tensor | None, dtype: torch.dtype, p: SoftTarget
+    plan: Plan,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    dtype: torch.dtype,
+    p: SoftTarget,
 ) -> dict[str, Any]:
     """What kernels are compiled for."""
+    is_at_1 = not temperatures and p.temperature == 1
     return {
         "COMPUTE": COMPUTE[dtype],
-        "HAS_HARD": labels is not None and p.labels_are_classes and p.temperature != 1,
+        "HAS_HARD": labels is not None and p.labels_are_classes and not is_at_1,
         "DIVERGENCE": p.divergence,
         **plan.tile,
     }

@@ -40,7 +40,8 @@ from fastkd.kernels.triton.soft_target_rows import (
     terms_in_blocks,
     terms_of_rows,
 )
-from fastkd.kernels.triton.softmax import between, exponentials, locate_all, shift, whole
+from fastkd.kernels.triton.softmax import between, exponentials, locate_all, mean_of, shift, whole
+from fastkd.kernels.triton.temperatures import operand, temperatures_of
 from fastkd.kernels.triton.tiles import launch
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
@@ -58,6 +59,7 @@ def logits_forward(
     teachers,
     gradient,  # or None
     labels,  # one a row, or None
+    temperatures,  # of rows, a number of the teacher's, or nothing
     losses,  # one a row, or None
     parts,  # of these, or None
     statistics,  # of rows with one teacher, or None
@@ -103,12 +105,14 @@ def logits_forward(
     classes = units * UNIT
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)
     column = tl.arange(0, CLASSES)[None, :]
-    rate, soft = tl.full([1, 1], rate, COMPUTE), tl.full([1, 1], soft, COMPUTE)
     hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
-    # Makes log₂(p / q), scaled, of what is between the sides.
-    unit = tl.full([1, 1], mean[2], COMPUTE) if SEVERAL else rate * SCALE
     labelled = look_up(labels, row, is_row, ignore_index, classes)
     label, counts, is_class = labelled
+    rates, soft, root = temperatures_of(rate, soft, temperatures, row, counts, COMPUTE)
+    if SEVERAL:
+        mean = mean_of(mean, rates[0], root)
+    # Makes log₂(p / q), scaled, of what is between the sides.
+    unit = mean[2] if SEVERAL else rates[0] * SCALE
     lives = counts & ((soft != 0) | (hard != 0))
     s_at = student + locate(inner, outer, sizes, row_strides[0], UNIT)
     t_ats = locate_all(teachers, inner, outer, sizes, row_strides, UNIT)
@@ -118,36 +122,36 @@ def logits_forward(
         logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
     if WHOLE:
         s, s_max, t_max, et, y, t_excluded = whole(
-            s_at, t_ats, column, class_strides, counts & (column < classes), mean, rate
+            s_at, t_ats, column, class_strides, counts & (column < classes), mean, rates, DIVERGENCE
         )
         pivot = shift(s_max)
-        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
-        apart = between(et, y, x, rate, mean)
+        x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
+        apart = between(et, y, x, rates, mean, DIVERGENCE)
         difference = divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         s_sum, t_sum, hard_sum, pivoted = es, et, eh, tl.where(column < classes, x, 0)
     else:
         pivot, s_max, s_sum, hard_sum, pivoted, t_max, weights, t_sum, difference = first_pass(
-            *(s_at, t_ats, class_strides, counts, column, classes, mean, rate),
+            *(s_at, t_ats, class_strides, counts, column, classes, mean, rates),
             *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE),
         )
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
     hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if HAS_HARD else s_sum
-    outputs = losses, parts, sums, rows, row, is_row, counts
+    outputs = losses, parts, sums, rows, row, is_row, counts, root
     kl, ce = tl.zeros_like(s_sum), tl.zeros_like(s_sum)
     shares = tl.full([1, 1], beta, COMPUTE), tl.full([1, 1], 1 - beta, COMPUTE)
+    one = tl.full([1, 1], 1, COMPUTE)  # the sum of the probabilities of several teachers
     outcome = kl  # what the gradient takes: the loss, or Σψ of a divergence of probabilities
     if NORMALIZES:
-        # Probabilities need no sum.
-        t_sum = tl.full([1, 1], 1, COMPUTE) if SEVERAL else tl.sum(t_sum, 1, keep_dims=True)
+        t_sum = one if SEVERAL else tl.sum(t_sum, 1, keep_dims=True)
         if WHOLE:
             kl, outcome = terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE)
         else:
             kl, outcome = terms_in_blocks(
                 *(s_at, t_ats, class_strides, counts, column, classes, s_max, t_max),
-                *(weights, s_sum, t_sum, rate, shares, DIVERGENCE),
+                *(weights, s_sum, t_sum, rates, shares, DIVERGENCE),
             )
     elif not AT_ONCE:
-        t_sum = tl.sum(t_sum, 1, keep_dims=True)
+        t_sum = one if SEVERAL and DIVERGENCE == "reverse_kl" else tl.sum(t_sum, 1, keep_dims=True)
         kl = divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE)
         outcome = kl / SCALE
     if labels is not None:
@@ -166,8 +170,7 @@ def logits_forward(
         if grad_output is not None:
             at = grad_output + locate(inner, outer, sizes, upstream_strides, 1)
             by *= tl.load(at, mask=lives, other=0).to(COMPUTE)
-        # Probabilities need no sum.
-        t_sum = tl.full([1, 1], 1, COMPUTE) if SEVERAL else t_sum
+        t_sum = one if SEVERAL else t_sum
         of = factors(
             *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, outcome),
             *(unit, shares, HAS_HARD, DIVERGENCE),
@@ -181,7 +184,7 @@ def logits_forward(
             seen = counts if SEVERAL else lives
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
-                *(weights, rate, mean, g_at, label, is_row, lives, of),
+                *(weights, rates, mean, g_at, label, is_row, lives, of),
                 *(HAS_HARD, DIVERGENCE),
             )
     if AT_ONCE:
@@ -227,7 +230,8 @@ def soft_target_forward(
         logits_forward,
         plan.programs,
         student,
-        *(student, tuple(teachers), gradient, labels, *of_rows, statistics, sums, kept),
+        *(student, tuple(teachers), gradient, labels, operand(temperatures, p)),
+        *(*of_rows, statistics, sums, kept),
         *(grad_output, in_place, mean_of_teachers(p.weights, rate)),
         *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta),
         *(ignore_index, rate, *others),
@@ -236,7 +240,7 @@ def soft_target_forward(
         WHOLE=whole,
         NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
-        **constants(plan, labels, dtype, p),
+        **constants(plan, labels, temperatures, dtype, p),
     )
     if sums is not None and loss is not None:
         reduce(plan, sums, loss, parts, None if statistics is None else statistics[-1:], p)
@@ -261,7 +265,9 @@ def soft_target_backward(
     """
     if statistics is None:
         outputs = None, None, None, to_student
-        return soft_target_forward(student, teachers, labels, *outputs, p, grad_output, in_place)
+        return soft_target_forward(
+            student, teachers, labels, *outputs, p, grad_output, in_place, temperatures
+        )
     (teacher,) = teachers
     to = [
         student if to_student is None else to_student,
@@ -277,11 +283,11 @@ def soft_target_backward(
         logits_backward,
         plan.programs,
         student,
-        *(grad_output, in_place, student, teacher, to_student, to_teacher, labels),
-        *(statistics, kept),
+        *(grad_output, in_place, student, teacher, to_student, to_teacher, to_temperatures),
+        *(labels, operand(temperatures, p), statistics, kept),
         *arguments(plan, labels, p),
         plan.upstream_strides,
-        **constants(plan, labels, statistics.dtype, p),
+        **constants(plan, labels, temperatures, statistics.dtype, p),
     )
 
 

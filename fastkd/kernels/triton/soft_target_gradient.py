@@ -7,6 +7,7 @@ from fastkd.kernels.triton import divergence
 from fastkd.kernels.triton.divergence import INFINITY, LN_2, SCALE
 from fastkd.kernels.triton.rows import load, locate, look_up, store, tile_of_rows
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, target
+from fastkd.kernels.triton.temperatures import product, store_gradients, temperatures_of
 
 # Statistics of a row, in the order in which all backends have them.
 STATISTICS = tl.constexpr(7)
@@ -69,7 +70,7 @@ def last_pass(
     s_max,
     maxima,
     shares,
-    rate,
+    rates,
     mean,
     g_at,  # or None
     label,
@@ -80,15 +81,16 @@ def last_pass(
     DIVERGENCE: tl.constexpr,
 ):
     """The gradient of rows of any length; of several teachers the target's sum and the terms."""
-    mass = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
+    mass = tl.zeros([s_at.shape[0], column.shape[1]], rates[0].dtype)
     difference = mass
     # Backwards: what was read last may still be in the cache.
     for block in range(tl.cdiv(classes, column.shape[1]) - 1, -1, -1):
         k = block * column.shape[1] + column
-        s = load(s_at, k, strides[0], seen & (k < classes), rate.dtype)
-        et, y, t_excluded = target(t_ats, k, strides, seen & (k < classes), maxima, shares, rate)
-        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
-        apart = between(et, y, x, rate, mean)
+        mask = seen & (k < classes)
+        s = load(s_at, k, strides[0], mask, rates[0].dtype)
+        et, y, t_excluded = target(t_ats, k, strides, mask, maxima, shares, rates, mean, DIVERGENCE)
+        x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
+        apart = between(et, y, x, rates, mean, DIVERGENCE)
         if len(t_ats) > 1:
             mass += et
             difference += divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
@@ -109,7 +111,9 @@ def logits_backward(
     teacher,
     to_student,  # or None
     to_teacher,  # or None
+    to_temperatures,  # of one kind after another, or None
     labels,  # one a row, or None
+    temperatures,  # of rows, a number of the teacher's, or nothing
     statistics,
     kept,  # the number by which the gradients are divided, or None
     ignore_index,
@@ -140,9 +144,9 @@ def logits_backward(
     classes = units * UNIT
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)
     column = tl.arange(0, CLASSES)[None, :]
-    rate, soft = tl.full([1, 1], rate, COMPUTE), tl.full([1, 1], soft, COMPUTE)
-    hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
     label, counts, is_class = look_up(labels, row, is_row, ignore_index, classes)
+    rates, soft, _ = temperatures_of(rate, soft, temperatures, row, counts, COMPUTE)
+    hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
     lives = counts & ((soft != 0) | (hard != 0))
     s_at = student + locate(inner, outer, sizes, row_strides[0], UNIT)
     t_ats = locate_all((teacher,), inner, outer, sizes, row_strides, UNIT)
@@ -158,27 +162,44 @@ def logits_backward(
     by = tl.load(at, mask=lives, other=0).to(COMPUTE)
     if kept is not None:
         by /= tl.maximum(tl.load(kept), 1)
-    unit = rate * SCALE
+    unit = rates[0] * SCALE
     of = factors(
         *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl / SCALE),
         *(unit, None, HAS_HARD, DIVERGENCE),
     )
+    # The sums that the temperatures' gradients take.
+    by_student = tl.zeros([ROWS, CLASSES], COMPUTE)
+    by_teacher = by_student
     for first in range(0, classes, CLASSES):
         k = first + column
         mask = is_row & (k < classes)
         s = load(s_at, k, class_strides[0], lives & mask, COMPUTE)
-        et, y, excluded = target(t_ats, k, class_strides, lives & mask, (t_max,), (), rate)
-        x, es, eh = exponentials(s, s_max, rate, HAS_HARD)
+        et, y, excluded = target(
+            *(t_ats, k, class_strides, lives & mask, (t_max,), (), rates, None, DIVERGENCE)
+        )
+        x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
+        apart = between(et, y, x, rates, None, DIVERGENCE)
         if to_student is not None:
-            g = student_gradient(es, et, eh, y - x, k, label, of, HAS_HARD, DIVERGENCE)
+            g = student_gradient(es, et, eh, apart, k, label, of, HAS_HARD, DIVERGENCE)
             g_at = to_student + locate(inner, outer, sizes, row_strides[1], UNIT)
             store(g_at, k, class_strides[1], mask, tl.where(lives, g, 0))
-        if to_teacher is not None:
-            surplus = ((y - x) * unit + tl.log2(s_sum / t_sum) * SCALE) * LN_2 - kl
-            of_student, of_teacher = soft * by / s_sum, soft * by / t_sum
+        if to_temperatures is not None:
+            g = es * of[0] + divergence.with_teacher(es, et, apart, of[1], DIVERGENCE)
+            by_student += product(g, x)
+        if to_teacher is not None or to_temperatures is not None:
+            surplus = (apart * unit + tl.log2(s_sum / t_sum) * SCALE) * LN_2 - kl
+            weight = soft * by if rates[2] is None else soft * by * rates[2]
             g = divergence.to_teacher(
-                *(es, et, of_student, of_teacher, surplus, excluded, DIVERGENCE)
+                *(es, et, weight / s_sum, weight / t_sum, surplus, excluded, DIVERGENCE)
             )
-            g_at = to_teacher + locate(inner, outer, sizes, row_strides[3], UNIT)
-            g = tl.where((soft == 0) | ~lives, 0, g)
-            store(g_at, k, class_strides[3], mask, g)
+            if to_temperatures is not None:
+                by_teacher += product(g, y)
+            if to_teacher is not None:
+                g_at = to_teacher + locate(inner, outer, sizes, row_strides[3], UNIT)
+                g = tl.where((soft == 0) | ~lives, 0, g)
+                store(g_at, k, class_strides[3], mask, g)
+    if to_temperatures is not None:
+        store_gradients(
+            *(to_temperatures, rows, row, is_row, lives, temperatures, soft * by),
+            *(tl.sum(by_student, 1, keep_dims=True), tl.sum(by_teacher, 1, keep_dims=True), kl),
+        )

@@ -49,20 +49,20 @@ def terms_in_blocks(
     weights,
     s_sum,
     t_sum,
-    rate,
+    rates,
     shares,
     DIVERGENCE: tl.constexpr,
 ):
     """The same of rows of any length, whose sums are known."""
-    phi = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
+    phi = tl.zeros([s_at.shape[0], column.shape[1]], rates[0].dtype)
     psi = phi
     # Backwards: what was read last may still be in the cache.
     for block in range(tl.cdiv(classes, column.shape[1]) - 1, -1, -1):
         k = block * column.shape[1] + column
         mask = counts & (k < classes)
-        s = load(s_at, k, strides[0], mask, rate.dtype)
-        et, _, _ = target(t_ats, k, strides, mask, maxima, weights, rate)
-        _, es, _ = exponentials(s, s_max, rate)
+        s = load(s_at, k, strides[0], mask, rates[0].dtype)
+        et, _, _ = target(t_ats, k, strides, mask, maxima, weights, rates, None, DIVERGENCE)
+        _, es, _ = exponentials(s, s_max, rates[0])
         found = probability_terms(et * (1 / t_sum), es * (1 / s_sum), shares, DIVERGENCE)
         phi += found[0]
         psi += found[1]
@@ -94,12 +94,14 @@ def cross_entropy(
 
 @triton.jit
 def store_losses(
-    losses, parts, sums, rows, row, is_row, counts, kl, ce, soft_weight, hard_weight, t2
+    losses, parts, sums, rows, row, is_row, counts, root, kl, ce, soft_weight, hard_weight, t2
 ):
     """The losses of rows, and their parts where they are wanted: all of one, then of the other.
 
-    Or the sums of a program's rows.
+    Or the sums of a program's rows. `root` is what the divergences of rows are multiplied by twice.
     """
+    if root is not None:
+        kl = kl * root * root
     if losses is not None:
         loss = weighted(kl, tl.full((), soft_weight, kl.dtype))
         loss += weighted(ce, tl.full((), hard_weight, kl.dtype))
@@ -132,7 +134,7 @@ def first_pass(
     column,
     classes,
     mean,
-    rate,
+    rates,
     HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -144,10 +146,10 @@ def first_pass(
     That is maxima, shares, and what the divergence is made of: the target's sum and its terms. Of
     several teachers the latter take another pass, which AT_ONCE leaves to that of the gradient.
     """
-    pivot = shift(tl.load(s_at, mask=counts, other=0).to(rate.dtype))
+    pivot = shift(tl.load(s_at, mask=counts, other=0).to(rates[0].dtype))
     if len(t_ats) == 1:
         s_max, s_sum, hard_sum, pivoted, t_max, t_sum, difference = in_blocks(
-            *(s_at, t_ats[0], strides, counts, column, classes, pivot, rate),
+            *(s_at, t_ats[0], strides, counts, column, classes, pivot, rates),
             *(HAS_HARD, SMOOTHS, DIVERGENCE),
         )
         maxima, shares = (t_max,), ()
@@ -155,18 +157,18 @@ def first_pass(
         maxima, shares = (), ()  # type: ignore[assignment]
         for m in tl.static_range(len(t_ats)):
             t_max, t_sum, _, _ = normalisers(
-                t_ats[m], strides[2 + m], counts, column, classes, rate, rate
+                t_ats[m], strides[2 + m], counts, column, classes, rates[1], rates[1]
             )
             share = share_of(mean[0][m], tl.sum(t_sum, 1, keep_dims=True))
             maxima = maxima + (t_max,)  # type: ignore[assignment]  # noqa: RUF005
             shares = shares + (share,)  # type: ignore[assignment]  # noqa: RUF005
         s_max, s_sum, hard_sum, pivoted = normalisers(
-            s_at, strides[0], counts, column, classes, pivot, rate, HAS_HARD, SMOOTHS
+            s_at, strides[0], counts, column, classes, pivot, rates[0], HAS_HARD, SMOOTHS
         )
         t_sum, difference = s_sum, s_sum
         if not AT_ONCE and not NORMALIZES:
             t_sum, difference = last_pass(
-                *(s_at, t_ats, strides, counts, column, classes, s_max, maxima, shares, rate),
+                *(s_at, t_ats, strides, counts, column, classes, s_max, maxima, shares, rates),
                 *(mean, None, None, None, None, None, False, DIVERGENCE),
             )
     return pivot, s_max, s_sum, hard_sum, pivoted, maxima, shares, t_sum, difference

@@ -54,7 +54,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
     def forward(*args: Any) -> Callable[[], None]:
         return functools.partial(soft_target.soft_target_forward, student, teachers, *args)
 
-    # The others than forward KL, of which several teachers have no reverse KL.
+    # The others than forward KL.
     divergences = [
         Regime(
             name,
@@ -62,6 +62,24 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Narrow(0, 3),
         )
         for name in ("jsd", "tvd", "skew_kl", "skew_reverse_kl", "reverse_kl")
+    ]
+    # A number of the teacher's, and temperatures of rows, of which three are loaded.
+    own, of_rows_alone = hard._replace(teacher_temperature=2.0), _at_1(hard)
+    heat = [row] * 3
+    temperatures = [
+        Regime("own number", forward(labels, scalar, parts, None, gradient, own), Narrow(7, 3)),
+        *(
+            Regime(
+                f"temperatures, {name}",
+                forward(
+                    *(labels, scalar, parts, None, gradient),
+                    of_rows_alone._replace(divergence=name),
+                    *(None, False, heat),
+                ),
+                Narrow(10, 3),
+            )
+            for name in ("forward_kl", "reverse_kl", "jsd")
+        ),
     ]
 
     def backward(upstream: Tensor, *args: Any) -> Callable[[], None]:
@@ -84,7 +102,8 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Regime(
                 "backward by row", backward(row, None, None, gradient, None, by_row), Narrow(1, 0)
             ),
-            *divergences[:-1],
+            *divergences,
+            *temperatures,
         ]
     to_teacher = torch.empty_like(teachers[0])
     return [
@@ -118,7 +137,30 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             ),
             Narrow(9, 0),
         ),
+        *temperatures,
+        Regime(
+            "own number, backward",
+            backward(scalar, labels, statistics, gradient, to_teacher, own),
+            Narrow(9, 0),
+        ),
+        *(
+            Regime(
+                f"temperatures, {name} backward",
+                backward(
+                    *(scalar, labels, statistics, gradient, to_teacher),
+                    of_rows_alone._replace(divergence=name),
+                    *(False, heat, row.new_empty(3, *row.shape)),
+                ),
+                Narrow(12, 3),
+            )
+            for name in ("forward_kl", "reverse_kl")
+        ),
     ]
+
+
+def _at_1(p: SoftTarget) -> SoftTarget:
+    """With temperatures of rows in the place of its own."""
+    return p._replace(temperature=1.0, teacher_temperature=1.0, soft_weight=0.9)
 
 
 def _both(*shape: int, dtype: torch.dtype = float32) -> list[Tensor]:
@@ -129,6 +171,13 @@ _USES = {"hard", "soft", "loss only", "by row", "backward", "backward by row", "
 
 _DIVERGENCES = {"jsd", "tvd", "skew_kl", "skew_reverse_kl", "reverse_kl", "reverse_kl backward"}
 
+_OWN = {
+    "own number",
+    "own number, backward",
+    *(f"temperatures, {name}" for name in ("forward_kl", "reverse_kl", "jsd")),
+    *(f"temperatures, {name} backward" for name in ("forward_kl", "reverse_kl")),
+}
+
 _LOGITS_OF_3 = {
     (classes, dtype): [meta(512, classes, dtype=dtype)] * 3
     for classes in (10, 1000, 4096, 32000)
@@ -137,27 +186,46 @@ _LOGITS_OF_3 = {
 
 # A student and its teachers, the dimension of the classes, and the uses that are compiled.
 _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
-    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES),
+    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN),
     "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
         [meta(512, 1000, dtype=float16), meta(512, 1000)],
         1,
         {"hard"},
     ),
-    "4,096 classes": (_both(512, 4096), 1, {"hard", "soft"}),
+    "4,096 classes": (
+        _both(512, 4096),
+        1,
+        {"hard", "soft", "own number", "temperatures, forward_kl", "temperatures, jsd"},
+    ),
     "4,096 classes, bfloat16": (_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
     "32,000 classes": (_both(512, 32000), 1, {"hard", "loss only"}),
     "32,000 classes, bfloat16": (
         _both(512, 32000, dtype=bfloat16),
         1,
-        {"hard", "backward"} | _DIVERGENCES,
+        {"hard", "backward"} | _DIVERGENCES | _OWN,
     ),
-    "2,048 classes, float64": (_both(512, 2048, dtype=float64), 1, {"hard", "backward"}),
-    "5,000 classes, float64": (_both(512, 5000, dtype=float64), 1, {"hard"}),
-    "10 classes": (_both(512, 10), 1, {"hard", "backward"}),
+    "2,048 classes, float64": (
+        _both(512, 2048, dtype=float64),
+        1,
+        {"hard", "backward", "temperatures, forward_kl", "temperatures, forward_kl backward"},
+    ),
+    "5,000 classes, float64": (
+        _both(512, 5000, dtype=float64),
+        1,
+        {"hard", "temperatures, forward_kl"},
+    ),
+    "10 classes": (_both(512, 10), 1, {"hard", "backward"} | _OWN),
     "33 classes, bfloat16": (_both(512, 33, dtype=bfloat16), 1, {"hard"}),
     "50,257 classes, bfloat16": (_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
-    "rows side by side": ([MAPS, MAPS], 1, {"hard", "soft", "backward", "jsd"}),
+    "rows side by side": (
+        [MAPS, MAPS],
+        1,
+        {
+            *("hard", "soft", "backward", "jsd"),
+            *("temperatures, forward_kl", "temperatures, forward_kl backward"),
+        },
+    ),
     "rows side by side, bfloat16": (_both(8, 150, 65, 65, dtype=bfloat16), 1, {"hard"}),
     "rows side by side and apart": ([MAPS, channels_last(MAPS)], 1, {"hard"}),
     "far apart": (
@@ -168,7 +236,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "2 teachers, 1,000 classes": (
         _LOGITS_OF_3[1000, float32],
         1,
-        {"hard", "soft", "loss only", "by row", "backward", "backward by row"},
+        {"hard", "soft", "loss only", "by row", "backward", "backward by row", "reverse_kl"} | _OWN,
     ),
     "2 teachers, 1,000 classes, bfloat16": (_LOGITS_OF_3[1000, bfloat16], 1, {"soft", "backward"}),
     "3 teachers, 1,000 classes, of each dtype": (
@@ -176,18 +244,22 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
         1,
         {"hard"},
     ),
-    "2 teachers, 4,096 classes": (_LOGITS_OF_3[4096, float32], 1, {"hard"}),
+    "2 teachers, 4,096 classes": (
+        _LOGITS_OF_3[4096, float32],
+        1,
+        {"hard", "reverse_kl", "temperatures, forward_kl"},
+    ),
     "2 teachers, 4,096 classes, bfloat16": (_LOGITS_OF_3[4096, bfloat16], 1, {"hard"}),
     "2 teachers, 32,000 classes": (_LOGITS_OF_3[32000, float32], 1, {"backward", "jsd"}),
     "2 teachers, 32,000 classes, bfloat16": (
         _LOGITS_OF_3[32000, bfloat16],
         1,
-        {"hard", "loss only"},
+        {"hard", "loss only", "reverse_kl"} | _OWN,
     ),
     "2 teachers, 5,000 classes, float64": (
         [meta(512, 5000, dtype=float64)] * 2 + [meta(512, 5000)],
         1,
-        {"hard"},
+        {"hard", "reverse_kl"},
     ),
     "2 teachers, 10 classes": (_LOGITS_OF_3[10, float32], 1, {"hard"}),
     "2 teachers, rows side by side": ([MAPS, MAPS, channels_last(MAPS)], 1, {"hard"}),
