@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, keywords
 
 Statement = Callable[..., Tensor]
 
@@ -109,6 +109,8 @@ def refusal(name: str, workload: Workload, device: str) -> str | None:
         return f"{name} is for {', '.join(DIVERGENCES[name])}, not for {divergence_of(workload)}"
     if workload.half_masked and name == "liger":
         return "Liger-Kernel's KL divergence takes no mask"
+    if workload.family == keywords.FAMILY:
+        return "Liger-Kernel's divergences have no such keyword"
     if workload.keywords.get("dim", -1) != -1:
         return "Liger-Kernel takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):

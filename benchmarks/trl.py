@@ -10,7 +10,7 @@ from functools import cache
 from torch import Tensor
 
 from benchmarks.liger import divergence_of
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, keywords
 
 Statement = Callable[..., Tensor]
 # The divergences that it has, by its beta; that of "jsd" is the workload's own.
@@ -49,6 +49,8 @@ def refusal(workload: Workload) -> str | None:
         return f"trl is for soft_target_loss, not for {workload.loss}"
     if divergence_of(workload) not in _BETAS:
         return f"TRL has no {divergence_of(workload)}"
+    if workload.family == keywords.FAMILY:
+        return "TRL's divergence has no such keyword"
     if workload.keywords.get("dim", -1) != -1:
         return "TRL takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):

@@ -4,7 +4,16 @@ The eager statements compute in float32, also on bfloat16 inputs. That is what a
 these operations, and without it softmax and norms of bfloat16 are wrong in the second digit.
 """
 
-from benchmarks.workloads import attention, divergence, fsp, hint, rkd, similarity, soft_target
+from benchmarks.workloads import (
+    attention,
+    divergence,
+    fsp,
+    hint,
+    keywords,
+    rkd,
+    similarity,
+    soft_target,
+)
 from benchmarks.workloads.workload import Workload
 
 __all__ = ["WORKLOADS", "Workload"]
@@ -12,6 +21,7 @@ __all__ = ["WORKLOADS", "Workload"]
 WORKLOADS: tuple[Workload, ...] = (
     *soft_target.WORKLOADS,
     *divergence.WORKLOADS,
+    *keywords.WORKLOADS,
     *attention.WORKLOADS,
     *hint.WORKLOADS,
     *rkd.WORKLOADS,

@@ -70,7 +70,7 @@ class Workload:
     forward and backward, and where one sample stays on the chip between two reads. `devices` are
     those that it is measured on. A loss on relations needs `samples_least`, also in a smoke test.
     Of `half_masked` one half of the rows counts, drawn at random; the mask is an argument.
-    `prepare` changes inputs that were drawn, in place.
+    `prepare` changes inputs that were drawn, in place, and may add arguments.
     `parts` yields what adds up to the exact loss, where that in one piece has no room.
     """
 
