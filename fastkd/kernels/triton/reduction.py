@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.triton.divergence import LOGIT_SCALE, SCALE
+from fastkd.kernels.triton.divergence import LOGIT_SCALE, OF_PROBABILITIES, SCALE
 from fastkd.kernels.triton.hint import add_up
 from fastkd.kernels.triton.rows import Plan
 from fastkd.kernels.triton.temperatures import rate_of
@@ -139,6 +139,17 @@ def mean_of_teachers(weights: Sequence[float], rate: float) -> tuple[Any, ...] |
     return halves, power, 1 / power
 
 
+def tile_of(plan: Plan, dtype: torch.dtype, p: SoftTarget) -> dict[str, int]:
+    """A program's tile. Divergences of probabilities in float64 have 4 classes a thread at most.
+
+    The terms of 8 classes would take more registers than a thread has.
+    """
+    if dtype != torch.float64 or p.divergence not in OF_PROBABILITIES:
+        return plan.tile
+    warps = min(2 * plan.tile["num_warps"], 8)
+    return {**plan.tile, "CLASSES": min(plan.tile["CLASSES"], 128 * warps), "num_warps": warps}
+
+
 def constants(
     plan: Plan,
     labels: Tensor | None,
@@ -152,7 +163,7 @@ def constants(
         "COMPUTE": COMPUTE[dtype],
         "HAS_HARD": labels is not None and p.labels_are_classes and not is_at_1,
         "DIVERGENCE": p.divergence,
-        **plan.tile,
+        **tile_of(plan, dtype, p),
     }
 
 

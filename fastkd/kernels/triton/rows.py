@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkd.kernels.triton.tiles import TILE, power_of_2
 
@@ -83,6 +84,13 @@ def plan(
         upstream,
         {"UNIT": unit, "SIDE_BY_SIDE": side_by_side, **tile},
     )
+
+
+def upstream_of(grad_output: Tensor | None, student: Tensor) -> tuple[int, ...]:
+    """The strides of one number a row, or of one for all."""
+    if grad_output is None or grad_output.ndim == 0:
+        return (0,) * (student.ndim - 1)
+    return grad_output.stride()
 
 
 def _tile(classes: int, side_by_side: bool, dtype: torch.dtype) -> dict[str, int]:

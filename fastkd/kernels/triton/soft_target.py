@@ -22,8 +22,9 @@ from fastkd.kernels.triton.reduction import (
     count_kept,
     mean_of_teachers,
     reduce,
+    tile_of,
 )
-from fastkd.kernels.triton.rows import locate, look_up, store, tile_of_rows
+from fastkd.kernels.triton.rows import locate, look_up, store, tile_of_rows, upstream_of
 from fastkd.kernels.triton.rows import plan as plan_rows
 from fastkd.kernels.triton.soft_target_gradient import (
     factors,
@@ -213,7 +214,7 @@ def soft_target_forward(
     """
     dtype = compute_dtype(student, *teachers) if loss is None else loss.dtype
     logits = student, student if gradient is None else gradient, *teachers
-    strides, upstream = tuple([x.stride() for x in logits]), _upstream(grad_output, student)
+    strides, upstream = tuple([x.stride() for x in logits]), upstream_of(grad_output, student)
     plan = plan_rows(student.shape, strides, upstream, p.dim, dtype)
     labels = labels if labels is None else labels.contiguous()
     by_row = p.reduction == "none"
@@ -224,7 +225,7 @@ def soft_target_forward(
         kept = count_kept(labels, student.new_empty(1, dtype=dtype), p.ignore_index)
     ignore_index, rate, *others = arguments(plan, labels, p)
     of_rows = (loss, parts) if by_row else (None, None)
-    whole = student.shape[p.dim] <= plan.tile["CLASSES"]
+    whole = student.shape[p.dim] <= tile_of(plan, dtype, p)["CLASSES"]
     in_blocks = len(teachers) > 1 and not whole
     launch(
         logits_forward,
@@ -275,7 +276,7 @@ def soft_target_backward(
     ]
     strides = student.stride(), to[0].stride(), teacher.stride(), to[1].stride()
     plan = plan_rows(
-        student.shape, strides, _upstream(grad_output, student), p.dim, statistics.dtype
+        student.shape, strides, upstream_of(grad_output, student), p.dim, statistics.dtype
     )
     labels = labels if labels is None else labels.contiguous()
     kept = statistics[-1:] if labels is not None and p.reduction in BY_ROWS else None
@@ -289,10 +290,3 @@ def soft_target_backward(
         plan.upstream_strides,
         **constants(plan, labels, temperatures, statistics.dtype, p),
     )
-
-
-def _upstream(grad_output: Tensor | None, student: Tensor) -> tuple[int, ...]:
-    """Those of one number a row, or of one for all."""
-    if grad_output is None or grad_output.ndim == 0:
-        return (0,) * (student.ndim - 1)
-    return grad_output.stride()

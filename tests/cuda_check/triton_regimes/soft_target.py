@@ -151,7 +151,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
                     of_rows_alone._replace(divergence=name),
                     *(False, heat, row.new_empty(3, *row.shape)),
                 ),
-                Narrow(12, 3),
+                Narrow(15, 3),  # each temperature twice
             )
             for name in ("forward_kl", "reverse_kl")
         ),
@@ -208,12 +208,15 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "2,048 classes, float64": (
         _both(512, 2048, dtype=float64),
         1,
-        {"hard", "backward", "temperatures, forward_kl", "temperatures, forward_kl backward"},
+        {
+            *("hard", "backward", "temperatures, forward_kl", "temperatures, forward_kl backward"),
+            *("jsd", "temperatures, jsd"),
+        },
     ),
     "5,000 classes, float64": (
         _both(512, 5000, dtype=float64),
         1,
-        {"hard", "temperatures, forward_kl"},
+        {"hard", "jsd", "temperatures, forward_kl", "temperatures, jsd"},
     ),
     "10 classes": (_both(512, 10), 1, {"hard", "backward"} | _OWN),
     "33 classes, bfloat16": (_both(512, 33, dtype=bfloat16), 1, {"hard"}),
