@@ -79,3 +79,6 @@ def _register(kind: type, name: str) -> None:
 
 _register(Probabilities, "probabilities")
 _register(LogProbabilities, "log_probabilities")
+
+# What a loss uses as it is.
+STATED = (Probabilities, LogProbabilities)

@@ -54,6 +54,7 @@ _is_batched: Callable[[Tensor], bool] = getattr(
 _IS_NEW = torch.__version__ >= "2.13"  # compared as versions are
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_TENSORS_OR_NONE = _TENSORS | {type(None)}
 _NO_TENSORS = frozenset({float, int, bool, str, type(None)})
 
 
@@ -96,7 +97,7 @@ def _are_as_they_are(args: Sequence[Any]) -> bool:
             if arg.is_neg() or _is_zero(arg):
                 return False
         elif kind is list or kind is tuple:
-            if not _are_as_they_are(arg):
+            if arg and not _are_as_they_are(arg):
                 return False
         elif kind not in _NO_TENSORS:
             return False
@@ -119,7 +120,8 @@ def obstacle_to_kernels(tensors: Sequence[Tensor | None]) -> str | None:
         return TRACE
     if may_have_tangents() and any([has_tangent(t) for t in tensors]):
         return FORWARD_MODE
-    if not _TENSORS.issuperset(map(type, tensors)) and any([_is_dtensor(t) for t in tensors]):
+    are_known = _TENSORS_OR_NONE.issuperset(map(type, tensors))
+    if not are_known and any([_is_dtensor(t) for t in tensors]):
         _check_all_are_dtensors(tensors)
         _check_torch_splits_losses()
         return DTENSOR

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import STATED, LogProbabilities, Probabilities
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
@@ -213,7 +213,11 @@ def distillation_loss(
     section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
     other divergences.
     """
-    teacher, teacher_is, teacher_temperature = logits.given_as(teacher_logits, teacher_temperature)
+    teacher, teacher_is = teacher_logits, "logits"
+    if isinstance(teacher, STATED):
+        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
+            teacher, teacher_temperature
+        )
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes
     )
@@ -239,7 +243,9 @@ def distillation_loss(
     number, of_teacher, heat = temperatures.check(
         tensors, axis, temperature, teacher_temperature, True, labels, ignore_index
     )
-    in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
+    in_place = inplace is not False and check_inplace(
+        inplace, student_logits, teachers, heat, reduction, row_weight
+    )
     others = labels, row_weight, *heat
     chosen = select("distillation_loss", tensors, backend, others, teacher_is)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import STATED, LogProbabilities, Probabilities
 from fastkd.losses import checks, rows
 from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
@@ -30,14 +30,14 @@ _INTEGERS = (
 )
 
 
-def given_as(teacher: Any, teacher_temperature: Any) -> tuple[Any, str, Any]:
-    """The teacher's tensors, what their numbers are, and the teacher's temperature."""
+def stated_teacher(
+    teacher: Probabilities | LogProbabilities, teacher_temperature: Any
+) -> tuple[Tensor, str, float]:
+    """The tensor of a teacher, what its numbers are, and their temperature."""
     if isinstance(teacher, Probabilities):
         tensor, teacher_is = teacher.probabilities, "probabilities"
-    elif isinstance(teacher, LogProbabilities):
-        tensor, teacher_is = teacher.log_probabilities, "log_probabilities"
     else:
-        return teacher, "logits", teacher_temperature
+        tensor, teacher_is = teacher.log_probabilities, "log_probabilities"
     name = type(teacher).__name__
     if teacher_temperature is not None:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_logits(
     dim = checks.dimension("dim", dim, student.ndim)
     for i, one in enumerate(teachers):
         name = f"teacher_logits[{i}]" if is_ensemble else "teacher_logits"
-        if isinstance(one, (Probabilities, LogProbabilities)):
+        if isinstance(one, STATED):
             raise TypeError(
                 f"{name} must be a tensor of logits, got {type(one).__name__}: of an ensemble of "
                 "probabilities pass the mean, Probabilities(w1 * p1 + w2 * p2)"

@@ -30,6 +30,8 @@ def run(
 
     if p.backend == "reference" and not in_place:
         return by_reference(student)
+    if reduce.scalar is None and reduce.row_weight is None and not in_place:
+        return soft_target(student, teachers, labels, p, temperatures, with_parts)
     factor = reduce.factor(compute_dtype(student, *teachers))
     inputs = student, teachers, labels, p, temperatures, with_parts, factor
     if in_place:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import STATED, LogProbabilities, Probabilities
 from fastkd.losses import checks, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
@@ -130,7 +130,11 @@ def soft_target_loss(
     "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
-    teacher, teacher_is, teacher_temperature = logits.given_as(teacher_logits, teacher_temperature)
+    teacher, teacher_is = teacher_logits, "logits"
+    if isinstance(teacher, STATED):
+        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
+            teacher, teacher_temperature
+        )
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes
     )
@@ -149,7 +153,9 @@ def soft_target_loss(
     number, of_teacher, heat = temperatures.check(
         tensors, axis, temperature, teacher_temperature, scale_t2, marks, rows.MASKED
     )
-    in_place = check_inplace(inplace, student_logits, teachers, heat, reduction, row_weight)
+    in_place = inplace is not False and check_inplace(
+        inplace, student_logits, teachers, heat, reduction, row_weight
+    )
     others = marks, row_weight, *heat
     chosen = select("soft_target_loss", tensors, backend, others, teacher_is)
     parameters = SoftTarget(

@@ -95,7 +95,8 @@ class SoftTargetLoss(Fused):
         else:
             ctx.save_for_backward(*savable(gradient, student, labels, statistics, factor, *others))
         ctx.parameters, ctx.with_gradient = p, with_gradient
-        loss = weighted(loss, factor)
+        if factor is not None:
+            loss = weighted(loss, factor)
         if not with_parts:
             return loss
         ctx.mark_non_differentiable(parts)
@@ -217,5 +218,6 @@ def soft_target(
     else:
         inputs = student, teachers, labels, temperatures
         loss, parts, *_ = forward(*inputs, None, with_parts, False, False, p)
-        loss = weighted(loss, factor)
+        if factor is not None:
+            loss = weighted(loss, factor)
     return (loss, *parts.unbind()) if with_parts else (loss,)

@@ -119,7 +119,7 @@ def soft_target_(
 
     def by_kernels(student: Tensor) -> tuple[Tensor, Tensor | None]:
         loss, parts = forward_(student, teachers, labels, temperatures, factor, with_parts, p)
-        return weighted(loss, factor), parts
+        return loss if factor is None else weighted(loss, factor), parts
 
     def by_reference(student: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():

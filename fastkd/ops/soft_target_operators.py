@@ -52,9 +52,9 @@ def times(grad_output: Tensor, factor: Tensor | None) -> Tensor:
     return grad_output if factor is None else grad_output * factor
 
 
-def weighted(found: Tensor, factor: Tensor | None) -> Tensor:
+def weighted(found: Tensor, factor: Tensor) -> Tensor:
     """The loss, from what kernels find."""
-    return found if factor is None else (found * factor).sum()
+    return (found * factor).sum()
 
 
 def outputs(
