@@ -93,7 +93,7 @@ compare: .venv/native .venv/with-demo  ## Compare six methods of distillation (A
 
 # At most so many cases of each test, and calls of the fuzz test.
 test: .venv/native  ## Run the tests of the losses on the CPU (2 to 4 minutes; ARGS="-k hint" chooses)
-	FASTKD_TEST_CASES=20 FASTKD_TEST_EXAMPLES=200 $(BIN)/pytest -n $(WORKERS) --dist worksteal \
+	FASTKD_TEST_CASES=12 FASTKD_TEST_EXAMPLES=200 $(BIN)/pytest -n $(WORKERS) --dist worksteal \
 	    -m 'not thorough' $(NOT_BRIEF) tests $(ARGS)
 
 # With ARGS, which may name files or tests, the GPU's kernels are left to targets of their own.

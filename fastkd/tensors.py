@@ -56,6 +56,7 @@ _IS_NEW = torch.__version__ >= "2.13"  # compared as versions are
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _TENSORS_OR_NONE = _TENSORS | {type(None)}
 _NO_TENSORS = frozenset({float, int, bool, str, type(None)})
+_SEQUENCES = frozenset({list, tuple})
 
 
 def may_have_tangents() -> bool:
@@ -93,13 +94,12 @@ def nobody_listens(args: Sequence[Any]) -> bool:
 def _are_as_they_are(args: Sequence[Any]) -> bool:
     for arg in args:
         kind = type(arg)
+        if kind in _NO_TENSORS:
+            continue
         if kind in _TENSORS:
             if arg.is_neg() or _is_zero(arg):
                 return False
-        elif kind is list or kind is tuple:
-            if arg and not _are_as_they_are(arg):
-                return False
-        elif kind not in _NO_TENSORS:
+        elif kind not in _SEQUENCES or (arg and not _are_as_they_are(arg)):
             return False
     return True
 

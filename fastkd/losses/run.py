@@ -1,6 +1,7 @@
 """Runs a loss on logits by the implementation that was chosen for it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -23,14 +24,11 @@ def run(
     with_parts: bool = False,
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
-
-    def by_reference(student: Tensor) -> tuple[Tensor, ...]:
-        loss, *parts = reference(student, teachers, labels, p, temperatures)
-        return reduce.of(loss), *parts
-
-    if p.backend == "reference" and not in_place:
-        return by_reference(student)
-    if reduce.scalar is None and reduce.row_weight is None and not in_place:
+    if p.backend == "reference" or in_place:
+        by_reference = partial(_by_reference, reference, reduce, teachers, labels, p, temperatures)
+        if not in_place:
+            return by_reference(student)
+    elif reduce.scalar is None and reduce.row_weight is None:
         return soft_target(student, teachers, labels, p, temperatures, with_parts)
     factor = reduce.factor(compute_dtype(student, *teachers))
     inputs = student, teachers, labels, p, temperatures, with_parts, factor
@@ -38,3 +36,16 @@ def run(
         return soft_target_(*inputs, by_reference)
     loss, *parts = soft_target(*inputs)
     return loss if factor is not None else reduce.of(loss), *parts
+
+
+def _by_reference(
+    reference: Callable[..., tuple[Tensor, ...]],
+    reduce: Reduction,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    student: Tensor,
+) -> tuple[Tensor, ...]:
+    loss, *parts = reference(student, teachers, labels, p, temperatures)
+    return reduce.of(loss), *parts
