@@ -166,3 +166,10 @@ def count_kept(labels: Tensor, kept: Tensor, ignore_index: int) -> Tensor:
     if programs > 1:
         launch(add_up, 1, labels, counts, kept, 1, programs, ROWS=1, **ALONE)
     return kept
+
+
+def upstream_strides(grad_output: Tensor | None, student: Tensor) -> tuple[int, ...]:
+    """The strides of one number a row, or of one for all."""
+    if grad_output is None or grad_output.ndim == 0:
+        return (0,) * (student.ndim - 1)
+    return grad_output.stride()

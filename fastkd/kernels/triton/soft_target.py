@@ -22,6 +22,7 @@ from fastkd.kernels.triton.reduction import (
     count_kept,
     mean_of_teachers,
     reduce,
+    upstream_strides,
 )
 from fastkd.kernels.triton.rows import locate, look_up, store, tile_of_rows
 from fastkd.kernels.triton.rows import plan as plan_rows
@@ -41,6 +42,7 @@ from fastkd.kernels.triton.soft_target_rows import (
     terms_of_rows,
 )
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, mean_of, shift, whole
+from fastkd.kernels.triton.stated import mass_and_sum, with_mass
 from fastkd.kernels.triton.temperatures import operand, temperatures_of
 from fastkd.kernels.triton.tiles import launch
 from fastkd.parameters import SoftTarget
@@ -94,6 +96,7 @@ def logits_forward(
     CLASSES: tl.constexpr,
     AT_ONCE: tl.constexpr,  # whether the last pass finds the divergence along with the gradient
     NORMALIZES: tl.constexpr,  # whether the divergence is one of probabilities
+    TEACHER_IS: tl.constexpr,
 ):
     """Loss, statistics and gradient of a tile of rows.
 
@@ -122,7 +125,8 @@ def logits_forward(
         logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
     if WHOLE:
         s, s_max, t_max, et, y, t_excluded = whole(
-            s_at, t_ats, column, class_strides, counts & (column < classes), mean, rates, DIVERGENCE
+            *(s_at, t_ats, column, class_strides, counts & (column < classes), mean, rates),
+            *(DIVERGENCE, TEACHER_IS),
         )
         pivot = shift(s_max)
         x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
@@ -132,7 +136,7 @@ def logits_forward(
     else:
         pivot, s_max, s_sum, hard_sum, pivoted, t_max, weights, t_sum, difference = first_pass(
             *(s_at, t_ats, class_strides, counts, column, classes, mean, rates),
-            *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE, TEACHER_IS),
         )
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
     hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if HAS_HARD else s_sum
@@ -143,17 +147,20 @@ def logits_forward(
     outcome = kl  # what the gradient takes: the loss, or Σψ of a divergence of probabilities
     if NORMALIZES:
         t_sum = one if SEVERAL else tl.sum(t_sum, 1, keep_dims=True)
+        mass, t_sum = mass_and_sum(t_max, t_sum, TEACHER_IS)
         if WHOLE:
-            kl, outcome = terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE)
+            kl, outcome = terms_of_rows(es, et, s_sum, t_sum, mass, shares, counts, DIVERGENCE)
         else:
             kl, outcome = terms_in_blocks(
                 *(s_at, t_ats, class_strides, counts, column, classes, s_max, t_max),
-                *(weights, s_sum, t_sum, rates, shares, DIVERGENCE),
+                *(weights, s_sum, t_sum, mass, rates, shares, DIVERGENCE, TEACHER_IS),
             )
     elif not AT_ONCE:
         t_sum = one if SEVERAL and DIVERGENCE == "reverse_kl" else tl.sum(t_sum, 1, keep_dims=True)
         kl = divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE)
         outcome = kl / SCALE
+        if TEACHER_IS != "logits":
+            kl, soft = with_mass(kl, soft, t_max[0], t_sum, counts, DIVERGENCE)
     if labels is not None:
         ce = cross_entropy(
             logit, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS
@@ -185,7 +192,7 @@ def logits_forward(
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
                 *(weights, rates, mean, g_at, label, is_row, lives, of),
-                *(HAS_HARD, DIVERGENCE),
+                *(HAS_HARD, DIVERGENCE, TEACHER_IS),
             )
     if AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)
@@ -213,7 +220,7 @@ def soft_target_forward(
     """
     dtype = compute_dtype(student, *teachers) if loss is None else loss.dtype
     logits = student, student if gradient is None else gradient, *teachers
-    strides, upstream = tuple([x.stride() for x in logits]), _upstream(grad_output, student)
+    strides, upstream = tuple([x.stride() for x in logits]), upstream_strides(grad_output, student)
     plan = plan_rows(student.shape, strides, upstream, p.dim, dtype)
     labels = labels if labels is None else labels.contiguous()
     by_row = p.reduction == "none"
@@ -239,6 +246,7 @@ def soft_target_forward(
         SMOOTHS=p.label_smoothing > 0,
         WHOLE=whole,
         NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
+        TEACHER_IS=p.teacher_is,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
         **constants(plan, labels, temperatures, dtype, p),
     )
@@ -275,7 +283,7 @@ def soft_target_backward(
     ]
     strides = student.stride(), to[0].stride(), teacher.stride(), to[1].stride()
     plan = plan_rows(
-        student.shape, strides, _upstream(grad_output, student), p.dim, statistics.dtype
+        student.shape, strides, upstream_strides(grad_output, student), p.dim, statistics.dtype
     )
     labels = labels if labels is None else labels.contiguous()
     kept = statistics[-1:] if labels is not None and p.reduction in BY_ROWS else None
@@ -289,10 +297,3 @@ def soft_target_backward(
         plan.upstream_strides,
         **constants(plan, labels, temperatures, statistics.dtype, p),
     )
-
-
-def _upstream(grad_output: Tensor | None, student: Tensor) -> tuple[int, ...]:
-    """Those of one number a row, or of one for all."""
-    if grad_output is None or grad_output.ndim == 0:
-        return (0,) * (student.ndim - 1)
-    return grad_output.stride()
