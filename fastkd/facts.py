@@ -18,7 +18,6 @@ class Facts(NamedTuple):
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
-    teacher_is: str = "logits"  # or probabilities, or log_probabilities
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.
@@ -43,8 +42,6 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
-
-NO_PROBABILITIES = "a teacher that is given as probabilities or their logarithms"
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
 

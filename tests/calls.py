@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
-import probabilities
 import temperatures
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,8 +178,6 @@ def variants(name, dtype=torch.float32):
 
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
-    if not probabilities.HAVE_KERNELS:
-        others = [other for other in others if "teacher_is" not in other]
     for other in ({}, *others):
         changed, drawn, students = function, tensors, count
         of_rows = {*OF_ROWS, *temperatures.NAMES}

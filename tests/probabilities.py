@@ -2,10 +2,6 @@
 
 import torch
 from agreement import GIVEN, logits
-from conftest import BACKENDS
-
-# Whether every backend under test has kernels for them: Triton has none.
-HAVE_KERNELS = "triton" not in BACKENDS
 
 KINDS = tuple(GIVEN)
 

@@ -104,7 +104,6 @@ def test_soft_target_loss(backend, data):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not probabilities.HAVE_KERNELS, reason="the GPUs' kernels take logits alone")
 @examples(60)
 @given(st.data())
 def test_probabilities(backend, data):

@@ -135,7 +135,6 @@ def test_temperatures(isa, dtype, keywords):
         check_distillation(*pair, labels, "native", **heat, **keywords)
 
 
-@pytest.mark.skipif(not probabilities.HAVE_KERNELS, reason="the GPUs' kernels take logits alone")
 @pytest.mark.parametrize("keywords", [{}, *FEW], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("teacher_is", probabilities.KINDS)

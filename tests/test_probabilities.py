@@ -7,12 +7,10 @@ import torch
 from agreement import DTYPES, GIVEN, check_distillation, check_soft_target, logits, some_labels
 from divergences import DIVERGENCES, FEW, name_of
 from extremes import FORMS, arranged
-from probabilities import HAVE_KERNELS, KINDS, sides
+from probabilities import KINDS, sides
 from temperatures import of_kind
 
 import fastkd
-
-pytestmark = pytest.mark.skipif(not HAVE_KERNELS, reason="Triton takes logits alone")
 
 every_kind = pytest.mark.parametrize("teacher_is", KINDS)
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)

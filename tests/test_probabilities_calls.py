@@ -6,19 +6,14 @@ import pytest
 import torch
 from agreement import DTYPES, GIVEN, logits
 from calls import Recorder
-from probabilities import HAVE_KERNELS, KINDS, sides
+from probabilities import KINDS, sides
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
 
 import fastkd
-from fastkd.facts import Facts
-from fastkd.kernels import triton
 
-pytestmark = [
-    pytest.mark.skipif(not HAVE_KERNELS, reason="Triton takes logits alone"),
-    pytest.mark.usefixtures("fresh_compiler"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 every_kind = pytest.mark.parametrize("teacher_is", KINDS)
 # One divergence whose gradient kernels have from sums, and others.
@@ -95,14 +90,6 @@ def test_metrics_take_logits_alone(teacher_is):
         TypeError, match=f"teacher_logits must be a tensor, .*{type(side).__name__}"
     ):
         fastkd.distillation_metrics(torch.randn(4, 10), side)
-
-
-@every_kind
-def test_triton_refuses(teacher_is):
-    facts = Facts("soft_target_loss", "cuda:0", (torch.float32,) * 2, None, teacher_is=teacher_is)
-    assert "a teacher that is given as probabilities or their logarithms" in str(
-        triton.refuse(facts)
-    )
 
 
 @every_kind

@@ -247,7 +247,7 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others, teacher_is)
+    chosen = select("distillation_loss", tensors, backend, others)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         classes = student_logits.shape[axis] if num_classes is None else num_classes

@@ -157,7 +157,7 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others, teacher_is)
+    chosen = select("soft_target_loss", tensors, backend, others)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,

@@ -5,7 +5,6 @@ import importlib
 import os
 
 from fastkd.facts import (
-    NO_PROBABILITIES,
     OBSTACLES,
     ON_GPUS,
     USE_REFERENCE,
@@ -31,8 +30,6 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
-    if facts.teacher_is != "logits":
-        return Refusal(f"fastkd has no Triton kernels for {NO_PROBABILITIES}", USE_REFERENCE)
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
     if facts.obstacle is not None:

@@ -42,6 +42,7 @@ from fastkd.kernels.triton.soft_target_rows import (
     terms_of_rows,
 )
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, mean_of, shift, whole
+from fastkd.kernels.triton.stated import mass_and_sum, with_mass
 from fastkd.kernels.triton.temperatures import operand, temperatures_of
 from fastkd.kernels.triton.tiles import launch
 from fastkd.parameters import SoftTarget
@@ -95,6 +96,7 @@ def logits_forward(
     CLASSES: tl.constexpr,
     AT_ONCE: tl.constexpr,  # whether the last pass finds the divergence along with the gradient
     NORMALIZES: tl.constexpr,  # whether the divergence is one of probabilities
+    TEACHER_IS: tl.constexpr,
 ):
     """Loss, statistics and gradient of a tile of rows.
 
@@ -123,7 +125,8 @@ def logits_forward(
         logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
     if WHOLE:
         s, s_max, t_max, et, y, t_excluded = whole(
-            s_at, t_ats, column, class_strides, counts & (column < classes), mean, rates, DIVERGENCE
+            *(s_at, t_ats, column, class_strides, counts & (column < classes), mean, rates),
+            *(DIVERGENCE, TEACHER_IS),
         )
         pivot = shift(s_max)
         x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
@@ -133,7 +136,7 @@ def logits_forward(
     else:
         pivot, s_max, s_sum, hard_sum, pivoted, t_max, weights, t_sum, difference = first_pass(
             *(s_at, t_ats, class_strides, counts, column, classes, mean, rates),
-            *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, AT_ONCE, NORMALIZES, DIVERGENCE, TEACHER_IS),
         )
     s_sum = tl.sum(s_sum, 1, keep_dims=True)
     hard_sum = tl.sum(hard_sum, 1, keep_dims=True) if HAS_HARD else s_sum
@@ -144,17 +147,20 @@ def logits_forward(
     outcome = kl  # what the gradient takes: the loss, or Σψ of a divergence of probabilities
     if NORMALIZES:
         t_sum = one if SEVERAL else tl.sum(t_sum, 1, keep_dims=True)
+        mass, t_sum = mass_and_sum(t_max, t_sum, TEACHER_IS)
         if WHOLE:
-            kl, outcome = terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE)
+            kl, outcome = terms_of_rows(es, et, s_sum, t_sum, mass, shares, counts, DIVERGENCE)
         else:
             kl, outcome = terms_in_blocks(
                 *(s_at, t_ats, class_strides, counts, column, classes, s_max, t_max),
-                *(weights, s_sum, t_sum, rates, shares, DIVERGENCE),
+                *(weights, s_sum, t_sum, mass, rates, shares, DIVERGENCE, TEACHER_IS),
             )
     elif not AT_ONCE:
         t_sum = one if SEVERAL and DIVERGENCE == "reverse_kl" else tl.sum(t_sum, 1, keep_dims=True)
         kl = divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE)
         outcome = kl / SCALE
+        if TEACHER_IS != "logits":
+            kl, soft = with_mass(kl, soft, t_max[0], t_sum, counts, DIVERGENCE)
     if labels is not None:
         ce = cross_entropy(
             logit, labelled, s_max, hard_sum, pivot, pivoted, classes, smoothing, SMOOTHS
@@ -186,7 +192,7 @@ def logits_forward(
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
                 *(weights, rates, mean, g_at, label, is_row, lives, of),
-                *(HAS_HARD, DIVERGENCE),
+                *(HAS_HARD, DIVERGENCE, TEACHER_IS),
             )
     if AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)
@@ -240,6 +246,7 @@ def soft_target_forward(
         SMOOTHS=p.label_smoothing > 0,
         WHOLE=whole,
         NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
+        TEACHER_IS=p.teacher_is,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
         **constants(plan, labels, temperatures, dtype, p),
     )

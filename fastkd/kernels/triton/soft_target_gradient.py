@@ -79,6 +79,7 @@ def last_pass(
     of,
     HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr,
 ):
     """The gradient of rows of any length; of several teachers the target's sum and the terms."""
     mass = tl.zeros([s_at.shape[0], column.shape[1]], rates[0].dtype)
@@ -88,7 +89,9 @@ def last_pass(
         k = block * column.shape[1] + column
         mask = seen & (k < classes)
         s = load(s_at, k, strides[0], mask, rates[0].dtype)
-        et, y, t_excluded = target(t_ats, k, strides, mask, maxima, shares, rates, mean, DIVERGENCE)
+        et, y, t_excluded = target(
+            *(t_ats, k, strides, mask, maxima, shares, rates, mean, DIVERGENCE, TEACHER_IS)
+        )
         x, es, eh = exponentials(s, s_max, rates[0], HAS_HARD)
         apart = between(et, y, x, rates, mean, DIVERGENCE)
         if len(t_ats) > 1:

@@ -17,6 +17,7 @@ from fastkd.kernels.triton.softmax import (
     shift,
     target,
 )
+from fastkd.kernels.triton.stated import taken_off
 
 
 @triton.jit
@@ -30,10 +31,10 @@ def divergence_of_rows(difference, s_sum, t_sum, unit, counts, DIVERGENCE: tl.co
 
 
 @triton.jit
-def terms_of_rows(es, et, s_sum, t_sum, shares, counts, DIVERGENCE: tl.constexpr):
+def terms_of_rows(es, et, s_sum, t_sum, mass, shares, counts, DIVERGENCE: tl.constexpr):
     """A divergence of probabilities, scaled as the others are, and Σψ; of rows that are here."""
     phi, psi = probability_terms(et * (1 / t_sum), es * (1 / s_sum), shares, DIVERGENCE)
-    return finish_terms(phi, psi, counts)
+    return finish_terms(phi, psi, mass, shares, counts, DIVERGENCE)
 
 
 @triton.jit
@@ -49,9 +50,11 @@ def terms_in_blocks(
     weights,
     s_sum,
     t_sum,
+    mass,
     rates,
     shares,
     DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr,
 ):
     """The same of rows of any length, whose sums are known."""
     phi = tl.zeros([s_at.shape[0], column.shape[1]], rates[0].dtype)
@@ -61,19 +64,26 @@ def terms_in_blocks(
         k = block * column.shape[1] + column
         mask = counts & (k < classes)
         s = load(s_at, k, strides[0], mask, rates[0].dtype)
-        et, _, _ = target(t_ats, k, strides, mask, maxima, weights, rates, None, DIVERGENCE)
+        et, _, _ = target(
+            *(t_ats, k, strides, mask, maxima, weights, rates, None, DIVERGENCE, TEACHER_IS)
+        )
         _, es, _ = exponentials(s, s_max, rates[0])
         found = probability_terms(et * (1 / t_sum), es * (1 / s_sum), shares, DIVERGENCE)
         phi += found[0]
         psi += found[1]
-    return finish_terms(phi, psi, counts)
+    return finish_terms(phi, psi, mass, shares, counts, DIVERGENCE)
 
 
 @triton.jit
-def finish_terms(phi, psi, counts):
-    """Sums over classes, scaled; rounding may leave a tiny negative number."""
-    found = tl.sum(phi, 1, keep_dims=True) * SCALE
-    return tl.where(counts, tl.where(found < 0, 0, found), 0), tl.sum(psi, 1, keep_dims=True)
+def finish_terms(phi, psi, mass, shares, counts, DIVERGENCE: tl.constexpr):
+    """Sums over classes, scaled. Without a mass, a tiny negative number is one of rounding."""
+    found = tl.sum(phi, 1, keep_dims=True)
+    if mass is None:
+        found = found * SCALE
+        found = tl.where(found < 0, 0, found)
+    else:
+        found = ((found + taken_off(mass, shares, DIVERGENCE)) * SCALE).to(phi.dtype)
+    return tl.where(counts, found, 0), tl.sum(psi, 1, keep_dims=True)
 
 
 @triton.jit
@@ -140,6 +150,7 @@ def first_pass(
     AT_ONCE: tl.constexpr,
     NORMALIZES: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr,
 ):
     """Of rows of any length the pivot, the student's normalisers, and what is of the teachers.
 
@@ -150,7 +161,7 @@ def first_pass(
     if len(t_ats) == 1:
         s_max, s_sum, hard_sum, pivoted, t_max, t_sum, difference = in_blocks(
             *(s_at, t_ats[0], strides, counts, column, classes, pivot, rates),
-            *(HAS_HARD, SMOOTHS, DIVERGENCE),
+            *(HAS_HARD, SMOOTHS, DIVERGENCE, TEACHER_IS),
         )
         maxima, shares = (t_max,), ()
     else:
@@ -169,6 +180,6 @@ def first_pass(
         if not AT_ONCE and not NORMALIZES:
             t_sum, difference = last_pass(
                 *(s_at, t_ats, strides, counts, column, classes, s_max, maxima, shares, rates),
-                *(mean, None, None, None, None, None, False, DIVERGENCE),
+                *(mean, None, None, None, None, None, False, DIVERGENCE, TEACHER_IS),
             )
     return pivot, s_max, s_sum, hard_sum, pivoted, maxima, shares, t_sum, difference

@@ -14,6 +14,7 @@ import triton.language as tl
 from fastkd.kernels.triton import divergence
 from fastkd.kernels.triton.divergence import INFINITY, LOGIT_SCALE, SCALE
 from fastkd.kernels.triton.rows import load, locate
+from fastkd.kernels.triton.stated import load_teacher
 from fastkd.kernels.triton.temperatures import at_student
 
 HARD_RATE = tl.constexpr(1 / math.log(2) / LOGIT_SCALE)  # of exponentials at temperature 1
@@ -127,11 +128,22 @@ def between(et, y, x, rates, mean, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def target(t_ats, k, strides, mask, maxima, shares, rates, mean, DIVERGENCE: tl.constexpr):
+def target(
+    t_ats,
+    k,
+    strides,
+    mask,
+    maxima,
+    shares,
+    rates,
+    mean,
+    DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr = "logits",
+):
     """A block of classes of the target, and which of them are excluded."""
     rate = rates[1]
     if len(t_ats) == 1:
-        t = load(t_ats[0], k, strides[2], mask, rate.dtype)
+        t = load_teacher(t_ats[0], k, strides[2], mask, rate.dtype, TEACHER_IS)
         y, et, _ = exponentials(t, maxima[0], rate)
         return et, y, t == -INFINITY
     elif DIVERGENCE == "reverse_kl":
@@ -149,12 +161,22 @@ def target(t_ats, k, strides, mask, maxima, shares, rates, mean, DIVERGENCE: tl.
 
 
 @triton.jit
-def whole(s_at, t_ats, column, strides, mask, mean, rates, DIVERGENCE: tl.constexpr):
+def whole(
+    s_at,
+    t_ats,
+    column,
+    strides,
+    mask,
+    mean,
+    rates,
+    DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr,
+):
     """The student's logits, the maxima, and `target`, of rows that are here as a whole."""
     rate = rates[1]
     if len(t_ats) == 1:
         s = load(s_at, column, strides[0], mask, rate.dtype)
-        t = load(t_ats[0], column, strides[2], mask, rate.dtype)
+        t = load_teacher(t_ats[0], column, strides[2], mask, rate.dtype, TEACHER_IS)
         s_max, t_max = tl.max(s, 1, keep_dims=True), tl.max(t, 1, keep_dims=True)
         y, et, _ = exponentials(t, t_max, rate)
         return s, s_max, (t_max,), et, y, t == -INFINITY
@@ -236,6 +258,7 @@ def in_blocks(
     HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    TEACHER_IS: tl.constexpr,
 ):
     """The student's normalisers, those of one teacher, and the sums of the divergence's terms."""
     s_rate, t_rate = rates[0], rates[1]
@@ -246,7 +269,7 @@ def in_blocks(
     for first in range(0, classes, column.shape[1]):
         k = first + column
         s = load(s_at, k, strides[0], counts & (k < classes), s_rate.dtype)
-        t = load(t_at, k, strides[2], counts & (k < classes), s_rate.dtype)
+        t = load_teacher(t_at, k, strides[2], counts & (k < classes), s_rate.dtype, TEACHER_IS)
         s_next = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
         t_next = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
         mass = divergence.weigher(s_sum, t_sum, DIVERGENCE)

@@ -74,12 +74,26 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
                 forward(
                     *(labels, scalar, parts, None, gradient),
                     of_rows_alone._replace(divergence=name),
-                    *(None, False, heat),
+                    *(None, None, heat),
                 ),
                 Narrow(10, 3),
             )
             for name in ("forward_kl", "reverse_kl", "jsd")
         ),
+    ]
+
+    # The teacher's temperature is 1.
+    stated = [
+        Regime(
+            f"{teacher_is}, {name}",
+            forward(
+                *(labels, scalar, parts, None, gradient),
+                own._replace(teacher_temperature=1.0, divergence=name, teacher_is=teacher_is),
+            ),
+            Narrow(7, 3),
+        )
+        for teacher_is in ("probabilities", "log_probabilities")
+        for name in ("forward_kl", "reverse_kl", "skew_kl")
     ]
 
     def backward(upstream: Tensor, *args: Any) -> Callable[[], None]:
@@ -138,6 +152,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Narrow(9, 0),
         ),
         *temperatures,
+        *stated,
         Regime(
             "own number, backward",
             backward(scalar, labels, statistics, gradient, to_teacher, own),
@@ -149,7 +164,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
                 backward(
                     *(scalar, labels, statistics, gradient, to_teacher),
                     of_rows_alone._replace(divergence=name),
-                    *(False, heat, row.new_empty(3, *row.shape)),
+                    *(None, heat, row.new_empty(3, *row.shape)),
                 ),
                 Narrow(15, 3),  # each temperature twice
             )
@@ -178,6 +193,12 @@ _OWN = {
     *(f"temperatures, {name} backward" for name in ("forward_kl", "reverse_kl")),
 }
 
+_STATED = {
+    f"{teacher_is}, {name}"
+    for teacher_is in ("probabilities", "log_probabilities")
+    for name in ("forward_kl", "reverse_kl", "skew_kl")
+}
+
 _LOGITS_OF_3 = {
     (classes, dtype): [meta(512, classes, dtype=dtype)] * 3
     for classes in (10, 1000, 4096, 32000)
@@ -186,7 +207,7 @@ _LOGITS_OF_3 = {
 
 # A student and its teachers, the dimension of the classes, and the uses that are compiled.
 _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
-    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN),
+    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN | _STATED),
     "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
         [meta(512, 1000, dtype=float16), meta(512, 1000)],
@@ -196,14 +217,14 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "4,096 classes": (
         _both(512, 4096),
         1,
-        {"hard", "soft", "own number", "temperatures, forward_kl", "temperatures, jsd"},
+        {"hard", "soft", "own number", "temperatures, forward_kl", "temperatures, jsd"} | _STATED,
     ),
     "4,096 classes, bfloat16": (_both(512, 4096, dtype=bfloat16), 1, {"hard"}),
     "32,000 classes": (_both(512, 32000), 1, {"hard", "loss only"}),
     "32,000 classes, bfloat16": (
         _both(512, 32000, dtype=bfloat16),
         1,
-        {"hard", "backward"} | _DIVERGENCES | _OWN,
+        {"hard", "backward"} | _DIVERGENCES | _OWN | _STATED,
     ),
     "2,048 classes, float64": (
         _both(512, 2048, dtype=float64),
@@ -216,16 +237,19 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "5,000 classes, float64": (
         _both(512, 5000, dtype=float64),
         1,
-        {"hard", "jsd", "temperatures, forward_kl", "temperatures, jsd"},
+        {
+            *("hard", "jsd", "temperatures, forward_kl", "temperatures, jsd"),
+            *("probabilities, forward_kl", "probabilities, skew_kl"),
+        },
     ),
-    "10 classes": (_both(512, 10), 1, {"hard", "backward"} | _OWN),
+    "10 classes": (_both(512, 10), 1, {"hard", "backward"} | _OWN | _STATED),
     "33 classes, bfloat16": (_both(512, 33, dtype=bfloat16), 1, {"hard"}),
     "50,257 classes, bfloat16": (_both(512, 50257, dtype=bfloat16), 1, {"hard"}),
     "rows side by side": (
         [MAPS, MAPS],
         1,
         {
-            *("hard", "soft", "backward", "jsd"),
+            *("hard", "soft", "backward", "jsd", "probabilities, forward_kl"),
             *("temperatures, forward_kl", "temperatures, forward_kl backward"),
         },
     ),
