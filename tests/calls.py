@@ -117,6 +117,7 @@ class Call:
     tensors: tuple
     keywords: dict
     students: int = 1
+    refused: frozenset = frozenset()  # keywords that do not go with these
 
     def __call__(self, *tensors, **keywords):
         return self.function(*(tensors or self.tensors), **{**self.keywords, **keywords})
@@ -179,13 +180,14 @@ def variants(name, dtype=torch.float32):
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
     for other in ({}, *others):
-        changed, drawn, students = function, tensors, count
+        changed, drawn, students, refused = function, tensors, count, frozenset()
         of_rows = {*OF_ROWS, *temperatures.NAMES}
         other = {k: torch.tensor(v) if k in of_rows else v for k, v in other.items()}
         if name == "fsp_loss":
             changed = pair(function)
         if "teacher_is" in other:
             changed = stating(function, other.pop("teacher_is"))
+            refused = frozenset({"teacher_temperature"})
         if "teacher_weights" in other:
             changed = ensemble(function)
             drawn = tensors + draw(shapes[1:] * (len(other["teacher_weights"]) - 1))
@@ -193,7 +195,7 @@ def variants(name, dtype=torch.float32):
             copies = len(other["pair_weights"])
             changed, students = several(function, copies, count), copies * count
             drawn = draw(shapes[:count] * copies + shapes[count:] * copies)
-        calls.append(Call(changed, drawn, {**keywords, **other}, students))
+        calls.append(Call(changed, drawn, {**keywords, **other}, students, refused))
     return calls
 
 

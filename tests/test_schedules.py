@@ -139,8 +139,8 @@ def test_one_argument(backend, name, argument):
 def together(call, name):
     """Schedules of all arguments that go with the call's other keywords."""
     fixed = {"mse": {"order"}, "sum": {"p"}}
-    excluded = fixed.get(call.keywords.get("distance"), set()) | fixed.get(
-        call.keywords.get("kind"), set()
+    excluded = call.refused.union(
+        *(fixed.get(call.keywords.get(of), set()) for of in ("distance", "kind"))
     )
     return {
         argument: values(bounds, 3)
