@@ -1,7 +1,7 @@
 """The divergences, with the betas at which they are tested."""
 
 import torch
-from agreement import logits
+from agreement_logits import logits
 
 BETAS = (0, 0.1, 0.5, 0.9, 1)
 MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl")

@@ -19,7 +19,8 @@ import traceback
 from typing import NamedTuple
 
 import torch
-from agreement import DTYPES, array, assert_gradient, assert_loss, features
+from agreement import DTYPES, array, assert_gradient, assert_loss
+from agreement_features import features
 from layouts import channels_last, contiguous, cropped, reversed_dims
 
 import fastkd

@@ -1,7 +1,7 @@
 """Teachers that state their probabilities, or the logarithms of these."""
 
 import torch
-from agreement import GIVEN, logits
+from agreement_logits import GIVEN, logits
 
 KINDS = tuple(GIVEN)
 

@@ -7,7 +7,8 @@ import fractions
 import numpy as np
 import pytest
 import torch
-from agreement import features, logits
+from agreement_features import features
+from agreement_logits import logits
 
 import fastkd
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from agreement import logits
+from agreement_logits import logits
 from conftest import DEVICE
 
 import fastkd

@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DTYPES, array, check_map, check_transfer, features
+from agreement import DTYPES, array
+from agreement_features import check_map, check_transfer, features
 
 import fastkd
 

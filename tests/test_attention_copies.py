@@ -6,7 +6,7 @@ import layouts
 import pytest
 import shim
 import torch
-from agreement import check_map, check_transfer, features
+from agreement_features import check_map, check_transfer, features
 
 import fastkd
 from fastkd.kernels import native

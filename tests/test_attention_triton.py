@@ -6,7 +6,8 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from agreement import DTYPES, array, assert_gradient, check_map, check_transfer, features
+from agreement import DTYPES, array, assert_gradient
+from agreement_features import check_map, check_transfer, features
 from conftest import BACKENDS
 
 import fastkd

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from agreement import features
+from agreement_features import features
 from calls import LOSSES, sample, variants
 from conftest import BACKENDS, DEVICE
 

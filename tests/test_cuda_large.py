@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from agreement import features, logits
+from agreement_features import features
+from agreement_logits import logits
 from conftest import BACKENDS, DEVICE
 from layouts import channels_last
 

@@ -5,7 +5,8 @@ import threading
 import pytest
 import shim
 import torch
-from agreement import leaf, logits
+from agreement import leaf
+from agreement_logits import logits
 
 import fastkd
 from fastkd.kernels import native

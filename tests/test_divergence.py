@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
+from agreement import DTYPES
+from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 from divergences import BOUNDED, DIVERGENCES, FEW, name_of, sides
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck, gradgradcheck

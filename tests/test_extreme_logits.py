@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import DTYPES, check_soft_target, logits
+from agreement import DTYPES
+from agreement_logits import check_soft_target, logits
 from extremes import FORMS, arranged
 
 import fastkd

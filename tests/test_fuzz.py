@@ -8,7 +8,8 @@ import probabilities
 import pytest
 import temperatures
 import torch
-from agreement import GIVEN, array, check_metrics
+from agreement import array
+from agreement_logits import GIVEN, check_metrics
 from conftest import DEVICE
 from fuzzing import compare, examples, odd_keywords, shapes, sometimes, started, tensors
 from hypothesis import given

@@ -6,7 +6,8 @@ import layouts
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DTYPES, check_hint, features
+from agreement import DTYPES
+from agreement_features import check_hint, features
 
 import fastkd
 

@@ -5,7 +5,7 @@ import itertools
 import layouts
 import pytest
 import torch
-from agreement import check_hint, features
+from agreement_features import check_hint, features
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (torch.float16, F32)]

@@ -6,7 +6,8 @@ import math
 import layouts
 import pytest
 import torch
-from agreement import DTYPES, array, assert_gradient, check_hint, features
+from agreement import DTYPES, array, assert_gradient
+from agreement_features import check_hint, features
 from conftest import BACKENDS
 
 from fastkd.parameters import Hint

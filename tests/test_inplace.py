@@ -4,7 +4,8 @@ import divergences
 import pytest
 import temperatures
 import torch
-from agreement import DTYPES, logits, some_labels
+from agreement import DTYPES
+from agreement_logits import logits, some_labels
 from calls import Recorder
 from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint

@@ -8,22 +8,10 @@ import temperatures
 import thresholds
 import torch
 import torch.nn.functional as F
-from agreement import (
-    DTYPES,
-    RELATIONS,
-    check_distillation,
-    check_flow,
-    check_hint,
-    check_map,
-    check_metrics,
-    check_relation,
-    check_similarity,
-    check_soft_target,
-    check_transfer,
-    features,
-    logits,
-    points,
-)
+from agreement import DTYPES
+from agreement_features import check_hint, check_map, check_transfer, features
+from agreement_logits import check_distillation, check_metrics, check_soft_target, logits
+from agreement_relations import RELATIONS, check_flow, check_relation, check_similarity, points
 from conftest import BACKENDS
 from divergences import FEW, name_of, sides
 from layouts import channels_last, contiguous, cropped, sliced

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from agreement import logits
+from agreement_logits import logits
 
 import fastkd
 from fastkd.losses import logits as checks

@@ -6,7 +6,8 @@ import divergences
 import layouts
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
+from agreement import DTYPES
+from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 from conftest import DEVICE
 
 import fastkd

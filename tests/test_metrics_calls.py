@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from agreement import logits, pair
+from agreement_logits import logits, pair
 from calls import Recorder
 from conftest import BACKENDS, DEVICE
 from layouts import sliced

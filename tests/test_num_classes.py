@@ -7,7 +7,8 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits, some_labels
+from agreement import DTYPES
+from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 
 import fastkd
 

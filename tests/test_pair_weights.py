@@ -5,7 +5,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from agreement import DTYPES, check_hint, check_transfer, features
+from agreement import DTYPES
+from agreement_features import check_hint, check_transfer, features
 
 import fastkd
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import DTYPES, GIVEN, check_distillation, check_soft_target, logits, some_labels
+from agreement import DTYPES
+from agreement_logits import GIVEN, check_distillation, check_soft_target, logits, some_labels
 from divergences import DIVERGENCES, FEW, name_of
 from extremes import FORMS, arranged
 from probabilities import KINDS, sides

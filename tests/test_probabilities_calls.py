@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import DTYPES, GIVEN, logits
+from agreement import DTYPES
+from agreement_logits import GIVEN, logits
 from calls import Recorder
 from probabilities import KINDS, sides
 from torch._dynamo.testing import CompileCounter

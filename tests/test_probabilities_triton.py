@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from agreement import GIVEN, check_distillation, check_soft_target
+from agreement_logits import GIVEN, check_distillation, check_soft_target
 from conftest import BACKENDS
 from divergences import FEW, name_of
 from extremes import arranged

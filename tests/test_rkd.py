@@ -8,7 +8,8 @@ import agreement
 import layouts
 import pytest
 import torch
-from agreement import DTYPES, RELATIONS, check_relation, points
+from agreement import DTYPES
+from agreement_relations import RELATIONS, check_relation, points
 from conftest import DEVICE
 
 import fastkd

@@ -6,7 +6,9 @@ import agreement
 import layouts
 import pytest
 import torch
-from agreement import DTYPES, check_similarity, distinct, features
+from agreement import DTYPES
+from agreement_features import distinct, features
+from agreement_relations import check_similarity
 
 import fastkd
 

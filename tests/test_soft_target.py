@@ -6,7 +6,8 @@ import layouts
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DTYPES, check_soft_target, logits
+from agreement import DTYPES
+from agreement_logits import check_soft_target, logits
 
 import fastkd
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from agreement import check_distillation, check_soft_target, edge_labels, logits, pair
+from agreement_logits import check_distillation, check_soft_target, edge_labels, logits, pair
 
 pytestmark = pytest.mark.gpu_sizes
 

@@ -3,7 +3,14 @@
 import layouts
 import pytest
 import torch
-from agreement import check_distillation, check_parts, check_soft_target, edge_labels, logits, pair
+from agreement_logits import (
+    check_distillation,
+    check_parts,
+    check_soft_target,
+    edge_labels,
+    logits,
+    pair,
+)
 
 pytestmark = pytest.mark.gpu_sizes
 

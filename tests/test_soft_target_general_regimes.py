@@ -5,7 +5,7 @@ import math
 import layouts
 import pytest
 import torch
-from agreement import check_distillation, check_soft_target, edge_labels
+from agreement_logits import check_distillation, check_soft_target, edge_labels
 from divergences import FEW, sides
 from temperatures import of_kind
 

@@ -7,7 +7,7 @@ import layouts
 import pytest
 import shim
 import torch
-from agreement import (
+from agreement_logits import (
     check_distillation,
     check_parts,
     check_soft_target,

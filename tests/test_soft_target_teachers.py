@@ -6,14 +6,8 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from agreement import (
-    DTYPES,
-    check_distillation,
-    check_soft_target,
-    edge_labels,
-    logits,
-    some_labels,
-)
+from agreement import DTYPES
+from agreement_logits import check_distillation, check_soft_target, edge_labels, logits, some_labels
 from calls import ensemble
 from torch.autograd import gradcheck, gradgradcheck
 from wrapped import Wrapped, plain

@@ -5,14 +5,8 @@ import math
 import layouts
 import pytest
 import torch
-from agreement import (
-    array,
-    assert_loss,
-    check_distillation,
-    check_soft_target,
-    edge_labels,
-    logits,
-)
+from agreement import array, assert_loss
+from agreement_logits import check_distillation, check_soft_target, edge_labels, logits
 from oracle import distillation
 
 import fastkd

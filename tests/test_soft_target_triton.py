@@ -6,15 +6,8 @@ import layouts
 import oracle
 import pytest
 import torch
-from agreement import (
-    DTYPES,
-    array,
-    assert_gradient,
-    assert_loss,
-    check_distillation,
-    check_soft_target,
-    logits,
-)
+from agreement import DTYPES, array, assert_gradient, assert_loss
+from agreement_logits import check_distillation, check_soft_target, logits
 from conftest import BACKENDS
 
 from fastkd.ops.soft_target_operators import STATISTICS

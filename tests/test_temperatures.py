@@ -5,15 +5,8 @@ import math
 import oracle
 import pytest
 import torch
-from agreement import (
-    DTYPES,
-    array,
-    assert_loss,
-    check_distillation,
-    check_soft_target,
-    logits,
-    some_labels,
-)
+from agreement import DTYPES, array, assert_loss
+from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 from divergences import DIVERGENCES, FEW, name_of, sides
 from temperatures import BAD, KINDS, of_kind
 from torch.autograd import gradcheck, gradgradcheck

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from agreement import logits
+from agreement_logits import logits
 from calls import Recorder
 from torch._dynamo.testing import CompileCounter
 

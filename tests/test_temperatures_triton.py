@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from agreement import DTYPES, check_distillation, check_soft_target, logits
+from agreement import DTYPES
+from agreement_logits import check_distillation, check_soft_target, logits
 from conftest import BACKENDS
 from divergences import FEW, name_of, sides
 from temperatures import of_kind

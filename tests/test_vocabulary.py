@@ -3,7 +3,7 @@
 import divergences
 import pytest
 import torch
-from agreement import check_distillation, check_soft_target, edge_labels
+from agreement_logits import check_distillation, check_soft_target, edge_labels
 
 CLASSES, ROWS = 151_936, 4
 BFLOAT16 = torch.bfloat16

@@ -5,15 +5,8 @@ import numpy as np
 import oracle_rows
 import pytest
 import torch
-from agreement import (
-    DTYPES,
-    check,
-    check_distillation,
-    check_soft_target,
-    leaf,
-    logits,
-    some_labels,
-)
+from agreement import DTYPES, check, leaf
+from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 from conftest import DEVICE
 
 import fastkd
