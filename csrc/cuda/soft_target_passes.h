@@ -75,8 +75,7 @@ struct RowPasses {
   // What reads N classes of a row, from its class i on.
   __device__ __forceinline__ auto reader(const Tensor& from, int64_t at, int phase) const {
     const bool by_vectors = is_aligned(from, at, phase);
-    return
-        [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
+    return [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
   }
 
   // Maximum and sums of one tensor's row, in every thread that has a part in it.
