@@ -229,6 +229,11 @@ class Recorder(TorchDispatchMode):
             self.calls.append((function, torch.utils._pytree.tree_map(copied, args)))
         return function(*args, **(kwargs or {}))
 
+    def opcheck(self):
+        """Each call is what torch wants of an operator."""
+        for function, args in self.calls:
+            torch.library.opcheck(function, args)
+
 
 def copied(value):
     return value.clone() if isinstance(value, torch.Tensor) else value

@@ -9,6 +9,7 @@ import torch
 from agreement import DTYPES, array, assert_gradient, assert_loss
 from agreement_logits import check_distillation, check_soft_target, logits
 from conftest import BACKENDS
+from extremes import rising
 
 from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.parameters import SoftTarget
@@ -94,12 +95,7 @@ def test_ends_of_tiles_of_rows(rows, classes):
 @pytest.mark.parametrize("classes", [20, 70, 5000])
 def test_maxima_that_grow_from_block_to_block(classes):
     """And fall: whatever was summed before is brought to the new maximum, or is nothing to it."""
-    rising = torch.linspace(-300, 300, classes)
-    student, teacher = logits(4, classes), logits(4, classes)
-    student[0] += rising
-    teacher[1] += rising
-    student[2:], teacher[2:] = student[2:] + rising, teacher[2:] + rising
-    student[3], teacher[3] = student[3].flip(0), teacher[3].flip(0)
+    student, teacher = rising(classes)
     student[2, :9], teacher[2, :9] = -math.inf, -math.inf
     labels = torch.tensor([0, classes - 1, classes // 2, 1])
     for sides, dim in [((student, teacher), 1), ((student.t(), teacher.t()), 0)]:

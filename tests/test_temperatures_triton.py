@@ -8,6 +8,7 @@ from agreement import DTYPES
 from agreement_logits import check_distillation, check_soft_target, logits
 from conftest import BACKENDS
 from divergences import FEW, name_of, sides
+from extremes import rising
 from temperatures import of_kind
 
 if "triton" not in BACKENDS:
@@ -56,12 +57,7 @@ def test_ends_of_classes_apart(kind, keywords, classes):
 @every_kind
 def test_maxima_that_grow_from_block_to_block(kind, classes, divergence):
     """Each side's own sums are brought to its new maximum at its own temperature."""
-    rising = torch.linspace(-300, 300, classes)
-    student, teacher = logits(4, classes), logits(4, classes)
-    student[0] += rising
-    teacher[1] += rising
-    student[2:], teacher[2:] = student[2:] + rising, teacher[2:] + rising
-    student[3], teacher[3] = student[3].flip(0), teacher[3].flip(0)
+    student, teacher = rising(classes)
     heat = of_kind(kind, student.shape)
     for dim in (1, 0):
         pair = [x if dim == 1 else x.t().contiguous() for x in (student, teacher)]

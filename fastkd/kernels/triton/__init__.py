@@ -4,13 +4,7 @@ import functools
 import importlib
 import os
 
-from fastkd.facts import (
-    OBSTACLES,
-    ON_GPUS,
-    USE_REFERENCE,
-    Facts,
-    Refusal,
-)
+from fastkd.facts import OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 _DEVICES = frozenset({"cuda", "xpu"})
 
