@@ -10,13 +10,12 @@ from divergences import FEW, name_of
 from extremes import arranged
 from probabilities import KINDS, sides
 from temperatures import of_kind
+from triton_calls import around
 
 import fastkd
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
-
-from test_soft_target_triton import around
 
 from fastkd.kernels.triton.rows import SIDE_BY_SIDE, WHOLE
 

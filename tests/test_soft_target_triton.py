@@ -10,9 +10,9 @@ from agreement import DTYPES, array, assert_gradient, assert_loss
 from agreement_logits import check_distillation, check_soft_target, logits
 from conftest import BACKENDS
 from extremes import rising
+from triton_calls import HARD, SUM, around
 
 from fastkd.ops.soft_target_operators import STATISTICS
-from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.soft_target import LOGIT_SCALE
 
@@ -21,30 +21,6 @@ if "triton" not in BACKENDS:
 
 from fastkd.kernels.triton import reduction, soft_target
 from fastkd.kernels.triton.rows import SEVERAL, SIDE_BY_SIDE, WHOLE, plan
-
-SUM = SoftTarget(
-    temperature=2.0,
-    teacher_temperature=2.0,
-    soft_weight=4.0,
-    hard_weight=0.0,
-    label_smoothing=0.0,
-    ignore_index=-100,
-    labels_are_classes=True,
-    divergence="forward_kl",
-    beta=0.5,
-    reduction="sum",
-    dim=1,
-    weights=(1.0,),
-    num_classes=None,
-    backend="triton",
-)
-HARD = SUM._replace(
-    soft_weight=0.9 * 4, hard_weight=0.1, label_smoothing=0.1, reduction="batchmean"
-)
-
-
-def around(*sizes):
-    return [size + by for size in sizes for by in (-1, 0, 1)]
 
 
 def forward(student, teacher, labels=None, p=SUM, gradient=None, parts=None):

@@ -10,11 +10,10 @@ from conftest import BACKENDS
 from divergences import FEW, name_of, sides
 from extremes import rising
 from temperatures import of_kind
+from triton_calls import SUM, around
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)
-
-from test_soft_target_triton import SUM, around
 
 from fastkd.kernels.triton import reduction, soft_target
 from fastkd.kernels.triton.rows import SIDE_BY_SIDE, WHOLE
