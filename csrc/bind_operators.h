@@ -63,6 +63,7 @@ inline void bind_operators(pybind11::module_& m) {
   FASTKD_BIND(rkd_angle);
   FASTKD_BIND(similarity);
   FASTKD_BIND(multiply);
+  FASTKD_BIND_ON_CPU(soft_target_terms);
   FASTKD_BIND_ON_CPU(max_pool);
   FASTKD_BIND_ON_CPU(max_pool_backward);
 #undef FASTKD_BIND

@@ -16,6 +16,8 @@ constexpr std::array<const char*, 3> names_of(TeacherIs) {
   return {"logits", "probabilities", "log_probabilities"};
 }
 
+constexpr int64_t kElsewhere = -2;
+
 struct SoftTargetParameters {
   double temperature;
   double teacher_temperature;
@@ -30,6 +32,9 @@ struct SoftTargetParameters {
   int dim;                      // of the classes, counted from the front
   std::vector<double> weights;  // of the teachers; they sum to 1
   TeacherIs teacher_is;
+  // Of a shard of the classes, how many there are in all shards; 0 where the tensors have all. A
+  // label is then kElsewhere where another shard has its class.
+  int64_t all_classes;
 
   static constexpr auto fields() {
     using P = SoftTargetParameters;
@@ -40,7 +45,8 @@ struct SoftTargetParameters {
         field("label_smoothing", &P::label_smoothing), field("ignore_index", &P::ignore_index),
         field("labels_are_classes", &P::labels_are_classes), field("divergence", &P::divergence),
         field("beta", &P::beta), field("reduction", &P::reduction), field("dim", &P::dim),
-        field("weights", &P::weights), field("teacher_is", &P::teacher_is));
+        field("weights", &P::weights), field("teacher_is", &P::teacher_is),
+        field("all_classes", &P::all_classes));
   }
 };
 

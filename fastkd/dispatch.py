@@ -113,10 +113,12 @@ def select(
     tensors: tuple[Tensor, ...],
     backend: Backend | None,
     others: tuple[Tensor | None, ...] = (),
+    obstacle: str | None = None,
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
-    `others` are tensors whose dtype does not matter: labels, a regressor.
+    `others` are tensors whose dtype does not matter: labels, a regressor. The obstacle is what the
+    caller knows of that keeps kernels from serving.
 
     Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
     available.
@@ -135,7 +137,7 @@ def select(
     if torch.compiler.is_compiling():
         kinds = tuple([type(t) for t in tensors])
         return _resolve_compiled(loss, device, dtypes, kinds, requested)
-    obstacle = obstacle_to_kernels((*tensors, *others))
+    obstacle = obstacle_to_kernels((*tensors, *others)) or obstacle
     if _explaining.get():
         facts = Facts(loss, device, dtypes, obstacle)
         raise _Explained(_explain(facts, requested))
@@ -186,6 +188,11 @@ def _resolve(
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=6)
+
+
+def is_explaining() -> bool:
+    """Whether this call is one of `explain`, and will not run."""
+    return _explaining.get()
 
 
 def known_backend(name: object) -> Backend:

@@ -17,7 +17,7 @@ class Facts(NamedTuple):
     loss: str
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
-    obstacle: str | None  # one of the four below
+    obstacle: str | None  # one of those below
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.
@@ -25,6 +25,9 @@ TRANSFORM = "transform"  # of torch.func
 FORWARD_MODE = "forward mode"
 TRACE = "trace"  # of torch.jit
 DTENSOR = "DTensor"
+# And what kernels of shards of the classes do not have.
+ONE_TEACHER = "one teacher"
+OF_PROBABILITIES = "divergence of probabilities"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ OBSTACLES = {
     DTENSOR: Refusal(
         "a DTensor may hold a part of the values only, and kernels need all of a row",
         "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
+    ),
+    ONE_TEACHER: Refusal(
+        "the kernels of a group's shards take one teacher, of logits",
+        "Pass its logits instead of probabilities. " + USE_REFERENCE,
+    ),
+    OF_PROBABILITIES: Refusal(
+        "on a GPU the kernels of a group's shards have forward_kl and reverse_kl", USE_REFERENCE
     ),
 }
 

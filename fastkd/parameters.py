@@ -20,6 +20,10 @@ _IN_SCHEMA = {
 }
 
 
+# Of a shard of the classes: in place of a label whose class another shard has.
+ELSEWHERE = -2
+
+
 class SoftTarget(NamedTuple):
     """Of losses on logits: `soft_weight · divergence + hard_weight · CE` of each row, reduced.
 
@@ -29,7 +33,8 @@ class SoftTarget(NamedTuple):
     and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
     number, only the first so many classes of either side exist. `teacher_is` tells what the
     teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
-    used as they are, and whose temperature is 1.
+    used as they are, and whose temperature is 1. Where the tensors are a shard of the classes,
+    `all_classes` is how many all shards have, and a label may be `ELSEWHERE`.
     """
 
     temperature: float
@@ -47,6 +52,7 @@ class SoftTarget(NamedTuple):
     num_classes: int | None
     backend: str
     teacher_is: str = "logits"
+    all_classes: int = 0
 
 
 class Metrics(NamedTuple):

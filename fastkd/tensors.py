@@ -59,6 +59,11 @@ _NO_TENSORS = frozenset({float, int, bool, str, type(None)})
 _SEQUENCES = frozenset({list, tuple})
 
 
+def is_of_torch(x: object) -> bool:
+    """Whether it is a tensor of torch's own class, and of no subclass."""
+    return type(x) in _TENSORS
+
+
 def may_have_tangents() -> bool:
     """Whether a level of forward mode is open; without one torch makes no dual number."""
     level = getattr(forward_ad, "_current_level", None)

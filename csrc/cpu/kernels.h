@@ -24,11 +24,15 @@ struct SoftTargetKernels {
                   int threads);
   // Either gradient may be absent. Of several teachers, and of a divergence of probabilities, the
   // teacher's and the statistics are, and the gradients of the three temperatures of each row.
-  // grad_output is a scalar, or one per row.
+  // grad_output is a scalar, or one per row. A shard of the classes has the statistics of all.
   void (*backward)(const Tensor& grad_output, const Tensor& student, const Tensors& teachers,
                    const Labels& labels, const Tensors& temperatures, const void* statistics,
                    const Tensor& to_student, const Tensor& to_teacher,
                    const Tensor& to_temperatures, const SoftTargetParameters& p, int threads);
+  // Of one teacher and a divergence of probabilities: (Σφ, Σψ) of each row, from its statistics.
+  void (*terms)(const Tensor& student, const Tensors& teachers, const Labels& labels,
+                const Tensors& temperatures, const void* statistics, double* to,
+                const SoftTargetParameters& p, int threads);
 };
 
 struct AttentionKernels {

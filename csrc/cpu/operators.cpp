@@ -55,7 +55,9 @@ Labels check_labels(const Tensor& tensor, const Tensor& logits, const Place& pla
   for (int64_t row = 0; row < rows; ++row) {
     const bool is_kept = labels[row] != p.ignore_index;
     kept += is_kept;
-    if (is_kept && uint64_t(labels[row]) >= uint64_t(classes) && row < wrong) wrong = row;
+    const bool is_class = uint64_t(labels[row]) < uint64_t(classes) ||
+                          (p.all_classes != 0 && labels[row] == kElsewhere);
+    if (is_kept && !is_class && row < wrong) wrong = row;
   }
   if (wrong < rows)
     throw std::invalid_argument("labels must lie in [0, " + std::to_string(classes - 1) +
@@ -125,6 +127,14 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
   kernels().soft_target.backward(grad_output, student, teachers, checked, temperatures,
                                  statistics.data, to[0], to[1], to_temperatures, p,
                                  place.threads());
+}
+
+void soft_target_terms(const Place& place, const Tensor& student, const Tensors& teachers,
+                       const Tensor& labels, const Tensor& statistics, const Tensor& terms,
+                       const SoftTargetParameters& p, const Tensors& temperatures) {
+  const Labels checked = check_labels(labels, student, place, p);
+  kernels().soft_target.terms(student, teachers, checked, temperatures, statistics.data,
+                              terms.as<double>(), p, place.threads());
 }
 
 void distillation_metrics(const Place& place, const Tensor& student, const Tensor& teacher,

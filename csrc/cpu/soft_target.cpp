@@ -7,6 +7,15 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
+// Logits of a block of a row, or the logarithms of a teacher's probabilities.
+template <class A>
+void gather_block(const Arguments<A>& a, int which, int64_t row, int64_t first, int n, A* to) {
+  const Side& side = a.rows.sides[size_t(which)];
+  const int64_t stride = side.class_stride;
+  gather(*side.tensor, a.rows.offset(side, row) + first * stride, stride, n, to);
+  if (which == kTeacher && a.p.teacher_is == TeacherIs::probabilities) take_logarithms(to, n);
+}
+
 // The losses of all rows, and the student's gradient if it is wanted.
 template <class D, class A>
 void forward_rows_of(const Arguments<A>& a, int threads) {
@@ -52,17 +61,41 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   });
 }
 
-// The gradients of a row from its statistics.
+// Of a row whose maxima and sums are known, what its classes here add to the divergence and to the
+// mean that the gradient takes.
+template <class T, class A>
+RowTerms terms_of_row(const Arguments<A>& a, int64_t row, const A* statistics) {
+  constexpr int W = Simd<A>::width;
+  const A s_shift = shift(statistics[kStudentMax]), t_shift = shift(statistics[kTeacherMax]);
+  const A scale = A(kLogitScale), by_s = A(1 / double(statistics[kStudentSum])),
+          by_t = A(1 / double(statistics[kTeacherSum]));
+  alignas(64) A student[kMostBlock] = {}, teacher[kMostBlock] = {};
+  RowTerms total;
+  for (int64_t first = 0; first < a.classes; first += thresholds.block) {
+    const int64_t left = a.classes - first;
+    const int n = int(left < thresholds.block ? left : thresholds.block);
+    gather_block(a, kStudent, row, first, n, student);
+    gather_block(a, kTeacher, row, first, n, teacher);
+    for (int i = 0; i < n; i += W) {
+      store(a.exp_soft(load(student + i) * scale - s_shift), student + i);
+      const vec_t<A> t = load(teacher + i) * scale - t_shift;
+      store(a.own ? a.exp_teacher(t) : a.exp_soft(t), teacher + i);
+    }
+    const RowTerms found =
+        add_terms<T>(Exponentials<A>{student, teacher, student}, n, by_s, by_t, shares_of(a));
+    total.phi += found.phi;
+    total.psi += found.psi;
+  }
+  return total;
+}
+
+// The gradients of a row from its statistics. Of a divergence of probabilities these have, in the
+// place of the divergence, the mean that the gradient takes.
 template <class D, bool own, class A>
 void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   using vec = vec_t<A>;
   constexpr int W = Simd<A>::width;
   const auto& sides = a.rows.sides;
-  const auto gather_side = [&](int which, int64_t first, int n, A* to) {
-    const Side& side = sides[size_t(which)];
-    const int64_t stride = side.class_stride;
-    gather(*side.tensor, a.rows.offset(side, row) + first * stride, stride, n, to);
-  };
   const auto scatter_side = [&](const A* from, int which, int64_t first, int n) {
     const Side& side = sides[size_t(which)];
     const int64_t stride = side.class_stride;
@@ -71,8 +104,9 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   const Weights by = a.weights_of(row);
   const double zs = statistics[kStudentSum], zt = statistics[kTeacherSum];
   const double log_ratio = std::log(zs / zt) * kLogitScale;
-  const auto soft =
-      D::factors(by.soft, zs, zt, D::mean_of(statistics[kKl], log_ratio), a.rates.inverse);
+  double mean = statistics[kKl];
+  if constexpr (!D::kNormalizes) mean = D::mean_of(mean, log_ratio);
+  const auto soft = D::factors(by.soft, zs, zt, mean, a.rates.inverse);
   const Factors<A> k = a.factors(SoftFactors<A>{A(soft.student), A(soft.teacher)},
                                  A(a.labels ? by.hard / statistics[kHardSum] : 0), by);
   [[maybe_unused]] const A ratio = A(a.rates.ratio);
@@ -90,8 +124,8 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
   const int64_t size = thresholds.block;
   for (int64_t first = 0; first < a.classes; first += size) {
     const int n = int(a.classes - first < size ? a.classes - first : size);
-    gather_side(kStudent, first, n, student);
-    gather_side(kTeacher, first, n, teacher);
+    gather_block(a, kStudent, row, first, n, student);
+    gather_block(a, kTeacher, row, first, n, teacher);
     for (int i = n; i < kMostBlock && i % W; ++i) student[i] = teacher[i] = 0;
     [[maybe_unused]] vec of_temperature = zero, of_teacher_temperature = zero;
     for (int i = 0; i < n; i += W) {
@@ -109,7 +143,7 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       store(e, es + i);
       store(keeps, kept + i);
       if (k.has_hard) store(a.exp_hard(s), eh + i);
-      if constexpr (own)
+      if constexpr (own && !D::kNormalizes)
         if (a.to_temperatures) {
           const auto product = [&](vec g, vec x, vec logits) {
             const vec found = g == 0 ? zero : logits == -INFINITY ? zero : g * x;
@@ -120,12 +154,18 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
           of_temperature += product(g, s, load(student + i));
           of_teacher_temperature += product(h, t, load(teacher + i));
         }
-      if (a.to_teacher) {
-        const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
-        const vec wanted = D::kByTeacher && load(teacher + i) == -INFINITY ? zero : g;
-        store(k.soft ? wanted : zero, teacher + i);
-      }
+      if constexpr (!D::kNormalizes)
+        if (a.to_teacher) {
+          const vec g = D::to_teacher(e, p, apart * inverse + surplus, of_student, of_teacher);
+          const vec wanted = D::kByTeacher && load(teacher + i) == -INFINITY ? zero : g;
+          store(k.soft ? wanted : zero, teacher + i);
+        }
     }
+    if constexpr (D::kNormalizes)
+      with_terms(a.p.divergence, [&](auto terms) {
+        add_terms<decltype(terms)>(Exponentials<A>{es, kept, eh}, n, A(1 / zs), A(1 / zt),
+                                   shares_of(a));
+      });
     if constexpr (own) {
       by_student += sum<A>(of_temperature);
       by_own += sum<A>(of_teacher_temperature);
@@ -222,26 +262,45 @@ void backward(const Tensor& grad_output, const Tensor& student, const Tensors& t
     using A = decltype(number);
     Arguments<A> a(p, rows, labels, temperatures, to_student, to_teacher, grad_output);
     a.to_temperatures = to_temperatures.as<A>();
-    if constexpr (!D::kNormalizes) {
-      if (statistics)
-        parallel_for(rows.count, threads, [&](int64_t row) {
-          const A* const found = static_cast<const A*>(statistics) + row * kCount;
-          if (a.ignores(row)) {
-            a.skip(row);
-            if (a.to_temperatures) a.write_temperatures(row, 0, 0, 0, 0);
-          } else if (a.own)
-            backward_row<D, true>(a.of_row(row), row, found);
-          else
-            backward_row<D, false>(a, row, found);
-        });
-    }
+    if (statistics)
+      parallel_for(rows.count, threads, [&](int64_t row) {
+        const A* const found = static_cast<const A*>(statistics) + row * kCount;
+        if (a.ignores(row)) {
+          a.skip(row);
+          if (a.to_temperatures) a.write_temperatures(row, 0, 0, 0, 0);
+        } else if (a.own)
+          backward_row<D, true>(a.of_row(row), row, found);
+        else
+          backward_row<D, false>(a, row, found);
+      });
     if (!statistics) forward_rows_of<D>(a, threads);
     zero_if_off(a, threads);
   });
 }
 
+void terms(const Tensor& student, const Tensors& teachers, const Labels& labels,
+           const Tensors& temperatures, const void* statistics, double* to,
+           const SoftTargetParameters& p, int available) {
+  const Rows rows = rows_of(student, teachers, absent, absent, p.dim);
+  const int threads = threads_of(rows, int64_t(teachers.size()), available);
+  const auto fill = [&](auto number) {
+    using A = decltype(number);
+    const Arguments<A> a(p, rows, labels, temperatures, absent, absent, absent);
+    with_terms(p.divergence, [&](auto terms) {
+      parallel_for(rows.count, threads, [&](int64_t row) {
+        const A* const of = static_cast<const A*>(statistics) + row * kCount;
+        RowTerms found;
+        if (!a.ignores(row)) found = terms_of_row<decltype(terms)>(a.of_row(row), row, of);
+        to[2 * row] = found.phi;
+        to[2 * row + 1] = found.psi;
+      });
+    });
+  };
+  in_double(student, teachers) ? fill(double()) : fill(float());
+}
+
 }  // namespace
 
-extern const SoftTargetKernels soft_target_kernels{forward, backward};
+extern const SoftTargetKernels soft_target_kernels{forward, backward, terms};
 
 }  // namespace fastkd::FASTKD_ISA

@@ -148,7 +148,7 @@ struct Arguments {
     return {rates.has_hard ? soft.student : soft.student + hard,
             soft.teacher,
             hard,
-            A(by.hard * p.label_smoothing / double(classes)),
+            A(by.hard * p.label_smoothing / double(p.all_classes != 0 ? p.all_classes : classes)),
             A(by.hard * (1 - p.label_smoothing)),
             by.soft != 0,
             rates.has_hard};

@@ -93,6 +93,21 @@ def soft_target_backward(
     )
 
 
+def soft_target_terms(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    statistics: Tensor,
+    terms: Tensor,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
+) -> None:
+    """Fill what the classes of a shard add to (Σφ, Σψ) of each row."""
+    labels = labels if labels is None else labels.contiguous()
+    inputs = student, teachers, labels, statistics, terms
+    loaded().soft_target_terms(place_of(student), *inputs, struct_of(p), temperatures)
+
+
 def distillation_metrics(
     student: Tensor,
     teacher: Tensor,

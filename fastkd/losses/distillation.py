@@ -1,17 +1,19 @@
 """Soft targets and hard labels together (Hinton et al. 2014), of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, cast, overload
 
+import torch
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.losses import checks, logits, over_ranks, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
+from fastkd.ranks import Ranks
 from fastkd.reference import distillation as reference
 
 _REDUCTIONS = ("none", "sum", "batchmean")
@@ -52,6 +54,7 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -79,12 +82,14 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
 ) -> DistillationParts: ...
 
 
+@over_ranks.over_ranks
 @checks.keywords
 def distillation_loss(
     student_logits: Tensor,
@@ -106,6 +111,7 @@ def distillation_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -218,8 +224,9 @@ def distillation_loss(
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
         )
+    ranks = cast("Ranks | None", group)  # which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher, teacher_weights, dim, num_classes
+        student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
     divergence, beta = logits.check_divergence(divergence, beta)
     soft_weight = checks.number("soft_weight", soft_weight)
@@ -233,7 +240,8 @@ def distillation_loss(
         rows.check_mask(student_logits, mask, axis)
         labels = labels.masked_fill(~mask, ignore_index)
     reduce = rows.reduction_of(
-        student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis, num_classes
+        *(student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis),
+        num_classes if ranks is None else ranks.classes,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -247,10 +255,12 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, divergence)
+    chosen = select("distillation_loss", tensors, backend, others, hindrance)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
-    if chosen != "native":
+    if chosen != "native" or ranks is not None:
         classes = student_logits.shape[axis] if num_classes is None else num_classes
+        classes = classes if ranks is None else ranks.classes
         logits.check_label_range(labels, classes, ignore_index)
     parameters = SoftTarget(
         temperature=number,
@@ -272,6 +282,7 @@ def distillation_loss(
     loss, *parts = run(
         reference.distillation_loss,
         *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+        ranks=ranks,
     )
     loss = logits.tied(loss, unused)
     if not return_parts:

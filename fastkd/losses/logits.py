@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.logits import STATED, LogProbabilities, Probabilities
 from fastkd.losses import checks, rows
+from fastkd.ranks import Ranks
 from fastkd.reference.soft_target import zero
 from fastkd.tensors import is_plain
 
@@ -50,11 +51,17 @@ def stated_teacher(
 
 
 def check_logits(
-    student: Tensor, teacher: Any, weights: Any, dim: int, num_classes: Any
+    student: Tensor,
+    teacher: Any,
+    weights: Any,
+    dim: int,
+    num_classes: Any,
+    ranks: Ranks | None = None,
 ) -> tuple[int, int | None, list[Tensor], tuple[float, ...], list[Tensor]]:
     """The classes' dimension and their number, which is None where no logits are padded.
 
-    Then the teachers with their weights, and the teachers of weight 0.
+    Then the teachers with their weights, and the teachers of weight 0. Over ranks the number is
+    that of all, and what is returned that of this one.
     """
     ensemble = checks.items(teacher)
     is_ensemble = ensemble is not None
@@ -76,17 +83,25 @@ def check_logits(
             checks.same_shape("student_logits", student, name, one)
         else:
             check_same_rows(student, name, one, dim)
-    if num_classes is not None:
-        stored = [x.shape[dim] for x in (student, *teachers)]
-        num_classes = check_num_classes(num_classes, stored)
-    classes = student.shape[dim] if num_classes is None else num_classes
-    if classes == 0:
-        raise ValueError(
-            f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
-        )
     if not 1 <= len(teachers) <= _MOST_TEACHERS:
         raise ValueError(
             f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
+        )
+    stored = [x.shape[dim] for x in (student, *teachers)]
+    if ranks is not None:
+        if num_classes is not None:
+            num_classes = checks.integer("num_classes", num_classes)
+        ranks.split(stored[0], min(stored[1:]), num_classes)
+        num_classes = None if ranks.here == max(stored) else ranks.here
+    elif num_classes is not None:
+        num_classes = check_num_classes(num_classes, stored)
+    if ranks is not None:
+        classes = ranks.classes
+    else:
+        classes = student.shape[dim] if num_classes is None else num_classes
+    if classes == 0:
+        raise ValueError(
+            f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
         )
     if classes == 1:
         _warn_of_one_class()

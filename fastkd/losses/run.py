@@ -5,11 +5,13 @@ from functools import partial
 
 from torch import Tensor
 
+from fastkd.losses import over_ranks
 from fastkd.losses.rows import Reduction
 from fastkd.ops.soft_target import soft_target
 from fastkd.ops.soft_target_inplace import soft_target_
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
+from fastkd.ranks import Ranks
 
 
 def run(
@@ -22,8 +24,14 @@ def run(
     reduce: Reduction,
     in_place: bool,
     with_parts: bool = False,
+    *,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
+    if ranks is not None:
+        return over_ranks.run(
+            reference, student, teachers, labels, p, temperatures, reduce, ranks
+        )
     if p.backend == "reference" or in_place:
         by_reference = partial(_by_reference, reference, reduce, teachers, labels, p, temperatures)
         if not in_place:

@@ -1,21 +1,25 @@
 """Soft targets (Hinton et al. 2014) of one or several teachers."""
 
 from collections.abc import Iterable
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
 from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.losses import checks, logits, over_ranks, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
+from fastkd.ranks import Ranks
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
+@over_ranks.over_ranks
 @checks.keywords
 def soft_target_loss(
     student_logits: Tensor,
@@ -33,6 +37,7 @@ def soft_target_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -135,8 +140,9 @@ def soft_target_loss(
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
         )
+    ranks = cast("Ranks | None", group)  # which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
-        student_logits, teacher, teacher_weights, dim, num_classes
+        student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
     logits.check_last_dim(student_logits, dim)
     divergence, beta = logits.check_divergence(divergence, beta)
@@ -144,7 +150,8 @@ def soft_target_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
     reduce = rows.reduction_of(
-        student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis, num_classes
+        *(student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis),
+        num_classes if ranks is None else ranks.classes,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -157,7 +164,8 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, divergence)
+    chosen = select("soft_target_loss", tensors, backend, others, hindrance)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -175,8 +183,9 @@ def soft_target_loss(
         backend=chosen,
         teacher_is=teacher_is,
     )
-    (loss,) = run(
+    loss, *_ = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
         *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+        ranks=ranks,
     )
     return logits.tied(loss, unused)

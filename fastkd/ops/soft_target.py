@@ -182,10 +182,10 @@ def _gradients_of_sides(
     if not to_teachers[0]:
         return found, None
     mirrored = grad_output, teachers[0], [student], labels, exchanged(temperatures)
-    return found, backward(*mirrored, None, True, False, False, _mirrored(p))[0]
+    return found, backward(*mirrored, None, True, False, False, mirrored(p))[0]
 
 
-def _mirrored(p: SoftTarget) -> SoftTarget:
+def mirrored(p: SoftTarget) -> SoftTarget:
     """Of the divergence of student and teacher in each other's place, without the labels' term."""
     return p._replace(
         temperature=p.teacher_temperature,

@@ -175,6 +175,44 @@ def backward(
     return found
 
 
+def _room_for_terms(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    p: SoftTarget,
+) -> Tensor:
+    return student.new_empty((statistics.numel() // STATISTICS, 2), dtype=torch.float64)
+
+
+@define(
+    "soft_target_terms(Tensor student, Tensor[] teachers, Tensor? labels, Tensor[] temperatures, "
+    f"Tensor statistics, {_PARAMETERS}) -> Tensor",
+    _room_for_terms,
+    SoftTarget,
+)
+def terms(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    p: SoftTarget,
+) -> Tensor:
+    """What the classes of a shard add to (Σφ, Σψ) of each row, from statistics of whole rows.
+
+    Of a divergence of probabilities, whose backward takes the Σψ of all shards in the place that
+    statistics have for the divergence.
+    """
+    found = _room_for_terms(student, teachers, labels, temperatures, statistics, p)
+    student, teachers = existing(p, student, teachers)
+    kernels(p.backend, "soft_target").soft_target_terms(
+        student, teachers, labels, statistics, found, p, temperatures=temperatures
+    )
+    return found
+
+
 @define(
     "soft_target_rescale(Tensor(a!) gradient, Tensor grad_output, Tensor student, "
     "Tensor[] teachers, Tensor? labels, Tensor[] temperatures, Tensor? statistics, Tensor? factor, "

@@ -47,10 +47,10 @@ def to_temperatures(
     found, *others = to_sides(grad_output, *inputs, statistics, of_sides, p)
     to_student = to_teacher = to_root = None
     if found is not None:
-        to_student = _by_temperature(found, student, of_student, p.dim)
+        to_student = by_temperature(found, student, of_student, p.dim)
     for gradient, teacher in zip(others, teachers, strict=True):
         if gradient is not None:
-            part = _by_temperature(gradient, teacher, of_teacher, p.dim)
+            part = by_temperature(gradient, teacher, of_teacher, p.dim)
             to_teacher = part if to_teacher is None else to_teacher + part
     if wanted[2]:  # of T² times what else a row's loss is
         losses = forward(*inputs, None, False, False, False, p._replace(reduction="none"))[0]
@@ -60,13 +60,16 @@ def to_temperatures(
     return to_student, to_teacher, to_root
 
 
-def _by_temperature(gradient: Tensor, logits: Tensor, temperature: Tensor, dim: int) -> Tensor:
+def by_temperature(
+    gradient: Tensor, logits: Tensor, temperature: Tensor, dim: int, top: Tensor | None = None
+) -> Tensor:
     """The derivative by T of what depends on logits / T and has this gradient.
 
     It is `-1/T sum(g (x - max x))`, because the sum of g is 0. Classes without a gradient, and
-    those of -inf, contribute 0.
+    those of -inf, contribute 0. `top` are maxima that are known.
     """
     gradient, logits = gradient.movedim(dim, -1), logits.movedim(dim, -1)
-    products = gradient * shifted(logits, largest(logits))
+    top = largest(logits) if top is None else top.movedim(dim, -1)
+    products = gradient * shifted(logits, top)
     nothing = (gradient == 0) | (logits == -torch.inf)
     return products.masked_fill(nothing, 0).sum(-1) / temperature * (-1 / LOGIT_SCALE)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastkd.parameters import SoftTarget
+from fastkd.reference.classes import HERE, Classes
 from fastkd.reference.soft_target import (
     LOGIT_SCALE,
     divergence_rows,
-    largest,
     lift_for,
     log_sum,
     prepared,
@@ -20,18 +20,20 @@ from fastkd.reference.temperatures import of_rows, temperatures_of
 from fastkd.tensors import unshard
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def cross_entropy_rows(
+    logits: Tensor, labels: Tensor, label_smoothing: float, classes: Classes = HERE
+) -> Tensor:
     """Cross-entropy with `(1 - label_smoothing) * one_hot + label_smoothing / K`, scaled."""
-    maximum = largest(logits)
+    maximum = classes.largest(logits)
     x = shifted(logits, maximum)
-    log_total = log_sum((logits - maximum).exp())[..., 0] * LOGIT_SCALE
+    log_total = log_sum((logits - maximum).exp(), classes)[..., 0] * LOGIT_SCALE
     # A part of weight 0 is left out, because a logit may be infinite.
     if label_smoothing == 1:
-        return log_total - x.mean(-1)
-    rows = log_total - x.gather(-1, labels[..., None]).squeeze(-1)
+        return log_total - classes.mean(x)
+    rows = log_total - classes.at(x, labels)
     if label_smoothing == 0:
         return rows
-    return (1 - label_smoothing) * rows + label_smoothing * (log_total - x.mean(-1))
+    return (1 - label_smoothing) * rows + label_smoothing * (log_total - classes.mean(x))
 
 
 def distillation_loss(
@@ -40,6 +42,7 @@ def distillation_loss(
     labels: Tensor,
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
+    classes: Classes = HERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, hard, soft)`: cross-entropy at temperature 1, and `T^2 * D`, of kept rows.
 
@@ -52,11 +55,11 @@ def distillation_loss(
     # A weight of 0 switches its term off, also where the term is infinite or NaN.
     with torch.set_grad_enabled(torch.is_grad_enabled() if p.hard_weight else False):
         labels = labels.masked_fill(ignored, 0)
-        rows = cross_entropy_rows(unshard(student, -1), labels, p.label_smoothing)
+        rows = cross_entropy_rows(unshard(student, -1), labels, p.label_smoothing, classes)
         hard = rows.masked_fill(ignored, 0)
     with torch.set_grad_enabled(torch.is_grad_enabled() if p.soft_weight else False):
         lift = lift_for(weight / divisor)
-        soft = divergence_rows(student, teachers, ignored, lift, p, by)
+        soft = divergence_rows(student, teachers, ignored, lift, p, by, classes)
 
     def reduced(rows: Tensor) -> Tensor:
         return rows if p.reduction == "none" else rows.sum()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.reference.classes import Classes
 from fastkd.reference.temperatures import of_rows, over
 
 # More than the logarithm of the ratio of any two numbers that a float can be.
@@ -31,6 +32,7 @@ class Sides(NamedTuple):
     unit: float | Tensor
     beta: float
     normalized: bool
+    classes: Classes  # what adds up a row's
 
     @property
     def p(self) -> Tensor:
@@ -69,7 +71,7 @@ def _by_slopes(slopes: Callable[[Sides], Tensor]) -> Callable[[Sides], Sequence[
     def to_teachers(sides: Sides) -> Sequence[Tensor]:
         found = slopes(sides)
         return [
-            share * (found - (share * found).sum(-1, keepdim=True) / weight)
+            share * (found - sides.classes.total(share * found, keepdim=True) / weight)
             for share, weight in zip(sides.shares, sides.weights, strict=True)
         ]
 
@@ -84,11 +86,11 @@ def _forward_kl(sides: Sides) -> Tensor:
     """`sum(p * log(p / q))`."""
     ratio, p = _forward_kl_logarithms(sides), sides.p
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
-    rows = _infinite(ratio, p)
+    rows = _infinite(sides, ratio, p)
     if not sides.normalized:
-        return rows + (p * ratio.masked_fill(p == 0, 0)).sum(-1)
+        return rows + sides.classes.total(p * ratio.masked_fill(p == 0, 0))
     for share, weight in zip(sides.shares, sides.weights, strict=True):
-        rows = rows + _weighed(share, ratio, weight * sides.lift)
+        rows = rows + _weighed(sides, share, ratio, weight * sides.lift)
     return rows
 
 
@@ -104,7 +106,7 @@ def _forward_kl_slopes(sides: Sides) -> Tensor:
 def _reverse_kl(sides: Sides) -> Tensor:
     """`sum(q * log(q / p))`; a class that the student excludes contributes 0."""
     ratio, q = (-sides.log_ratio).masked_fill(sides.student == -torch.inf, 0), sides.q()
-    return _infinite(ratio, q) + _weighed(q, ratio, sides.lift) + _nan_of(sides)
+    return _infinite(sides, ratio, q) + _weighed(sides, q, ratio, sides.lift) + _nan_of(sides)
 
 
 def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
@@ -112,7 +114,7 @@ def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
     q = sides.q() * -sides.unit
     gains = [q * part.exp().masked_fill(sides.excluded, 0) for part in sides.log_parts()]
     return [
-        gain - share * (gain.sum(-1, keepdim=True) / weight)
+        gain - share * (sides.classes.total(gain, keepdim=True) / weight)
         for gain, share, weight in zip(gains, sides.shares, sides.weights, strict=True)
     ]
 
@@ -127,26 +129,28 @@ def _reverse_kl_of_logarithms(sides: Sides) -> Tensor:
 
 def _nan_of(sides: Sides) -> Tensor:
     """NaN, also as a gradient to both sides, of rows in which one holds NaN; 0 of the others."""
-    p, q = (x.sum(-1) / sides.lift for x in (sides.p, sides.q()))
+    p, q = (sides.classes.total(x) / sides.lift for x in (sides.p, sides.q()))
     return 0 * (p * q)
 
 
-def _infinite(ratio: Tensor, probability: Tensor) -> Tensor:
+def _infinite(sides: Sides, ratio: Tensor, probability: Tensor) -> Tensor:
     """Infinity of the rows with an infinite class whose probability is 0; 0 of the others."""
     infinite = (ratio == torch.inf) & (probability == 0)
-    return torch.zeros_like(ratio).masked_fill(infinite, torch.inf).sum(-1)
+    return sides.classes.total(torch.zeros_like(ratio).masked_fill(infinite, torch.inf))
 
 
-def _weighed(probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tensor:
+def _weighed(
+    sides: Sides, probability: Tensor, ratio: Tensor, total: Tensor | float
+) -> Tensor:
     """The sum of ratios, weighed by probabilities that have this total."""
     counted = ratio.masked_fill(probability == 0, 0)
     # The sum of probabilities is constant, so their mean may be taken off the ratio: what is left
     # in backward are the differences that its gradient consists of, and no larger terms that
     # cancel.
     with torch.no_grad():
-        mean = (probability * counted).sum(-1, keepdim=True) / total
+        mean = sides.classes.total(probability * counted, keepdim=True) / total
         mean = mean.masked_fill(~mean.isfinite(), 0)
-    return (probability * (counted - mean)).sum(-1) + total * mean.squeeze(-1)
+    return sides.classes.total(probability * (counted - mean)) + total * mean.squeeze(-1)
 
 
 def _log_ratio(sides: Sides) -> Tensor:
@@ -174,7 +178,7 @@ def _jsd(sides: Sides) -> Tensor:
     """`beta * KL(p, m) + (1 - beta) * KL(q, m)` with `m = beta * p + (1 - beta) * q`."""
     of_p, of_q = _to_mixture(_log_ratio(sides), sides.beta)
     classes = sides.beta * (sides.p * of_p) + (1 - sides.beta) * (sides.q() * of_q)
-    return classes.sum(-1) * of_rows(sides.unit) + _nan_of(sides)
+    return sides.classes.total(classes) * of_rows(sides.unit) + _nan_of(sides)
 
 
 def _jsd_slopes(sides: Sides) -> Tensor:
@@ -183,7 +187,8 @@ def _jsd_slopes(sides: Sides) -> Tensor:
 
 def _tvd(sides: Sides) -> Tensor:
     """`sum(|p - q|) / 2`."""
-    return (sides.p - sides.q()).abs().sum(-1) * (of_rows(sides.unit) / 2) + _nan_of(sides)
+    found = sides.classes.total((sides.p - sides.q()).abs())
+    return found * (of_rows(sides.unit) / 2) + _nan_of(sides)
 
 
 def _tvd_slopes(sides: Sides) -> Tensor:
@@ -222,7 +227,7 @@ def _to_skewed(of: Tensor, log_ratio: Tensor, other: Tensor, sides: Sides) -> Te
         with torch.no_grad():
             surplus = (1 - sides.beta) * (of - other)
         classes = classes - surplus
-    return classes.sum(-1) * of_rows(sides.unit) + _nan_of(sides)
+    return sides.classes.total(classes) * of_rows(sides.unit) + _nan_of(sides)
 
 
 DIVERGENCES = {

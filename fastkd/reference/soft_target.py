@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
+from fastkd.reference.classes import HERE, Classes
 from fastkd.reference.divergence import DIVERGENCES, Sides
 from fastkd.reference.temperatures import Temperatures, of_rows, over, temperatures_of, times
 from fastkd.symbols import as_tensor
@@ -36,12 +37,12 @@ def exp(x: Tensor) -> Tensor:
     return e.masked_fill(e == 0, 0)
 
 
-def log_sum(exponentials: Tensor) -> Tensor:
+def log_sum(exponentials: Tensor, classes: Classes = HERE) -> Tensor:
     """Of each row, by `torch.sum`, which pairs its terms.
 
     The sum of `F.log_softmax` loses digits on the CPU where terms are very many.
     """
-    return exponentials.sum(-1, keepdim=True).log()
+    return classes.total(exponentials, keepdim=True).log()
 
 
 def compared(
@@ -50,22 +51,23 @@ def compared(
     p: SoftTarget,
     by: Temperatures,
     lift: Tensor | None = None,
+    classes: Classes = HERE,
 ) -> Sides:
     """What divergences are made of; logarithms are multiplied by the student's T, and scaled.
 
     p is the mean of the teachers' probabilities, not of their logits.
     """
     if p.teacher_is != "logits":
-        return stated(student, teachers[0], p, by, lift)
+        return stated(student, teachers[0], p, by, lift, classes)
     log_lift = 0.0 if lift is None else lift.log()
     weights, scale = p.weights, by.student * LOGIT_SCALE
-    maxima = [largest(t) for t in teachers]
+    maxima = [classes.largest(t) for t in teachers]
     # The maximum goes first, because dividing large logits would round away their differences.
     exponents = [over(t - top, by.teacher) for t, top in zip(teachers, maxima, strict=True)]
-    totals = [log_sum(exp(z)) for z in exponents]
+    totals = [log_sum(exp(z), classes) for z in exponents]
     shares = [exp(z - total + log_lift) for z, total in zip(exponents, totals, strict=True)]
-    top = largest(student)
-    x, of_student = shifted(student, top), log_sum(over(student - top, by.student).exp())
+    top = classes.largest(student)
+    x, of_student = shifted(student, top), log_sum(over(student - top, by.student).exp(), classes)
     log_p = exponents[0] - totals[0]
     if len(teachers) == 1:
         # The difference of logits comes first: at a large T it is the smaller part of both.
@@ -91,11 +93,17 @@ def compared(
         unit=scale,
         beta=p.beta,
         normalized=True,
+        classes=classes,
     )
 
 
 def stated(
-    student: Tensor, teacher: Tensor, p: SoftTarget, by: Temperatures, lift: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    p: SoftTarget,
+    by: Temperatures,
+    lift: Tensor | None,
+    classes: Classes,
 ) -> Sides:
     """The same of a teacher whose probabilities, or their logarithms, are used as they are."""
     log_lift = 0.0 if lift is None else lift.log()
@@ -106,8 +114,8 @@ def stated(
         share = share if lift is None else share * lift
     else:
         log_p, share = teacher, exp(teacher + log_lift)
-    scale, top = by.student * LOGIT_SCALE, largest(student)
-    of_student = log_sum(over(student - top, by.student).exp())
+    scale, top = by.student * LOGIT_SCALE, classes.largest(student)
+    of_student = log_sum(over(student - top, by.student).exp(), classes)
     return Sides(
         student=student,
         teachers=[log_p],
@@ -120,6 +128,7 @@ def stated(
         unit=scale,
         beta=p.beta,
         normalized=False,
+        classes=classes,
     )
 
 
@@ -158,13 +167,14 @@ def divergence_rows(
     lift: Tensor,
     p: SoftTarget,
     by: Temperatures,
+    classes: Classes = HERE,
 ) -> Tensor:
     """`lift * T * D(sum(w * softmax(teacher/T_t)), softmax(student/T))` of rows, scaled.
 
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
-    sides = compared(student, teachers, p, by, lift)
+    sides = compared(student, teachers, p, by, lift, classes)
     rows = DIVERGENCES[p.divergence].rows(sides)
     if ignored is None or sides.normalized:
         return rows
@@ -222,6 +232,7 @@ def soft_target_loss(
     labels: Tensor | None,
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
+    classes: Classes = HERE,
 ) -> Tensor:
     """`soft_weight * D(p, q)` of each row that counts, reduced."""
     student, teachers, divisor = prepared(student, teachers, labels, p)
@@ -230,7 +241,8 @@ def soft_target_loss(
     lift = lift_for(factor)
     # Divided before they are added up, because only the mean may be representable.
     ignored = None if labels is None else labels == p.ignore_index
-    rows = divergence_rows(student, teachers, ignored, lift, p, by) * (factor / lift / LOGIT_SCALE)
+    rows = divergence_rows(student, teachers, ignored, lift, p, by, classes)
+    rows = rows * (factor / lift / LOGIT_SCALE)
     return rows if p.reduction == "none" else rows.sum()
 
 

@@ -1,0 +1,138 @@
+"""Calls of losses on logits whose classes are split over the ranks of a process group."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastkd.dispatch import is_explaining
+from fastkd.facts import OF_PROBABILITIES, ONE_TEACHER
+from fastkd.losses import shards
+from fastkd.losses.rows import Reduction
+from fastkd.ops.ranks import soft_target_rows
+from fastkd.parameters import SoftTarget
+from fastkd.precision import compute_dtype, widest_dtype
+from fastkd.ranks import Explained, Ranks
+from fastkd.reference.classes import Split
+from fastkd.reference.soft_target import divisor_of
+from fastkd.tensors import is_of_torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def over_ranks(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which gets `Ranks` in the place of a group.
+
+    DTensors that are sharded on the classes are such a call, of their shards and of their mesh's
+    group.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("group") is not None:
+            return _in_step(function, args, kwargs)
+        if not args or is_of_torch(args[0]) or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        local = shards.local(signature, args, kwargs)
+        if local is None:
+            return function(*args, **kwargs)
+        arguments, mesh = local
+        return shards.replicated(_in_step(function, (), arguments), mesh)
+
+    return called
+
+
+def _in_step(function: Callable[..., R], args: Sequence[Any], kwargs: dict[str, Any]) -> R:
+    """A call that raises on every rank if it does on one."""
+    ranks = _ranks_of(kwargs["group"])
+    try:
+        if kwargs.get("inplace", False) is not False:
+            raise ValueError(
+                "inplace=True does not go with a group, whose gradient is computed in backward; "
+                "pass inplace=False"
+            )
+        return function(*args, **{**kwargs, "group": ranks})
+    except Exception:
+        ranks.fail()
+        raise
+
+
+# Compiled code stops in front of it, and with fullgraph=True raises.
+_in_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+_in_step._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "fastkd: a loss with a group compares what the ranks call, which is not compiled; leave "
+    "fullgraph=True out, and compile what is around it"
+)
+
+
+def _ranks_of(group: Any) -> Ranks:
+    if isinstance(group, Ranks):
+        return group
+    if not torch.distributed.is_available() or not isinstance(
+        group, torch.distributed.ProcessGroup
+    ):
+        raise TypeError(
+            "group must be a torch.distributed.ProcessGroup to which this process belongs, got "
+            f"{type(group).__name__}"
+        )
+    return Explained(group) if is_explaining() else Ranks(group)
+
+
+def obstacle(
+    ranks: Ranks | None, teachers: Sequence[Tensor], teacher_is: str, divergence: str
+) -> str | None:
+    """What keeps kernels from a call with a group."""
+    if ranks is None:
+        return None
+    if len(teachers) > 1 or teacher_is != "logits":
+        return ONE_TEACHER
+    is_kl = divergence in ("forward_kl", "reverse_kl")
+    return None if is_kl or teachers[0].is_cpu else OF_PROBABILITIES
+
+
+def run(
+    reference: Callable[..., tuple[Tensor, ...]],
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    reduce: Reduction,
+    ranks: Ranks,
+) -> tuple[Tensor, ...]:
+    """The loss and its parts, as `losses.run` has them; the same on every rank."""
+    learning = [t.requires_grad for t in (student, *teachers, *temperatures)]
+    ranks.agree(
+        rows=student.numel() // max(student.shape[p.dim], 1) if ranks.here else -1,
+        dtypes=[t.dtype for t in (student, *teachers)],
+        keywords=(p._replace(num_classes=None, dim=0), reduce.by_kernels, reduce.number),
+        tensors=(
+            labels is None,
+            reduce.scalar is None,
+            reduce.row_weight is None,
+            len(temperatures),
+        ),
+        learning=(torch.is_grad_enabled(), learning),
+    )
+    of_rows = p._replace(reduction="none")
+    if p.backend == "reference":
+        split = Split(ranks)
+        heat = [split.spread(t) for t in temperatures]
+        rows = reference(student, teachers, labels, of_rows, heat, split)
+        found = [split.share(x) for x in rows]
+    else:
+        loss, parts = soft_target_rows(student, teachers[0], labels, of_rows, temperatures, ranks)
+        found = [loss, *parts]
+    dtype, widest = compute_dtype(student, *teachers), widest_dtype(student.device)
+    divisor = divisor_of(found[0].numel(), ranks.classes, found[0], labels, p).to(widest)
+
+    def reduced(x: Tensor) -> Tensor:
+        return x if p.reduction == "none" else (x.to(widest) / divisor).sum()
+
+    loss, *parts_of = map(reduced, found)
+    return reduce.of(loss).to(dtype), *(part.detach().to(dtype) for part in parts_of)

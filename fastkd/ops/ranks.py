@@ -1,0 +1,392 @@
+"""Losses on logits whose classes are split over ranks: sums, an exchange, terms, gradients.
+
+Kernels find the statistics of the classes that are here. The ranks' statistics make those of whole
+rows, from which kernels compute the gradient of each class. A divergence of probabilities takes one
+more step between, and one more exchange: the sums over classes of its terms.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.autograd import (
+    Fused,
+    check_grad_output,
+    differentiate_once,
+    no_grad,
+    savable,
+    wants_gradient,
+)
+from fastkd.ops.soft_target import mirrored
+from fastkd.ops.soft_target_operators import STATISTICS, backward, forward, terms
+from fastkd.ops.temperatures import by_temperature, exchanged
+from fastkd.parameters import ELSEWHERE, SoftTarget
+from fastkd.precision import compute_dtype, widest_dtype
+from fastkd.ranks import Ranks
+from fastkd.reference.soft_target import LOGIT_SCALE
+
+_KL = ("forward_kl", "reverse_kl")
+_IGNORED = -1  # the label of rows that do not count, in what kernels get
+
+
+class _Side(NamedTuple):
+    """What rows have of one side: a maximum, and a sum of exponentials relative to it."""
+
+    top: Tensor
+    sum: Tensor
+
+
+class _Exchanged(NamedTuple):
+    """What each rank has of each row, one rank after another."""
+
+    student: _Side
+    teacher: _Side
+    hard: Tensor  # the student's sum at temperature 1
+    divergence: Tensor  # between the softmaxes of the rank's classes
+    cross_entropy: Tensor  # of these with an even distribution
+    label: Tensor  # the logit of the row's label on its rank, 0 on others
+
+
+def soft_target_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
+    """The losses of rows, and their parts `(hard, T² D)`; every rank has all of them.
+
+    There is one teacher, of logits. The labels are those of all classes.
+    """
+    if wants_gradient(student, teacher, *temperatures):
+        found = _RanksLoss.record(ranks, p, labels, student, teacher, *temperatures)
+        return found[0], found[1]
+    loss, parts, *_ = _forward(student, teacher, labels, p, temperatures, ranks, (False, False))
+    return loss, parts
+
+
+class _RanksLoss(Fused):
+    """`apply(ranks, parameters, labels, student, teacher, *temperatures)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ranks: Ranks,
+        p: SoftTarget,
+        labels: Tensor | None,
+        student: Tensor,
+        teacher: Tensor,
+        *temperatures: Tensor,
+    ) -> Any:
+        wanted = ctx.needs_input_grad[3:]
+        of_temperatures = any(wanted[2:])
+        sides = wanted[0] or of_temperatures, wanted[1] or of_temperatures
+        loss, parts, *kept = _forward(student, teacher, labels, p, temperatures, ranks, sides)
+        ctx.save_for_backward(*savable(student, teacher, *kept, *temperatures))
+        ctx.parameters, ctx.ranks = p, ranks
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
+        student, teacher, *others = ctx.saved_tensors
+        labels, statistics, of_mirrored, rows, *temperatures = others
+        check_grad_output("a loss on logits", grad_output)
+        with no_grad():
+            gradients = _gradients(
+                grad_output.to(compute_dtype(student, teacher)),
+                *(student, teacher, labels, temperatures, statistics, of_mirrored, rows),
+                *(ctx.needs_input_grad[3:], _of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
+            )
+        inputs = student, teacher, *temperatures
+        return None, None, None, *differentiate_once("a loss on logits", gradients, inputs)
+
+
+def _of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
+    """The parameters as kernels take them: of rows, whose labels are those of `_labels_here`."""
+    return p._replace(reduction="none", ignore_index=_IGNORED, all_classes=ranks.classes)
+
+
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    ranks: Ranks,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """The losses of rows, their parts, and what backward takes.
+
+    That is the labels here, the statistics of whole rows, those for the teacher's gradient of a
+    divergence of probabilities, and the divergences of rows. `wanted` tells of which side there
+    will be a gradient.
+    """
+    shape = student.shape[: p.dim] + student.shape[p.dim + 1 :]
+    dtype, widest = compute_dtype(student, teacher), widest_dtype(student.device)
+    ignored = None if labels is None else (labels == p.ignore_index).flatten()
+    here = _labels_here(labels, p, ranks)
+    found = _exchange(student, teacher, labels, p, temperatures, ranks)
+    heat = [t.flatten().to(widest) for t in temperatures] or [p.temperature, p.teacher_temperature]
+    (s_top, s_sum), s_logs = _whole(found.student, heat[0])
+    (t_top, t_sum), t_logs = _whole(found.teacher, heat[1])
+    (_, hard_sum), _ = _whole(_Side(found.student.top, found.hard), 1)
+    divergence = torch.zeros_like(s_sum)
+    if p.divergence in _KL:
+        divergence = _chained(found, s_logs, t_logs, p.divergence)
+    is_valid = (s_sum > 0) & (t_sum > 0)  # False for NaN, too
+    divergence = divergence.masked_fill(~is_valid, torch.nan)
+    wrong = _wrong_labels(labels, ignored, p, ranks)
+    if wrong is not None:
+        hard_sum = hard_sum.masked_fill(wrong, torch.nan)
+
+    def statistics(divergence: Tensor) -> Tensor:
+        columns = s_top, s_sum, t_top, t_sum, hard_sum, divergence, torch.zeros_like(s_sum)
+        whole = torch.stack(columns, 1).to(dtype)
+        return whole if ignored is None else whole.masked_fill(ignored[:, None], 0)
+
+    of_rows, of_mirrored = statistics(divergence * LOGIT_SCALE), None
+    if p.divergence not in _KL:
+        inputs = student, teacher, here, temperatures, of_rows
+        totals = ranks.total(_terms(*inputs, wanted[1], _of_shard(p, ranks)))
+        totals = totals.masked_fill(~is_valid, torch.nan)
+        divergence = totals[0].clamp(min=0)  # rounding may leave a tiny negative number
+        of_rows = statistics(totals[1])
+        if wanted[1]:
+            of_mirrored = _exchange_sides(statistics(totals[2]))
+    hard = torch.zeros_like(divergence)
+    if labels is not None and p.labels_are_classes:
+        hard = _cross_entropy(found, s_top, hard_sum, p.label_smoothing, ranks)
+    soft = divergence * (heat[2] * heat[2] if temperatures else 1)
+    if ignored is not None:
+        soft, hard = soft.masked_fill(ignored, 0), hard.masked_fill(ignored, 0)
+        divergence = divergence.masked_fill(ignored, 0)
+    # A weight of 0 switches its term off, also where the term is infinite or NaN.
+    loss = soft * p.soft_weight if p.soft_weight else torch.zeros_like(soft)
+    if p.hard_weight:
+        loss = loss + hard * p.hard_weight
+    parts = torch.stack([hard, soft * (p.temperature * p.temperature)])
+    kept = here, of_rows, of_mirrored, divergence.view(shape)
+    return loss.view(shape), parts.view(2, *shape), *kept
+
+
+def _labels_here(labels: Tensor | None, p: SoftTarget, ranks: Ranks) -> Tensor | None:
+    """Labels of the classes that are here, for kernels; marks stay what they are."""
+    if labels is None:
+        return None
+    ignored = labels == p.ignore_index
+    if not p.labels_are_classes:
+        return ignored.to(torch.int64) * _IGNORED
+    local = labels - ranks.first
+    elsewhere = (local < 0) | (local >= ranks.here)
+    return local.masked_fill(elsewhere, ELSEWHERE).masked_fill(ignored, _IGNORED)
+
+
+def _wrong_labels(
+    labels: Tensor | None, ignored: Tensor | None, p: SoftTarget, ranks: Ranks
+) -> Tensor | None:
+    """Rows with a label that is no class, which a CPU's calls have refused before."""
+    if labels is None or ignored is None or not p.labels_are_classes:
+        return None
+    labels = labels.flatten()
+    return ((labels < 0) | (labels >= ranks.classes)) & ~ignored
+
+
+def _exchange(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor],
+    ranks: Ranks,
+) -> _Exchanged:
+    """The statistics of all ranks' classes."""
+    shape, widest = student.shape, widest_dtype(student.device)
+    rows = (shape[: p.dim] + shape[p.dim + 1 :]).numel()
+    logit = student.new_zeros(rows, dtype=widest)
+    columns = torch.zeros((8, rows), dtype=widest, device=student.device)
+    columns[0] = columns[2] = -torch.inf
+    if ranks.here:
+        smooths = 1.0 if p.label_smoothing else 0.0
+        marks = None if labels is None else (labels == p.ignore_index).to(torch.int64) * _IGNORED
+        q = p._replace(reduction="none", ignore_index=_IGNORED, label_smoothing=smooths)
+        if p.divergence not in _KL:
+            q = q._replace(divergence="forward_kl")
+        inputs = student, [teacher], marks, temperatures
+        found = forward(*inputs, None, False, True, False, q)[2]
+        columns[:7] = found.view(rows, STATISTICS).T
+        columns[5:7] /= LOGIT_SCALE
+        if labels is not None and p.labels_are_classes:
+            local = (labels - ranks.first).flatten()
+            is_here = (local >= 0) & (local < ranks.here)
+            at = local.clamp(0, ranks.here - 1).view(labels.shape).unsqueeze(p.dim)
+            logit = student.detach().gather(p.dim, at).flatten().to(widest).masked_fill(~is_here, 0)
+    columns[7] = logit
+    s_top, s_sum, t_top, t_sum, hard, kl, ce, label = ranks.gather(columns).unbind(1)
+    return _Exchanged(_Side(s_top, s_sum), _Side(t_top, t_sum), hard, kl, ce, label)
+
+
+def _whole(side: _Side, temperature: Any) -> tuple[_Side, Tensor]:
+    """Of whole rows, and the logarithm of each rank's share of a row's mass."""
+    top = side.top.amax(0)
+    origin = top.masked_fill(top == -torch.inf, 0)
+    apart = (side.top - origin) / temperature
+    total = (apart.exp() * side.sum).masked_fill(side.top == -torch.inf, 0).sum(0)
+    return _Side(top, total), apart + (side.sum.log() - total.log())
+
+
+def _chained(found: _Exchanged, s_logs: Tensor, t_logs: Tensor, divergence: str) -> Tensor:
+    """A KL divergence of whole rows by the chain rule, which adds up what cannot be negative.
+
+    It is the mean of the divergences of the ranks' classes, and the divergence of their masses.
+    """
+    weigher, other = (found.teacher, found.student), (t_logs, s_logs)
+    if divergence == "reverse_kl":
+        weigher, other = weigher[::-1], other[::-1]
+    share = other[0].exp()
+    part = share * (found.divergence + (other[0] - other[1]))
+    # A class that is excluded is infinitely far, whatever its mass.
+    is_far = (found.divergence == torch.inf) | (weigher[1].top == -torch.inf)
+    part = part.masked_fill((share == 0) & ~is_far, 0).masked_fill(is_far, torch.inf)
+    return part.masked_fill(weigher[0].top == -torch.inf, 0).sum(0).clamp(min=0)
+
+
+def _cross_entropy(
+    found: _Exchanged, top: Tensor, total: Tensor, smoothing: float, ranks: Ranks
+) -> Tensor:
+    """Of whole rows, at temperature 1. A part of weight 0 may be infinite."""
+    log_total = total.log()
+    rows = torch.zeros_like(log_total)
+    if smoothing < 1:
+        rows = rows + (1 - smoothing) * (log_total + (top - found.label.sum(0)))
+    if smoothing > 0:
+        parts = found.cross_entropy + (log_total - found.hard.log()) + (top - found.student.top)
+        parts = parts.masked_fill(found.student.top == -torch.inf, torch.inf)
+        shares = [(part, n / ranks.classes) for part, n in zip(parts, ranks.shares, strict=True) if n]
+        rows = rows + smoothing * torch.stack([part * share for part, share in shares]).sum(0)
+    return rows
+
+
+def _terms(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    with_mirrored: bool,
+    p: SoftTarget,
+) -> Tensor:
+    """(Σφ, Σψ) of the classes here, and Σψ with the sides exchanged where that is wanted."""
+    rows = statistics.shape[0]
+    if p.num_classes == 0 or student.shape[p.dim] == 0:
+        return statistics.new_zeros((2 + with_mirrored, rows), dtype=torch.float64)
+    found = terms(student, [teacher], labels, temperatures, statistics, p).T
+    if not with_mirrored:
+        return found
+    of_sides = teacher, [student], labels, exchanged(temperatures), _exchange_sides(statistics)
+    return torch.cat([found, terms(*of_sides, mirrored(p)).T[1:]])
+
+
+def _exchange_sides(statistics: Tensor) -> Tensor:
+    """Of rows with the sides in each other's place; the hard sum is the student's, and stays."""
+    return statistics[:, [2, 3, 0, 1, 4, 5, 6]].contiguous()
+
+
+def _gradients(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    of_mirrored: Tensor | None,
+    rows: Tensor,
+    wanted: Sequence[bool],
+    p: SoftTarget,
+    ranks: Ranks,
+) -> tuple[Tensor | None, ...]:
+    """Those that are wanted, of the student, the teacher and the temperatures."""
+    inputs = grad_output, student, teacher, labels, temperatures, statistics, of_mirrored
+    of_temperatures = any(wanted[2:])
+    if not ranks.here:
+        sides = [torch.zeros_like(x) if want else None for x, want in _pairs(student, teacher, wanted)]
+        found = torch.zeros((3, *grad_output.shape), dtype=grad_output.dtype, device=student.device)
+    elif p.divergence in _KL:
+        wishes = *wanted[:2], of_temperatures
+        *sides, found = backward(
+            grad_output, student, [teacher], labels, temperatures, statistics.flatten(), *wishes, p
+        )
+    else:
+        sides = _of_sides(*inputs, wanted[:2], p)
+        if of_temperatures:
+            found = _of_temperatures(*inputs, p)
+    if not of_temperatures:
+        return *sides, *(None for _ in wanted[2:])
+    # T² is the same on every rank; through the logits each has a part of the derivative.
+    of_logits = ranks.total(found[:2].to(torch.float64)).to(found.dtype)
+    root = 2 * rows.to(found.dtype) * grad_output * p.soft_weight * temperatures[2]
+    if p.soft_weight == 0:
+        root = torch.zeros_like(root)
+    every = *of_logits.unbind(), root
+    return *sides, *(x if want else None for x, want in zip(every, wanted[2:], strict=True))
+
+
+def _pairs(student: Tensor, teacher: Tensor, wanted: Sequence[bool]) -> Any:
+    return zip((student, teacher), wanted[:2], strict=True)
+
+
+def _of_sides(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    of_mirrored: Tensor | None,
+    wanted: Sequence[bool],
+    p: SoftTarget,
+) -> list[Tensor | None]:
+    """Of a divergence of probabilities: the teacher's is the student's with the sides exchanged."""
+    found: list[Tensor | None] = [None, None]
+    if wanted[0]:
+        inputs = grad_output, student, [teacher], labels, temperatures, statistics.flatten()
+        found[0] = backward(*inputs, True, False, False, p)[0]
+    if wanted[1]:
+        assert of_mirrored is not None
+        inputs = (
+            *(grad_output, teacher, [student], labels, exchanged(temperatures)),
+            of_mirrored.flatten(),
+        )
+        found[1] = backward(*inputs, True, False, False, mirrored(p))[0]
+    return found
+
+
+def _of_temperatures(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    statistics: Tensor,
+    of_mirrored: Tensor | None,
+    p: SoftTarget,
+) -> Tensor:
+    """What the classes here add to the derivatives by both temperatures, through the logits."""
+    dtype = compute_dtype(student, teacher)
+    sides = student.to(dtype), teacher.to(dtype)
+    q = p._replace(hard_weight=0.0, label_smoothing=0.0)
+    if q.num_classes is not None:
+        sides = tuple(x.narrow(p.dim, 0, q.num_classes) for x in sides)
+        q = q._replace(num_classes=None)
+    inputs = grad_output, *sides, labels, temperatures, statistics, of_mirrored
+    gradients = _of_sides(*inputs, (True, True), q)
+    parts = []
+    for gradient, side, heat, column in zip(gradients, sides, temperatures, (0, 2), strict=False):
+        assert gradient is not None
+        top = statistics[:, column].view(heat.shape).unsqueeze(p.dim)
+        parts.append(by_temperature(gradient, side, heat, p.dim, top))
+    found = torch.stack(parts)
+    return found if labels is None else found.masked_fill(labels == p.ignore_index, 0)

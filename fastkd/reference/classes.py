@@ -1,0 +1,118 @@
+"""Reductions over the classes, of which a process has all, or those of its rank."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ranks import Ranks
+
+
+class Classes:
+    """All are here."""
+
+    def largest(self, logits: Tensor) -> Tensor:
+        """The maximum of each row, which no gradient goes through."""
+        return logits.detach().amax(-1, keepdim=True)
+
+    def total(self, x: Tensor, keepdim: bool = False) -> Tensor:
+        """The sum of each row."""
+        return x.sum(-1, keepdim=keepdim)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of each row."""
+        return x.mean(-1)
+
+    def at(self, x: Tensor, labels: Tensor) -> Tensor:
+        """What each row has at its label."""
+        return x.gather(-1, labels[..., None]).squeeze(-1)
+
+
+HERE = Classes()
+
+
+class Split(Classes):
+    """Each rank has some.
+
+    The gradients are those of the sum of all ranks' losses: that makes the sum over ranks its own
+    derivative, wherever it stands. `spread` and `share` make of them the gradients of the loss, of
+    which every rank has a copy.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def largest(self, logits: Tensor) -> Tensor:
+        """The maximum over all ranks."""
+        if logits.shape[-1]:
+            found = super().largest(logits)
+        else:
+            found = logits.new_full((*logits.shape[:-1], 1), -torch.inf, requires_grad=False)
+        return self.ranks.gather(found).amax(0)
+
+    def total(self, x: Tensor, keepdim: bool = False) -> Tensor:
+        """The sum over all ranks."""
+        return sum_over(self.ranks, super().total(x, keepdim))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        return self.total(x) / self.ranks.classes
+
+    def at(self, x: Tensor, labels: Tensor) -> Tensor:
+        """From the rank that has the label's class."""
+        first, here = self.ranks.first, self.ranks.here
+        is_here = (labels >= first) & (labels < first + here)
+        if here:
+            picked = super().at(x, (labels - first).clamp(0, here - 1))
+        else:
+            picked = x.sum(-1)
+        return sum_over(self.ranks, picked.masked_fill(~is_here, 0))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A number that all ranks have, and whose gradient all of them make."""
+        found: Tensor = _Spread.apply(self.ranks, x)  # type: ignore[no-untyped-call]
+        return found
+
+    def share(self, x: Tensor) -> Tensor:
+        """A result that all ranks have, of whose gradient each passes on its share."""
+        found: Tensor = _Share.apply(self.ranks, x)  # type: ignore[no-untyped-call]
+        return found
+
+
+def sum_over(ranks: Ranks, x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, differentiable any number of times."""
+    found: Tensor = _Sum.apply(ranks, x)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.total(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, sum_over(ctx.ranks, grad_output)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, sum_over(ctx.ranks, grad_output)
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        return None, grad_output / ctx.ranks.size
