@@ -35,6 +35,13 @@ class Ranks:
         self.shares: list[int] = []  # of the classes, of each rank
         self._listening = True  # whether the other ranks wait for a header of this one
 
+    @property
+    def device(self) -> torch.device:
+        """Where headers are: on the CPU if the group can, so that no GPU is waited for."""
+        if "cpu:" in torch.distributed.get_backend_config(self.group):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, which have one shape, one after another."""
         found = x.new_empty((self.size, *x.shape))
@@ -115,7 +122,7 @@ class Ranks:
     def _send(self, header: list[int]) -> list[list[int]]:
         """The columns of all ranks' headers."""
         filled = header + [0] * (1 + _FACTS - len(header))
-        return self.gather(torch.tensor(filled, device=_device_of(self.group))).T.tolist()
+        return self.gather(torch.tensor(filled, device=self.device)).T.tolist()
 
     def _check_equal(self, found: dict[str, list[int]], facts: dict[str, object] = {}) -> None:
         differing = [name for name, values in found.items() if len(set(values)) > 1]
@@ -139,14 +146,6 @@ class Explained(Ranks):
 
     def fail(self) -> None:
         return
-
-
-def _device_of(group: Any) -> torch.device:
-    """Where headers are exchanged: on the CPU if the group can, so that no GPU is waited for."""
-    backends = torch.distributed.get_backend_config(group)
-    if "cpu:" in backends:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _digest(fact: object) -> int:

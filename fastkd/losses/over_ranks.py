@@ -11,13 +11,13 @@ from torch import Tensor
 from fastkd.dispatch import is_explaining
 from fastkd.facts import OF_PROBABILITIES, ONE_TEACHER
 from fastkd.losses import shards
-from fastkd.losses.rows import Reduction
+from fastkd.losses.rows import Reduction, shape_of
 from fastkd.ops.ranks import soft_target_rows
 from fastkd.parameters import SoftTarget
-from fastkd.precision import compute_dtype, widest_dtype
+from fastkd.precision import compute_dtype
 from fastkd.ranks import Explained, Ranks
 from fastkd.reference.classes import Split
-from fastkd.reference.soft_target import divisor_of
+from fastkd.reference.soft_target import LOGIT_SCALE, divisor_of
 from fastkd.tensors import is_of_torch
 
 P = ParamSpec("P")
@@ -108,7 +108,7 @@ def run(
     """The loss and its parts, as `losses.run` has them; the same on every rank."""
     learning = [t.requires_grad for t in (student, *teachers, *temperatures)]
     ranks.agree(
-        rows=student.numel() // max(student.shape[p.dim], 1) if ranks.here else -1,
+        rows=shape_of(student, p.dim).numel(),
         dtypes=[t.dtype for t in (student, *teachers)],
         keywords=(p._replace(num_classes=None, dim=0), reduce.by_kernels, reduce.number),
         tensors=(
@@ -119,20 +119,17 @@ def run(
         ),
         learning=(torch.is_grad_enabled(), learning),
     )
-    of_rows = p._replace(reduction="none")
+    dtype = compute_dtype(student, *teachers)
     if p.backend == "reference":
         split = Split(ranks)
         heat = [split.spread(t) for t in temperatures]
-        rows = reference(student, teachers, labels, of_rows, heat, split)
-        found = [split.share(x) for x in rows]
-    else:
-        loss, parts = soft_target_rows(student, teachers[0], labels, of_rows, temperatures, ranks)
-        found = [loss, *parts]
-    dtype, widest = compute_dtype(student, *teachers), widest_dtype(student.device)
-    divisor = divisor_of(found[0].numel(), ranks.classes, found[0], labels, p).to(widest)
+        loss, *parts = reference(student, teachers, labels, p, heat, split)
+        return reduce.of(split.share(loss)), *parts
+    rows, parts_of_rows = soft_target_rows(student, teachers[0], labels, p, temperatures, ranks)
+    divisor = divisor_of(rows.numel(), ranks.classes, rows, labels, p)
 
     def reduced(x: Tensor) -> Tensor:
-        return x if p.reduction == "none" else (x.to(widest) / divisor).sum()
+        found = x / divisor / LOGIT_SCALE
+        return found if p.reduction == "none" else found.sum()
 
-    loss, *parts_of = map(reduced, found)
-    return reduce.of(loss).to(dtype), *(part.detach().to(dtype) for part in parts_of)
+    return reduce.of(reduced(rows)).to(dtype), *(reduced(x).to(dtype) for x in parts_of_rows)

@@ -57,7 +57,7 @@ def soft_target_rows(
     temperatures: Sequence[Tensor],
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of rows, and their parts `(hard, T² D)`; every rank has all of them.
+    """The losses of rows, and their parts `(hard, T² D)`, scaled; every rank has all of them.
 
     There is one teacher, of logits. The labels are those of all classes.
     """
@@ -97,7 +97,7 @@ class _RanksLoss(Fused):
         check_grad_output("a loss on logits", grad_output)
         with no_grad():
             gradients = _gradients(
-                grad_output.to(compute_dtype(student, teacher)),
+                (grad_output * LOGIT_SCALE).to(compute_dtype(student, teacher)),
                 *(student, teacher, labels, temperatures, statistics, of_mirrored, rows),
                 *(ctx.needs_input_grad[3:], _of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
             )
@@ -148,12 +148,13 @@ def _forward(
         whole = torch.stack(columns, 1).to(dtype)
         return whole if ignored is None else whole.masked_fill(ignored[:, None], 0)
 
-    of_rows, of_mirrored = statistics(divergence * LOGIT_SCALE), None
+    of_rows, of_mirrored = statistics(divergence), None
     if p.divergence not in _KL:
         inputs = student, teacher, here, temperatures, of_rows
         totals = ranks.total(_terms(*inputs, wanted[1], _of_shard(p, ranks)))
         totals = totals.masked_fill(~is_valid, torch.nan)
-        divergence = totals[0].clamp(min=0)  # rounding may leave a tiny negative number
+        # Rounding may leave a tiny negative number.
+        divergence = totals[0].clamp(min=0) * LOGIT_SCALE
         of_rows = statistics(totals[1])
         if wanted[1]:
             of_mirrored = _exchange_sides(statistics(totals[2]))
@@ -218,7 +219,6 @@ def _exchange(
         inputs = student, [teacher], marks, temperatures
         found = forward(*inputs, None, False, True, False, q)[2]
         columns[:7] = found.view(rows, STATISTICS).T
-        columns[5:7] /= LOGIT_SCALE
         if labels is not None and p.labels_are_classes:
             local = (labels - ranks.first).flatten()
             is_here = (local >= 0) & (local < ranks.here)
@@ -230,12 +230,13 @@ def _exchange(
 
 
 def _whole(side: _Side, temperature: Any) -> tuple[_Side, Tensor]:
-    """Of whole rows, and the logarithm of each rank's share of a row's mass."""
+    """Of whole rows, and the scaled logarithm of each rank's share of a row's mass."""
     top = side.top.amax(0)
     origin = top.masked_fill(top == -torch.inf, 0)
-    apart = (side.top - origin) / temperature
-    total = (apart.exp() * side.sum).masked_fill(side.top == -torch.inf, 0).sum(0)
-    return _Side(top, total), apart + (side.sum.log() - total.log())
+    apart = (side.top * LOGIT_SCALE - origin * LOGIT_SCALE) / temperature
+    masses = (apart / LOGIT_SCALE).exp() * side.sum
+    total = masses.masked_fill(side.top == -torch.inf, 0).sum(0)
+    return _Side(top, total), apart + (side.sum.log() - total.log()) * LOGIT_SCALE
 
 
 def _chained(found: _Exchanged, s_logs: Tensor, t_logs: Tensor, divergence: str) -> Tensor:
@@ -246,7 +247,7 @@ def _chained(found: _Exchanged, s_logs: Tensor, t_logs: Tensor, divergence: str)
     weigher, other = (found.teacher, found.student), (t_logs, s_logs)
     if divergence == "reverse_kl":
         weigher, other = weigher[::-1], other[::-1]
-    share = other[0].exp()
+    share = (other[0] / LOGIT_SCALE).exp()
     part = share * (found.divergence + (other[0] - other[1]))
     # A class that is excluded is infinitely far, whatever its mass.
     is_far = (found.divergence == torch.inf) | (weigher[1].top == -torch.inf)
@@ -258,12 +259,13 @@ def _cross_entropy(
     found: _Exchanged, top: Tensor, total: Tensor, smoothing: float, ranks: Ranks
 ) -> Tensor:
     """Of whole rows, at temperature 1. A part of weight 0 may be infinite."""
-    log_total = total.log()
+    log_total, top = total.log() * LOGIT_SCALE, top * LOGIT_SCALE
     rows = torch.zeros_like(log_total)
     if smoothing < 1:
-        rows = rows + (1 - smoothing) * (log_total + (top - found.label.sum(0)))
+        rows = rows + (1 - smoothing) * (log_total + (top - found.label.sum(0) * LOGIT_SCALE))
     if smoothing > 0:
-        parts = found.cross_entropy + (log_total - found.hard.log()) + (top - found.student.top)
+        apart = top - found.student.top * LOGIT_SCALE
+        parts = found.cross_entropy + (log_total - found.hard.log() * LOGIT_SCALE) + apart
         parts = parts.masked_fill(found.student.top == -torch.inf, torch.inf)
         shares = [(part, n / ranks.classes) for part, n in zip(parts, ranks.shares, strict=True) if n]
         rows = rows + smoothing * torch.stack([part * share for part, share in shares]).sum(0)
@@ -327,7 +329,8 @@ def _gradients(
         return *sides, *(None for _ in wanted[2:])
     # T² is the same on every rank; through the logits each has a part of the derivative.
     of_logits = ranks.total(found[:2].to(torch.float64)).to(found.dtype)
-    root = 2 * rows.to(found.dtype) * grad_output * p.soft_weight * temperatures[2]
+    root = 2 * (rows / LOGIT_SCALE).to(found.dtype) * grad_output
+    root = root * p.soft_weight * temperatures[2]
     if p.soft_weight == 0:
         root = torch.zeros_like(root)
     every = *of_logits.unbind(), root

@@ -11,6 +11,10 @@ from fastkd.ranks import Ranks
 class Classes:
     """All are here."""
 
+    def count(self, logits: Tensor) -> int:
+        """How many there are."""
+        return logits.shape[-1]
+
     def largest(self, logits: Tensor) -> Tensor:
         """The maximum of each row, which no gradient goes through."""
         return logits.detach().amax(-1, keepdim=True)
@@ -42,6 +46,10 @@ class Split(Classes):
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
+    def count(self, logits: Tensor) -> int:
+        """On all ranks."""
+        return self.ranks.classes
+
     def largest(self, logits: Tensor) -> Tensor:
         """The maximum over all ranks."""
         if logits.shape[-1]:
@@ -56,7 +64,7 @@ class Split(Classes):
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks."""
-        return self.total(x) / self.ranks.classes
+        return self.total(x) / self.count(x)
 
     def at(self, x: Tensor, labels: Tensor) -> Tensor:
         """From the rank that has the label's class."""

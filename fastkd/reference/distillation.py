@@ -48,7 +48,7 @@ def distillation_loss(
 
     The parts are detached, and not weighted.
     """
-    student, teachers, divisor = prepared(student, teachers, labels, p)
+    student, teachers, divisor = prepared(student, teachers, labels, p, classes)
     by = temperatures_of(temperatures, labels, p)
     weight, squared = of_rows(by.weight), of_rows(by.squared)
     ignored = labels == p.ignore_index

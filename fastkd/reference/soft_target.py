@@ -198,7 +198,11 @@ def _classes(logits: Tensor, p: SoftTarget) -> int:
 
 
 def prepared(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, p: SoftTarget
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    p: SoftTarget,
+    classes: Classes = HERE,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The sides, classes last, and what a sum of losses is divided by."""
     dtype = compute_dtype(student, *teachers)
@@ -206,7 +210,7 @@ def prepared(
         x.narrow(p.dim, 0, _classes(x, p)).to(dtype).movedim(p.dim, -1)
         for x in (student, *teachers)
     )
-    divisor = divisor_of(student[..., 0].numel(), student.shape[-1], student, labels, p)
+    divisor = divisor_of(student.shape[:-1].numel(), classes.count(student), student, labels, p)
     if labels is not None:
         ignored = labels == p.ignore_index
         # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
@@ -235,7 +239,7 @@ def soft_target_loss(
     classes: Classes = HERE,
 ) -> Tensor:
     """`soft_weight * D(p, q)` of each row that counts, reduced."""
-    student, teachers, divisor = prepared(student, teachers, labels, p)
+    student, teachers, divisor = prepared(student, teachers, labels, p, classes)
     by = temperatures_of(temperatures, labels, p)
     factor = of_rows(by.weight) / divisor
     lift = lift_for(factor)
