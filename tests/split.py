@@ -4,6 +4,7 @@ The ranks are threads of this process, one of which runs at a time, or processes
 made of them is a function like the loss itself, so that all that checks a loss checks the ranks.
 """
 
+import functools
 import random
 import threading
 
@@ -91,13 +92,17 @@ class Processes:
 
 
 def cuts_of(classes, parts):
-    """How many classes each has: any number, but for the first draw, which may be none."""
+    """How many classes each has: any number, also none."""
     at = sorted(random.choices(range(classes + 1), k=parts - 1))
     return [end - begin for begin, end in zip([0, *at], [*at, classes], strict=True)]
 
 
 def whole(name, world, cuts=None):
-    """The loss of this name as a function of whole logits; `cuts` are the classes of each rank."""
+    """The loss of this name as a function of whole logits; `cuts` are the classes of each rank.
+
+    Without them they are drawn, once for each number of classes.
+    """
+    drawn = functools.cache(functools.partial(cuts_of, parts=world.size))
 
     def loss(student, teacher, *labels, **keywords):
         kind = type(teacher) if isinstance(teacher, fastkd.logits.STATED) else None
@@ -107,7 +112,7 @@ def whole(name, world, cuts=None):
         names = [k for k, v in keywords.items() if torch.is_tensor(v) and v.requires_grad]
         heat = [keywords.pop(k) for k in names]
         dim = keywords.get("dim", -1)
-        parts = cuts or cuts_of(min(x.shape[dim] for x in (student, *teachers)), world.size)
+        parts = cuts or drawn(min(x.shape[dim] for x in (student, *teachers)))
 
         def of_rank(rank, group, tensors):
             first = sum(parts[:rank])

@@ -331,8 +331,10 @@ def _gradients(
     of_logits = ranks.total(found[:2].to(torch.float64)).to(found.dtype)
     root = 2 * (rows / LOGIT_SCALE).to(found.dtype) * grad_output
     root = root * p.soft_weight * temperatures[2]
-    if p.soft_weight == 0:
+    if p.soft_weight == 0:  # then nothing may show, whatever the temperatures are
         root = torch.zeros_like(root)
+    if labels is not None:
+        root = root.masked_fill(labels == _IGNORED, 0)
     every = *of_logits.unbind(), root
     return *sides, *(x if want else None for x, want in zip(every, wanted[2:], strict=True))
 
