@@ -52,6 +52,7 @@ inline void bind_operators(pybind11::module_& m) {
   Operator<decltype(cpu::name)>::bind(m, #name, FASTKD_CPU(name), nullptr)
   FASTKD_BIND(soft_target_forward);
   FASTKD_BIND(soft_target_backward);
+  FASTKD_BIND(soft_target_terms);
   FASTKD_BIND(distillation_metrics);
   FASTKD_BIND(attention_map_forward);
   FASTKD_BIND(attention_transfer_forward);
@@ -63,7 +64,6 @@ inline void bind_operators(pybind11::module_& m) {
   FASTKD_BIND(rkd_angle);
   FASTKD_BIND(similarity);
   FASTKD_BIND(multiply);
-  FASTKD_BIND_ON_CPU(soft_target_terms);
   FASTKD_BIND_ON_CPU(max_pool);
   FASTKD_BIND_ON_CPU(max_pool_backward);
 #undef FASTKD_BIND

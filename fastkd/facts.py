@@ -27,7 +27,6 @@ TRACE = "trace"  # of torch.jit
 DTENSOR = "DTensor"
 # And what kernels of shards of the classes do not have.
 ONE_TEACHER = "one teacher"
-OF_PROBABILITIES = "divergence of probabilities"
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,6 @@ OBSTACLES = {
     ONE_TEACHER: Refusal(
         "the kernels of a group's shards take one teacher, of logits",
         "Pass its logits instead of probabilities. " + USE_REFERENCE,
-    ),
-    OF_PROBABILITIES: Refusal(
-        "on a GPU the kernels of a group's shards have forward_kl and reverse_kl", USE_REFERENCE
     ),
 }
 

@@ -50,6 +50,7 @@ class Plan {
     call.soft_weight = p.soft_weight;
     call.hard_weight = p.hard_weight;
     call.smoothing = call.labels == nullptr ? 0 : p.label_smoothing;
+    call.all_classes = p.all_classes;
     // Where the largest logit alone counts, or all count the same, 0 · inf would be NaN.
     call.rate = float(
         std::min(std::max(kLog2E / p.temperature / kLogitScale, double(FLT_MIN)), double(FLT_MAX)));
@@ -287,6 +288,22 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
     general ? run(*general, plan, own, stream)
     : mean  ? run(*mean, plan, own, stream)
             : launch_backward(call, plan.are_columns, stream);
+  });
+}
+
+void soft_target_terms(const Place& place, const Tensor& student, const Tensors& teachers,
+                       const Tensor& labels, const Tensor& statistics, const Tensor& terms,
+                       const SoftTargetParameters& p, const Tensors& temperatures) {
+  using namespace logits;
+  const Stream stream(place);
+  if (student.numel() == 0) return clear(terms.data, terms.numel(), DType::f64, stream);
+  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+    if (general == nullptr)
+      throw std::invalid_argument("terms are of divergences of probabilities");
+    const Plan plan(call, mean, student, teachers, labels, {}, {}, p, !temperatures.empty());
+    call.statistics = statistics.data;
+    general->terms = terms.as<double>();
+    run(*general, plan, {}, stream);
   });
 }
 

@@ -52,6 +52,8 @@ struct Call {
   const void* grad_output;  // of the losses of rows: one number, or one a row; absent for 1
   const void* in_place;     // or absent: a number, for which the gradient is there where it is 1
 
+  int64_t all_classes;  // of a shard, those of all shards; 0 where the tensors have all
+
   constexpr bool is_backward() const { return loss == nullptr; }
   // Whether the losses of rows are added up.
   constexpr bool sums_losses() const { return reduction != Reduction::none && !is_backward(); }
@@ -119,6 +121,13 @@ __device__ __forceinline__ int64_t label_of(const Call& call, uint32_t row) {
   if (call.labels == nullptr) return kNoLabels;
   const int64_t label = call.labels[row];
   return label >= 0 && label < call.classes ? label : kWrongLabel;
+}
+
+// The same of a shard of the classes, to which others' labels are none.
+__device__ __forceinline__ int64_t label_in_shard(const Call& call, uint32_t row) {
+  const int64_t label = label_of(call, row);
+  const bool is_wrong = label == kWrongLabel;
+  return is_wrong && call.all_classes != 0 && call.labels[row] == kElsewhere ? kNoLabels : label;
 }
 
 __device__ __forceinline__ bool ignores(const Call& call, uint32_t row) {

@@ -47,8 +47,9 @@ struct Row {
     const bool by_row = call.reduction == Reduction::none;
     const A* counted = static_cast<const A*>(call.statistics) + int64_t(call.rows) * kCount;
     const A* upstream = static_cast<const A*>(call.grad_output);
-    const Weights<A> weights(call, by_row ? 1 : divisor_of(call, double(*counted)),
-                             double(upstream[by_row ? row : 0]));
+    const auto weights = Weights<A>(call, by_row ? 1 : divisor_of(call, double(*counted)),
+                                    double(upstream[by_row ? row : 0]))
+                             .of_shard(call);
     const double divergence = double(from[kKl]);
     const auto ratio = [&] {
       return log(double(state.student) / double(state.teacher)) * kLogitScale;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : kTogether)
   over_units(units, [&](uint32_t unit) {
     const uint32_t row = unit / units_per_row;
     const int64_t first = int64_t(unit - row * units_per_row) * kUnitVectors;
-    const int64_t label = label_of(call, row);
+    const int64_t label = label_in_shard(call, row);
     const Row<D, A> of_row(call, row, rates, teacher, label);
     const auto start = start_of<N, kSides>(call, row);
 #pragma unroll 1
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
     const int64_t first = int64_t(unit - tile * units_per_tile) * kColumnClasses;
     const uint32_t row = tile * kWarp + threadIdx.x % kWarp;
     if (row >= call.rows) return;
-    const int64_t label = label_of(call, row);
+    const int64_t label = label_in_shard(call, row);
     const Row<D, float> of_row(call, row, rates, has_teacher, label);
     int64_t at[kSides];
     locate(call, row, at);

@@ -29,6 +29,7 @@ struct General : GeneralPasses<A, kIsColumns> {
     Row of(general, row);
     of.start.phase = kIsColumns ? 0 : phase_of<N>(call, of.start.at[kStudent]);
     if (ignores(call, row)) return skip(of);
+    if (general.terms != nullptr) return write_terms(of);
     // Before the barriers behind which the gradient may take the logits' place.
     const double logit =
         leads && !is_backward ? logit_of<Any>(call, of.start.at[kStudent], of.label) : 0;
@@ -44,17 +45,30 @@ struct General : GeneralPasses<A, kIsColumns> {
  private:
   __device__ __forceinline__ void skip(const Row& of) const {
     const A zeros[N] = {};
+    if (leads && general.terms != nullptr) general.terms[2 * int64_t(of.row)] = 0;
+    if (leads && general.terms != nullptr) general.terms[2 * int64_t(of.row) + 1] = 0;
     if (leads && !is_backward) write_ignored_row<A>(call, of.row);
     if (leads) write_temperatures(of.row, 0, 0, 0);
     this->over_vectors(of.start.phase, [&](int64_t i) { store(zeros, zeros, of, i); });
   }
 
-  // From the statistics, which are kept of KL divergences.
+  __device__ __forceinline__ void write_terms(Row& of) const {
+    this->find_sums(of);
+    find_divergence(of);
+    if (!leads) return;
+    general.terms[2 * int64_t(of.row)] = of.divergence / kLogitScale;
+    general.terms[2 * int64_t(of.row) + 1] = of.mean;
+  }
+
+  // From the statistics, which forward keeps of KL divergences. Of another one they are those of
+  // all shards of the classes, and have the mean in the place of the divergence.
   __device__ __forceinline__ void find_mean(Row& of) const {
     of.divergence = double(static_cast<const A*>(call.statistics)[int64_t(of.row) * kCount + kKl]);
-    of.mean = call.divergence == Divergence::forward_kl
-                  ? ForwardKl::mean_of(of.divergence, of.log_ratio())
-                  : ReverseKl::mean_of(of.divergence, of.log_ratio());
+    with_any_divergence(call.divergence, [&](auto divergence) {
+      using D = decltype(divergence);
+      of.mean = of.divergence;
+      if constexpr (kIsKl<D>) of.mean = D::mean_of(of.divergence, of.log_ratio());
+    });
   }
 
   __device__ __forceinline__ void find_divergence(Row& of) const {
@@ -131,7 +145,7 @@ struct General : GeneralPasses<A, kIsColumns> {
         weighted(weighted(call.soft_weight, of.rates.squared / of.rates.temperature), of.weight) /
         divisor;
     weights.soft = A(soft * by);
-    return weights;
+    return weights.of_shard(call);
   }
 
   __device__ __forceinline__ void write_gradients(const Row& of) const {

@@ -18,6 +18,9 @@ struct GeneralCall {
   // multiplies the divergence. Their gradients, if they are wanted, come one kind after another.
   const void *temperatures, *teacher_temperatures, *roots;
   void* to_temperatures;
+  // Where this is no gradient but the sums over a shard's classes that statistics are to have: (Σφ,
+  // Σψ) of each row.
+  double* terms;
 
   __device__ __forceinline__ bool is_stated() const { return teacher_is != TeacherIs::logits; }
   __device__ __forceinline__ bool has_one_teacher() const { return mean.count == 1; }

@@ -20,7 +20,7 @@ struct GeneralRow {
   double weight = 1;        // of the gradient, besides the call's
 
   __device__ __forceinline__ GeneralRow(const GeneralCall& of, uint32_t row)
-      : row(row), rates(of, row), label(label_of(of.mean.call, row)) {
+      : row(row), rates(of, row), label(label_in_shard(of.mean.call, row)) {
     locate(of.mean.call, row, start.at);
     teacher_start = start_of_teacher(of.mean, row, 0);
   }

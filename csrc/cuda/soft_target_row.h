@@ -147,6 +147,13 @@ struct Weights {
     label = A(to_hard * (1 - call.smoothing));
   }
 
+  // With label smoothing over the classes of all shards.
+  __device__ __forceinline__ Weights of_shard(const Call& call) const {
+    Weights of = *this;
+    if (call.all_classes != 0) of.smoothing *= A(double(call.classes) / double(call.all_classes));
+    return of;
+  }
+
   __device__ __forceinline__ Weights times(A by) const {
     Weights of;
     of.soft = soft * by;

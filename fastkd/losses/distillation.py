@@ -255,7 +255,7 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, divergence)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
     chosen = select("distillation_loss", tensors, backend, others, hindrance)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native" or ranks is not None:

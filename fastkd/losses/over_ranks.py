@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.dispatch import is_explaining
-from fastkd.facts import OF_PROBABILITIES, ONE_TEACHER
+from fastkd.facts import ONE_TEACHER
 from fastkd.losses import shards
 from fastkd.losses.rows import Reduction, shape_of
 from fastkd.ops.ranks import soft_target_rows
@@ -83,16 +83,10 @@ def _ranks_of(group: Any) -> Ranks:
     return Explained(group) if is_explaining() else Ranks(group)
 
 
-def obstacle(
-    ranks: Ranks | None, teachers: Sequence[Tensor], teacher_is: str, divergence: str
-) -> str | None:
+def obstacle(ranks: Ranks | None, teachers: Sequence[Tensor], teacher_is: str) -> str | None:
     """What keeps kernels from a call with a group."""
-    if ranks is None:
-        return None
-    if len(teachers) > 1 or teacher_is != "logits":
-        return ONE_TEACHER
-    is_kl = divergence in ("forward_kl", "reverse_kl")
-    return None if is_kl or teachers[0].is_cpu else OF_PROBABILITIES
+    has_kernels = len(teachers) == 1 and teacher_is == "logits"
+    return None if ranks is None or has_kernels else ONE_TEACHER
 
 
 def run(

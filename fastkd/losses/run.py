@@ -29,9 +29,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
     if ranks is not None:
-        return over_ranks.run(
-            reference, student, teachers, labels, p, temperatures, reduce, ranks
-        )
+        return over_ranks.run(reference, student, teachers, labels, p, temperatures, reduce, ranks)
     if p.backend == "reference" or in_place:
         by_reference = partial(_by_reference, reference, reduce, teachers, labels, p, temperatures)
         if not in_place:

@@ -164,7 +164,7 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, divergence)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
     chosen = select("soft_target_loss", tensors, backend, others, hindrance)
     parameters = SoftTarget(
         temperature=number,

@@ -267,7 +267,9 @@ def _cross_entropy(
         apart = top - found.student.top * LOGIT_SCALE
         parts = found.cross_entropy + (log_total - found.hard.log() * LOGIT_SCALE) + apart
         parts = parts.masked_fill(found.student.top == -torch.inf, torch.inf)
-        shares = [(part, n / ranks.classes) for part, n in zip(parts, ranks.shares, strict=True) if n]
+        shares = [
+            (part, n / ranks.classes) for part, n in zip(parts, ranks.shares, strict=True) if n
+        ]
         rows = rows + smoothing * torch.stack([part * share for part, share in shares]).sum(0)
     return rows
 
@@ -314,7 +316,9 @@ def _gradients(
     inputs = grad_output, student, teacher, labels, temperatures, statistics, of_mirrored
     of_temperatures = any(wanted[2:])
     if not ranks.here:
-        sides = [torch.zeros_like(x) if want else None for x, want in _pairs(student, teacher, wanted)]
+        sides = [
+            torch.zeros_like(x) if want else None for x, want in _pairs(student, teacher, wanted)
+        ]
         found = torch.zeros((3, *grad_output.shape), dtype=grad_output.dtype, device=student.device)
     elif p.divergence in _KL:
         wishes = *wanted[:2], of_temperatures

@@ -207,7 +207,7 @@ def terms(
     """
     found = _room_for_terms(student, teachers, labels, temperatures, statistics, p)
     student, teachers = existing(p, student, teachers)
-    kernels(p.backend, "soft_target").soft_target_terms(
+    kernels(p.backend, "shards").soft_target_terms(
         student, teachers, labels, statistics, found, p, temperatures=temperatures
     )
     return found

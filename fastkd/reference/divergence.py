@@ -139,9 +139,7 @@ def _infinite(sides: Sides, ratio: Tensor, probability: Tensor) -> Tensor:
     return sides.classes.total(torch.zeros_like(ratio).masked_fill(infinite, torch.inf))
 
 
-def _weighed(
-    sides: Sides, probability: Tensor, ratio: Tensor, total: Tensor | float
-) -> Tensor:
+def _weighed(sides: Sides, probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tensor:
     """The sum of ratios, weighed by probabilities that have this total."""
     counted = ratio.masked_fill(probability == 0, 0)
     # The sum of probabilities is constant, so their mean may be taken off the ratio: what is left

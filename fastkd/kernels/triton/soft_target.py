@@ -292,7 +292,7 @@ def soft_target_backward(
         plan.programs,
         student,
         *(grad_output, in_place, student, teacher, to_student, to_teacher, to_temperatures),
-        *(labels, operand(temperatures, p), statistics, kept),
+        *(labels, operand(temperatures, p), statistics, kept, p.all_classes or None, p.beta),
         *arguments(plan, labels, p),
         plan.upstream_strides,
         **constants(plan, labels, temperatures, statistics.dtype, p),

@@ -8,6 +8,9 @@ from fastkd.kernels.triton.divergence import INFINITY, LN_2, SCALE
 from fastkd.kernels.triton.rows import load, locate, look_up, store, tile_of_rows
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, target
 from fastkd.kernels.triton.temperatures import product, store_gradients, temperatures_of
+from fastkd.parameters import ELSEWHERE
+
+_ELSEWHERE = tl.constexpr(ELSEWHERE)
 
 # Statistics of a row, in the order in which all backends have them.
 STATISTICS = tl.constexpr(7)
@@ -104,7 +107,7 @@ def last_pass(
 
 
 @triton.jit(
-    do_not_specialize=["ignore_index", "rows"],
+    do_not_specialize=["ignore_index", "rows", "all_classes"],
     do_not_specialize_on_alignment=["grad_output", "in_place", "labels", "statistics", "kept"],
 )
 def logits_backward(
@@ -119,6 +122,8 @@ def logits_backward(
     temperatures,  # of rows, a number of the teacher's, or nothing
     statistics,
     kept,  # the number by which the gradients are divided, or None
+    all_classes,  # where these are a shard of them, or None
+    beta: tl.float64,  # of a divergence of mixtures
     ignore_index,
     rate: tl.float64,
     soft: tl.float64,
@@ -148,6 +153,8 @@ def logits_backward(
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)
     column = tl.arange(0, CLASSES)[None, :]
     label, counts, is_class = look_up(labels, row, is_row, ignore_index, classes)
+    if all_classes is not None:
+        is_class = is_class | (label == _ELSEWHERE)
     rates, soft, _ = temperatures_of(rate, soft, temperatures, row, counts, COMPUTE)
     hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
     lives = counts & ((soft != 0) | (hard != 0))
@@ -166,9 +173,13 @@ def logits_backward(
     if kept is not None:
         by /= tl.maximum(tl.load(kept), 1)
     unit = rates[0] * SCALE
+    # Of a divergence of probabilities statistics have Σψ in the place of the divergence.
+    shares = tl.full([1, 1], beta, COMPUTE), tl.full([1, 1], 1 - beta, COMPUTE)
+    found = kl / SCALE if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" else kl
+    smoothed = classes if all_classes is None else all_classes
     of = factors(
-        *(soft, hard, by, smoothing, classes, is_class, s_sum, t_sum, hard_sum, kl / SCALE),
-        *(unit, None, HAS_HARD, DIVERGENCE),
+        *(soft, hard, by, smoothing, smoothed, is_class, s_sum, t_sum, hard_sum, found),
+        *(unit, shares, HAS_HARD, DIVERGENCE),
     )
     # The sums that the temperatures' gradients take.
     by_student = tl.zeros([ROWS, CLASSES], COMPUTE)
