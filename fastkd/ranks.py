@@ -2,8 +2,9 @@
 
 A call first exchanges headers, which are a few integers: a rank that raises says so in the next
 one, and ranks whose calls differ find out before anything of another size is sent. So each of them
-raises, and none waits for the others. Then come tensors with a few numbers for each row, which every
-rank gets of every rank, and adds up in the order of ranks: the results are equal to the last bit.
+raises, and none waits for the others. Then come tensors with a few numbers for each row, which
+every rank gets of every rank, and adds up in the order of ranks: the results are equal to the last
+bit.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FACTS = 8  # in a header, besides its state
+_FACTS = 8  # at most, in a header, besides its state
 _READY, _FAILED = 0, 1
 
 
@@ -61,7 +62,7 @@ class Ranks:
         """
         wanted = -1 if num_classes is None else num_classes
         found = self._exchange(student=student, teacher=teacher, num_classes=wanted)
-        self._check_equal({"num_classes": found["num_classes"]})
+        self._check_equal({"num_classes": found["num_classes"]}, {"num_classes": wanted})
         students, teachers = found["student"], found["teacher"]
         most = min(sum(students), sum(teachers))
         self.classes = sum(students) if num_classes is None else num_classes
@@ -97,7 +98,7 @@ class Ranks:
         numbers = {k: v if isinstance(v, int) else _digest(v) for k, v in facts.items()}
         found = self._exchange(**numbers)
         self._listening = False
-        self._check_equal({name: found[name] for name in facts}, facts)
+        self._check_equal(found, facts)
 
     def fail(self) -> None:
         """Tell the others that this rank has raised, if they are waiting."""
@@ -124,18 +125,14 @@ class Ranks:
         filled = header + [0] * (1 + _FACTS - len(header))
         return self.gather(torch.tensor(filled, device=self.device)).T.tolist()
 
-    def _check_equal(self, found: dict[str, list[int]], facts: dict[str, object] = {}) -> None:
-        differing = [name for name, values in found.items() if len(set(values)) > 1]
-        if not differing:
-            return
-        self._listening = False
-        shown = [
-            f"{name} ({facts[name]!r} on this rank, {self.rank})"
-            if name in facts and not isinstance(facts[name], int)
-            else f"{name} ({', '.join(map(str, found[name]))})"
-            for name in differing
-        ]
-        raise ValueError(f"the ranks of a group must make the same call, got other {shown[0]}")
+    def _check_equal(self, found: dict[str, list[int]], own: dict[str, object]) -> None:
+        for name, values in found.items():
+            if len(set(values)) == 1:
+                continue
+            self._listening = False
+            value = own[name]
+            shown = values if isinstance(value, int) else f"{value!r} on rank {self.rank}"
+            raise ValueError(f"the ranks of a group must make the same call, got {name} {shown}")
 
 
 class Explained(Ranks):

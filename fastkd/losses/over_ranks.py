@@ -18,7 +18,7 @@ from fastkd.precision import compute_dtype
 from fastkd.ranks import Explained, Ranks
 from fastkd.reference.classes import Split
 from fastkd.reference.soft_target import LOGIT_SCALE, divisor_of
-from fastkd.tensors import is_of_torch
+from fastkd.tensors import are_transforms_active, is_of_torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +51,8 @@ def _in_step(function: Callable[..., R], args: Sequence[Any], kwargs: dict[str, 
     """A call that raises on every rank if it does on one."""
     ranks = _ranks_of(kwargs["group"])
     try:
+        if are_transforms_active():
+            raise NotImplementedError("no torch.func transform goes through a loss with a group")
         if kwargs.get("inplace", False) is not False:
             raise ValueError(
                 "inplace=True does not go with a group, whose gradient is computed in backward; "
@@ -104,13 +106,11 @@ def run(
     ranks.agree(
         rows=shape_of(student, p.dim).numel(),
         dtypes=[t.dtype for t in (student, *teachers)],
-        keywords=(p._replace(num_classes=None, dim=0), reduce.by_kernels, reduce.number),
-        tensors=(
-            labels is None,
-            reduce.scalar is None,
-            reduce.row_weight is None,
-            len(temperatures),
-        ),
+        backend=p.backend,
+        divergence=(p.divergence, p.beta, len(teachers), p.teacher_is),
+        temperatures=(p.temperature, p.teacher_temperature, len(temperatures)),
+        weights=(p.soft_weight, p.hard_weight, p.label_smoothing, p.weights),
+        reduction=(p.reduction, p.ignore_index, *reduce.kind, labels is None),
         learning=(torch.is_grad_enabled(), learning),
     )
     dtype = compute_dtype(student, *teachers)

@@ -69,6 +69,11 @@ class Reduction:
     row_weight: Tensor | None = None
     sums: bool = False
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All but the values of tensors."""
+        return self.number, self.scalar is None, self.row_weight is None, self.sums
+
     def of(self, found: Tensor) -> Tensor:
         """The result, from what kernels found with weights that were divided by the number."""
         if self.row_weight is not None:

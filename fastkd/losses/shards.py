@@ -31,10 +31,10 @@ def local(
     if split.count(True) != 1 or others.count(False) != 1:
         return None
     sides = pytree.tree_leaves(arguments.get("teacher_logits"))
-    given = [x for x in pytree.tree_leaves(dict(arguments)) if isinstance(x, Tensor)]
+    given: list[Any] = [x for x in pytree.tree_leaves(dict(arguments)) if isinstance(x, Tensor)]
     if not all([isinstance(x, tensors.DTensor) for x in given]):
         return None
-    mesh = student.device_mesh
+    mesh: Any = student.device_mesh
     same = [(x.device_mesh, x.placements) == (mesh, student.placements) for x in sides]
     if not all([x.device_mesh == mesh for x in given]) or not all(same):
         return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
@@ -33,6 +34,7 @@ class DistillationLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    group: "torch.distributed.ProcessGroup | None"
     teacher_weights: Iterable[float] | None
     return_parts: bool
     backend: Backend | None
@@ -52,6 +54,7 @@ class DistillationLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        group: "torch.distributed.ProcessGroup | None" = None,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
@@ -69,6 +72,7 @@ class DistillationLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            group=group,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,

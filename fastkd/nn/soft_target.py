@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
@@ -31,6 +32,7 @@ class SoftTargetLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    group: "torch.distributed.ProcessGroup | None"
     teacher_weights: Iterable[float] | None
     backend: Backend | None
 
@@ -46,6 +48,7 @@ class SoftTargetLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        group: "torch.distributed.ProcessGroup | None" = None,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -59,6 +62,7 @@ class SoftTargetLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            group=group,
             teacher_weights=teacher_weights,
             backend=backend,
         )

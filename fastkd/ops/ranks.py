@@ -130,7 +130,8 @@ def _forward(
     ignored = None if labels is None else (labels == p.ignore_index).flatten()
     here = _labels_here(labels, p, ranks)
     found = _exchange(student, teacher, labels, p, temperatures, ranks)
-    heat = [t.flatten().to(widest) for t in temperatures] or [p.temperature, p.teacher_temperature]
+    heat: list[Any] = [t.flatten().to(widest) for t in temperatures]
+    heat = heat or [p.temperature, p.teacher_temperature]
     (s_top, s_sum), s_logs = _whole(found.student, heat[0])
     (t_top, t_sum), t_logs = _whole(found.teacher, heat[1])
     (_, hard_sum), _ = _whole(_Side(found.student.top, found.hard), 1)
@@ -388,7 +389,8 @@ def _of_temperatures(
     sides = student.to(dtype), teacher.to(dtype)
     q = p._replace(hard_weight=0.0, label_smoothing=0.0)
     if q.num_classes is not None:
-        sides = tuple(x.narrow(p.dim, 0, q.num_classes) for x in sides)
+        count = q.num_classes
+        sides = sides[0].narrow(p.dim, 0, count), sides[1].narrow(p.dim, 0, count)
         q = q._replace(num_classes=None)
     inputs = grad_output, *sides, labels, temperatures, statistics, of_mirrored
     gradients = _of_sides(*inputs, (True, True), q)

@@ -181,8 +181,8 @@ def _gradients_of_sides(
         return found, *teacher_gradients(*inputs, to_teachers, p)
     if not to_teachers[0]:
         return found, None
-    mirrored = grad_output, teachers[0], [student], labels, exchanged(temperatures)
-    return found, backward(*mirrored, None, True, False, False, mirrored(p))[0]
+    sides_exchanged = grad_output, teachers[0], [student], labels, exchanged(temperatures)
+    return found, backward(*sides_exchanged, None, True, False, False, mirrored(p))[0]
 
 
 def mirrored(p: SoftTarget) -> SoftTarget:

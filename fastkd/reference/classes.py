@@ -78,18 +78,18 @@ class Split(Classes):
 
     def spread(self, x: Tensor) -> Tensor:
         """A number that all ranks have, and whose gradient all of them make."""
-        found: Tensor = _Spread.apply(self.ranks, x)  # type: ignore[no-untyped-call]
+        found: Tensor = _Spread.apply(self.ranks, x)
         return found
 
     def share(self, x: Tensor) -> Tensor:
         """A result that all ranks have, of whose gradient each passes on its share."""
-        found: Tensor = _Share.apply(self.ranks, x)  # type: ignore[no-untyped-call]
+        found: Tensor = _Share.apply(self.ranks, x)
         return found
 
 
 def sum_over(ranks: Ranks, x: Tensor) -> Tensor:
     """The sum of the ranks' tensors, differentiable any number of times."""
-    found: Tensor = _Sum.apply(ranks, x)  # type: ignore[no-untyped-call]
+    found: Tensor = _Sum.apply(ranks, x)
     return found
 
 
