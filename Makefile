@@ -35,7 +35,7 @@ FUZZ_TESTS := $(wildcard tests/test_fuzz*.py)
 # What reaches every address that a CPU kernel may, and every branch of one.
 SANITIZED_TESTS := $(FUZZ_TESTS) $(patsubst %,tests/test_%.py,attention autograd distillation \
     divergence divergence_edges extreme_logits fsp hint inplace isa mask metrics metrics_edges \
-    num_classes probabilities rkd row_weight similarity soft_target soft_target_teachers \
+    num_classes probabilities ranks rkd row_weight similarity soft_target soft_target_teachers \
     temperatures weighted_gradients)
 # $(call cmake,source folder,build folder,options) compiles what only tests use.
 cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
@@ -54,14 +54,14 @@ NOT_SHIM := $(SHIM_TESTS:%=--ignore %)
 # What `make test-all` compiles more for.
 NOT_BRIEF := $(NOT_SHIM) --ignore tests/test_cpu_helpers.py
 # What is about the CPU kernels, which that module has not.
-NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients)
+NOT_CUDA := $(patsubst %,--ignore tests/test_%.py,isa cpu_helpers thresholds large_gradients groups)
 # $(call test_on_host,folder,tests) runs them.
 test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(CASES) \
     FASTKD_NATIVE_PATH="$$(ls $(1)/_native*.so)" \
     $(BIN)/pytest -p cuda_on_host.plugin tests $(NOT_CUDA) -k $(2)
 # What the tests of losses that have CUDA and Triton kernels are known by.
 FUSED := hint or soft_target or distillation or divergence or mask or normalizer \
-    or row_weight or weighted or num_classes or inplace or temperature or probabilities \
+    or row_weight or weighted or num_classes or inplace or temperature or probabilities or ranks \
     or extreme or metrics or attention or rkd or similarity or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
@@ -69,7 +69,7 @@ ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or la
 # a case. torch.compile is left out because it calls the same kernels; there it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \
     $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
-    soft_target_columns_regimes attention_regimes isa vocabulary)
+    soft_target_columns_regimes attention_regimes isa vocabulary groups)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive

@@ -78,6 +78,18 @@ def learns_alike(rank, size):
     torch.testing.assert_close(head.weight, whole_head.weight.chunk(size)[rank])
 
 
+def explains_alone(rank, size):
+    """No other rank need take part."""
+    if rank == 0:
+        call = fastkd.soft_target_loss, logits(4, 6), logits(4, 6)
+        assert fastkd.explain(*call, group=dist.group.WORLD).chosen == "native"
+        call = fastkd.soft_target_loss, logits(4, 6), [logits(4, 6)] * 2
+        explanation = fastkd.explain(*call, group=dist.group.WORLD)
+        assert explanation.chosen == "reference"
+        assert "one teacher, of logits" in explanation.reasons["native"]
+    dist.barrier()
+
+
 def raises_everywhere(rank, size):
     student, teacher = logits(4, 6), logits(4, 6)
     start = time.monotonic()

@@ -28,9 +28,10 @@ class Threads:
         self.slots, self.barrier = [None] * self.size, threading.Barrier(self.size)
         self.turn = threading.Lock()
         found, errors = [None] * self.size, [None] * self.size
+        device = torch.get_default_device()  # of this thread
 
         def on_rank(rank):
-            with self.turn:
+            with self.turn, device:
                 try:
                     found[rank] = f(rank, _OfThread(self, rank))
                 except Exception as error:

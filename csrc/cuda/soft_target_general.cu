@@ -29,15 +29,16 @@ struct General : GeneralPasses<A, kIsColumns> {
     Row of(general, row);
     of.start.phase = kIsColumns ? 0 : phase_of<N>(call, of.start.at[kStudent]);
     if (ignores(call, row)) return skip(of);
-    if (general.terms != nullptr) return write_terms(of);
     // Before the barriers behind which the gradient may take the logits' place.
     const double logit =
         leads && !is_backward ? logit_of<Any>(call, of.start.at[kStudent], of.label) : 0;
     this->find_sums(of);
-    if (general.has_statistics())
+    if (general.has_statistics() && general.terms == nullptr)
       find_mean(of);
     else
       find_divergence(of);
+    if (leads && general.terms != nullptr)
+      write_terms(of.row, of.divergence / kLogitScale, of.mean);
     if (leads && !is_backward) write(of, logit, total);
     if (to_student || to_teacher || general.to_temperatures != nullptr) write_gradients(of);
   }
@@ -45,30 +46,26 @@ struct General : GeneralPasses<A, kIsColumns> {
  private:
   __device__ __forceinline__ void skip(const Row& of) const {
     const A zeros[N] = {};
-    if (leads && general.terms != nullptr) general.terms[2 * int64_t(of.row)] = 0;
-    if (leads && general.terms != nullptr) general.terms[2 * int64_t(of.row) + 1] = 0;
+    if (leads && general.terms != nullptr) write_terms(of.row, 0, 0);
     if (leads && !is_backward) write_ignored_row<A>(call, of.row);
     if (leads) write_temperatures(of.row, 0, 0, 0);
     this->over_vectors(of.start.phase, [&](int64_t i) { store(zeros, zeros, of, i); });
   }
 
-  __device__ __forceinline__ void write_terms(Row& of) const {
-    this->find_sums(of);
-    find_divergence(of);
-    if (!leads) return;
-    general.terms[2 * int64_t(of.row)] = of.divergence / kLogitScale;
-    general.terms[2 * int64_t(of.row) + 1] = of.mean;
+  __device__ __forceinline__ void write_terms(uint32_t row, double phi, double psi) const {
+    general.terms[2 * int64_t(row)] = phi;
+    general.terms[2 * int64_t(row) + 1] = psi;
   }
 
   // From the statistics, which forward keeps of KL divergences. Of another one they are those of
   // all shards of the classes, and have the mean in the place of the divergence.
   __device__ __forceinline__ void find_mean(Row& of) const {
     of.divergence = double(static_cast<const A*>(call.statistics)[int64_t(of.row) * kCount + kKl]);
-    with_any_divergence(call.divergence, [&](auto divergence) {
-      using D = decltype(divergence);
-      of.mean = of.divergence;
-      if constexpr (kIsKl<D>) of.mean = D::mean_of(of.divergence, of.log_ratio());
-    });
+    of.mean = call.divergence == Divergence::forward_kl
+                  ? ForwardKl::mean_of(of.divergence, of.log_ratio())
+              : call.divergence == Divergence::reverse_kl
+                  ? ReverseKl::mean_of(of.divergence, of.log_ratio())
+                  : of.divergence;
   }
 
   __device__ __forceinline__ void find_divergence(Row& of) const {

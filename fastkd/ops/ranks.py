@@ -6,7 +6,7 @@ more step between, and one more exchange: the sums over classes of its terms.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,34 +19,24 @@ from fastkd.autograd import (
     savable,
     wants_gradient,
 )
+from fastkd.ops.rows_over_ranks import (
+    IGNORED,
+    KL,
+    Side,
+    chained,
+    cross_entropy,
+    exchange,
+    labels_here,
+    whole_rows,
+    wrong_labels,
+)
 from fastkd.ops.soft_target import mirrored
-from fastkd.ops.soft_target_operators import STATISTICS, backward, forward, terms
+from fastkd.ops.soft_target_operators import backward, terms
 from fastkd.ops.temperatures import by_temperature, exchanged
-from fastkd.parameters import ELSEWHERE, SoftTarget
+from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype, widest_dtype
 from fastkd.ranks import Ranks
 from fastkd.reference.soft_target import LOGIT_SCALE
-
-_KL = ("forward_kl", "reverse_kl")
-_IGNORED = -1  # the label of rows that do not count, in what kernels get
-
-
-class _Side(NamedTuple):
-    """What rows have of one side: a maximum, and a sum of exponentials relative to it."""
-
-    top: Tensor
-    sum: Tensor
-
-
-class _Exchanged(NamedTuple):
-    """What each rank has of each row, one rank after another."""
-
-    student: _Side
-    teacher: _Side
-    hard: Tensor  # the student's sum at temperature 1
-    divergence: Tensor  # between the softmaxes of the rank's classes
-    cross_entropy: Tensor  # of these with an even distribution
-    label: Tensor  # the logit of the row's label on its rank, 0 on others
 
 
 def soft_target_rows(
@@ -106,8 +96,8 @@ class _RanksLoss(Fused):
 
 
 def _of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
-    """The parameters as kernels take them: of rows, whose labels are those of `_labels_here`."""
-    return p._replace(reduction="none", ignore_index=_IGNORED, all_classes=ranks.classes)
+    """The parameters as kernels take them: of rows, whose labels are those of `labels_here`."""
+    return p._replace(reduction="none", ignore_index=IGNORED, all_classes=ranks.classes)
 
 
 def _forward(
@@ -128,19 +118,19 @@ def _forward(
     shape = student.shape[: p.dim] + student.shape[p.dim + 1 :]
     dtype, widest = compute_dtype(student, teacher), widest_dtype(student.device)
     ignored = None if labels is None else (labels == p.ignore_index).flatten()
-    here = _labels_here(labels, p, ranks)
-    found = _exchange(student, teacher, labels, p, temperatures, ranks)
+    here = labels_here(labels, p, ranks)
+    found = exchange(student, teacher, labels, p, temperatures, ranks)
     heat: list[Any] = [t.flatten().to(widest) for t in temperatures]
     heat = heat or [p.temperature, p.teacher_temperature]
-    (s_top, s_sum), s_logs = _whole(found.student, heat[0])
-    (t_top, t_sum), t_logs = _whole(found.teacher, heat[1])
-    (_, hard_sum), _ = _whole(_Side(found.student.top, found.hard), 1)
+    (s_top, s_sum), s_logs = whole_rows(found.student, heat[0])
+    (t_top, t_sum), t_logs = whole_rows(found.teacher, heat[1])
+    (_, hard_sum), _ = whole_rows(Side(found.student.top, found.hard), 1)
     divergence = torch.zeros_like(s_sum)
-    if p.divergence in _KL:
-        divergence = _chained(found, s_logs, t_logs, p.divergence)
+    if p.divergence in KL:
+        divergence = chained(found, s_logs, t_logs, p.divergence)
     is_valid = (s_sum > 0) & (t_sum > 0)  # False for NaN, too
     divergence = divergence.masked_fill(~is_valid, torch.nan)
-    wrong = _wrong_labels(labels, ignored, p, ranks)
+    wrong = wrong_labels(labels, ignored, p, ranks)
     if wrong is not None:
         hard_sum = hard_sum.masked_fill(wrong, torch.nan)
 
@@ -150,7 +140,7 @@ def _forward(
         return whole if ignored is None else whole.masked_fill(ignored[:, None], 0)
 
     of_rows, of_mirrored = statistics(divergence), None
-    if p.divergence not in _KL:
+    if p.divergence not in KL:
         inputs = student, teacher, here, temperatures, of_rows
         totals = ranks.total(_terms(*inputs, wanted[1], _of_shard(p, ranks)))
         totals = totals.masked_fill(~is_valid, torch.nan)
@@ -161,7 +151,7 @@ def _forward(
             of_mirrored = _exchange_sides(statistics(totals[2]))
     hard = torch.zeros_like(divergence)
     if labels is not None and p.labels_are_classes:
-        hard = _cross_entropy(found, s_top, hard_sum, p.label_smoothing, ranks)
+        hard = cross_entropy(found, s_top, hard_sum, p.label_smoothing, ranks)
     soft = divergence * (heat[2] * heat[2] if temperatures else 1)
     if ignored is not None:
         soft, hard = soft.masked_fill(ignored, 0), hard.masked_fill(ignored, 0)
@@ -173,106 +163,6 @@ def _forward(
     parts = torch.stack([hard, soft * (p.temperature * p.temperature)])
     kept = here, of_rows, of_mirrored, divergence.view(shape)
     return loss.view(shape), parts.view(2, *shape), *kept
-
-
-def _labels_here(labels: Tensor | None, p: SoftTarget, ranks: Ranks) -> Tensor | None:
-    """Labels of the classes that are here, for kernels; marks stay what they are."""
-    if labels is None:
-        return None
-    ignored = labels == p.ignore_index
-    if not p.labels_are_classes:
-        return ignored.to(torch.int64) * _IGNORED
-    local = labels - ranks.first
-    elsewhere = (local < 0) | (local >= ranks.here)
-    return local.masked_fill(elsewhere, ELSEWHERE).masked_fill(ignored, _IGNORED)
-
-
-def _wrong_labels(
-    labels: Tensor | None, ignored: Tensor | None, p: SoftTarget, ranks: Ranks
-) -> Tensor | None:
-    """Rows with a label that is no class, which a CPU's calls have refused before."""
-    if labels is None or ignored is None or not p.labels_are_classes:
-        return None
-    labels = labels.flatten()
-    return ((labels < 0) | (labels >= ranks.classes)) & ~ignored
-
-
-def _exchange(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    p: SoftTarget,
-    temperatures: Sequence[Tensor],
-    ranks: Ranks,
-) -> _Exchanged:
-    """The statistics of all ranks' classes."""
-    shape, widest = student.shape, widest_dtype(student.device)
-    rows = (shape[: p.dim] + shape[p.dim + 1 :]).numel()
-    logit = student.new_zeros(rows, dtype=widest)
-    columns = torch.zeros((8, rows), dtype=widest, device=student.device)
-    columns[0] = columns[2] = -torch.inf
-    if ranks.here:
-        smooths = 1.0 if p.label_smoothing else 0.0
-        marks = None if labels is None else (labels == p.ignore_index).to(torch.int64) * _IGNORED
-        q = p._replace(reduction="none", ignore_index=_IGNORED, label_smoothing=smooths)
-        if p.divergence not in _KL:
-            q = q._replace(divergence="forward_kl")
-        inputs = student, [teacher], marks, temperatures
-        found = forward(*inputs, None, False, True, False, q)[2]
-        columns[:7] = found.view(rows, STATISTICS).T
-        if labels is not None and p.labels_are_classes:
-            local = (labels - ranks.first).flatten()
-            is_here = (local >= 0) & (local < ranks.here)
-            at = local.clamp(0, ranks.here - 1).view(labels.shape).unsqueeze(p.dim)
-            logit = student.detach().gather(p.dim, at).flatten().to(widest).masked_fill(~is_here, 0)
-    columns[7] = logit
-    s_top, s_sum, t_top, t_sum, hard, kl, ce, label = ranks.gather(columns).unbind(1)
-    return _Exchanged(_Side(s_top, s_sum), _Side(t_top, t_sum), hard, kl, ce, label)
-
-
-def _whole(side: _Side, temperature: Any) -> tuple[_Side, Tensor]:
-    """Of whole rows, and the scaled logarithm of each rank's share of a row's mass."""
-    top = side.top.amax(0)
-    origin = top.masked_fill(top == -torch.inf, 0)
-    apart = (side.top * LOGIT_SCALE - origin * LOGIT_SCALE) / temperature
-    masses = (apart / LOGIT_SCALE).exp() * side.sum
-    total = masses.masked_fill(side.top == -torch.inf, 0).sum(0)
-    return _Side(top, total), apart + (side.sum.log() - total.log()) * LOGIT_SCALE
-
-
-def _chained(found: _Exchanged, s_logs: Tensor, t_logs: Tensor, divergence: str) -> Tensor:
-    """A KL divergence of whole rows by the chain rule, which adds up what cannot be negative.
-
-    It is the mean of the divergences of the ranks' classes, and the divergence of their masses.
-    """
-    weigher, other = (found.teacher, found.student), (t_logs, s_logs)
-    if divergence == "reverse_kl":
-        weigher, other = weigher[::-1], other[::-1]
-    share = (other[0] / LOGIT_SCALE).exp()
-    part = share * (found.divergence + (other[0] - other[1]))
-    # A class that is excluded is infinitely far, whatever its mass.
-    is_far = (found.divergence == torch.inf) | (weigher[1].top == -torch.inf)
-    part = part.masked_fill((share == 0) & ~is_far, 0).masked_fill(is_far, torch.inf)
-    return part.masked_fill(weigher[0].top == -torch.inf, 0).sum(0).clamp(min=0)
-
-
-def _cross_entropy(
-    found: _Exchanged, top: Tensor, total: Tensor, smoothing: float, ranks: Ranks
-) -> Tensor:
-    """Of whole rows, at temperature 1. A part of weight 0 may be infinite."""
-    log_total, top = total.log() * LOGIT_SCALE, top * LOGIT_SCALE
-    rows = torch.zeros_like(log_total)
-    if smoothing < 1:
-        rows = rows + (1 - smoothing) * (log_total + (top - found.label.sum(0) * LOGIT_SCALE))
-    if smoothing > 0:
-        apart = top - found.student.top * LOGIT_SCALE
-        parts = found.cross_entropy + (log_total - found.hard.log() * LOGIT_SCALE) + apart
-        parts = parts.masked_fill(found.student.top == -torch.inf, torch.inf)
-        shares = [
-            (part, n / ranks.classes) for part, n in zip(parts, ranks.shares, strict=True) if n
-        ]
-        rows = rows + smoothing * torch.stack([part * share for part, share in shares]).sum(0)
-    return rows
 
 
 def _terms(
@@ -321,7 +211,7 @@ def _gradients(
             torch.zeros_like(x) if want else None for x, want in _pairs(student, teacher, wanted)
         ]
         found = torch.zeros((3, *grad_output.shape), dtype=grad_output.dtype, device=student.device)
-    elif p.divergence in _KL:
+    elif p.divergence in KL:
         wishes = *wanted[:2], of_temperatures
         *sides, found = backward(
             grad_output, student, [teacher], labels, temperatures, statistics.flatten(), *wishes, p
@@ -339,7 +229,7 @@ def _gradients(
     if p.soft_weight == 0:  # then nothing may show, whatever the temperatures are
         root = torch.zeros_like(root)
     if labels is not None:
-        root = root.masked_fill(labels == _IGNORED, 0)
+        root = root.masked_fill(labels == IGNORED, 0)
     every = *of_logits.unbind(), root
     return *sides, *(x if want else None for x, want in zip(every, wanted[2:], strict=True))
 

@@ -44,7 +44,7 @@ ON_THE_DEVICE = tuple(
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
-        *("metrics", "metrics_edges", "metrics_calls"),
+        *("metrics", "metrics_edges", "metrics_calls", "ranks"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
@@ -54,7 +54,7 @@ FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or divergence or mask or normalizer or "
     "row_weight or num_classes or inplace or temperature or probabilities or extreme or "
-    "metrics",
+    "metrics or ranks",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }

@@ -39,6 +39,7 @@ def test_the_loss_of_one_process(pool, backend, keywords, dtype):
     [
         "takes_a_part_of_the_group",
         "learns_alike",
+        "explains_alone",
         "raises_everywhere",
         "waits_no_longer_than_the_group",
     ],
@@ -68,5 +69,5 @@ def test_a_mesh_of_two_dimensions(four):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_data_over_ranks(pool, kind):
+def test_recipes_of_data_parallelism(pool, kind):
     pool.run("trains_on_all_data", kind)
