@@ -13,7 +13,7 @@ ROOT = Path(fastkd.__file__).parent
 # package. The package itself, which loads names on first use, is not among them.
 LAYERS = [
     ["facts", "parameters"],
-    ["logits", "tensors", "precision", "symbols"],
+    ["logits", "ranks", "tensors", "precision", "symbols"],
     ["kernels"],
     ["dispatch", "operators"],
     ["autograd"],

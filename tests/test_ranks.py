@@ -380,8 +380,13 @@ def test_modules(backend):
     def on_rank(rank, group):
         s, t = shards(2, student, teacher)(rank)
         keywords = {"group": group, "backend": backend}
-        soft = fastkd.nn.SoftTargetLoss(**keywords)(s, t)
-        return soft, fastkd.nn.DistillationLoss(**keywords)(s, t, labels)
+        soft = fastkd.nn.SoftTargetLoss(**keywords)
+        assert soft.group is group
+        soft.group = None
+        with_all = soft(student, teacher)
+        torch.testing.assert_close(with_all, expected[0])
+        soft.group = group
+        return soft(s, t), fastkd.nn.DistillationLoss(**keywords)(s, t, labels)
 
     student, teacher, labels = logits(4, 10), logits(4, 10), torch.tensor([0, 9, 4, 5])
     expected = (

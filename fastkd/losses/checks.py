@@ -16,8 +16,14 @@ R = TypeVar("R")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose error names the keywords where too much comes by position."""
+def keywords(
+    function: Callable[P, R],
+    instead: Callable[..., Callable[[], R] | None] | None = None,
+) -> Callable[P, R]:
+    """`function`, whose error names the keywords where too much comes by position.
+
+    What `instead(function, args, kwargs)` returns is called in its place, if that is anything.
+    """
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -31,7 +37,8 @@ def keywords(function: Callable[P, R]) -> Callable[P, R]:
                 f"({', '.join(positional)}), got {len(args)}; the others are given by name, as "
                 f"{named[0]}=...: {', '.join(named)}"
             )
-        return function(*args, **kwargs)
+        call = None if instead is None else instead(function, args, kwargs)
+        return function(*args, **kwargs) if call is None else call()
 
     return checked
 

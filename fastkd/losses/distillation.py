@@ -89,8 +89,7 @@ def distillation_loss(
 ) -> DistillationParts: ...
 
 
-@over_ranks.over_ranks
-@checks.keywords
+@over_ranks.keywords
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.dispatch import is_explaining
 from fastkd.facts import ONE_TEACHER
-from fastkd.losses import shards
+from fastkd.losses import checks, shards
 from fastkd.losses.rows import Reduction, shape_of
 from fastkd.ops.ranks import soft_target_rows
 from fastkd.parameters import SoftTarget
@@ -25,27 +25,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def over_ranks(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which gets `Ranks` in the place of a group.
+def keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """`checks.keywords` of a loss, which gets `Ranks` in the place of a group.
 
     DTensors that are sharded on the classes are such a call, of their shards and of their mesh's
     group.
     """
-    signature = inspect.signature(function)
+    return checks.keywords(function, _call)
 
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("group") is not None:
-            return _in_step(function, args, kwargs)
-        if not args or is_of_torch(args[0]) or torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        local = shards.local(signature, args, kwargs)
-        if local is None:
-            return function(*args, **kwargs)
-        arguments, mesh = local
-        return shards.replicated(_in_step(function, (), arguments), mesh)
 
-    return called
+def _call(
+    function: Callable[..., R], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Callable[[], R] | None:
+    """The call over ranks that this one is, if it is one."""
+    if kwargs.get("group") is not None:
+        return functools.partial(_in_step, function, args, kwargs)
+    if not args or is_of_torch(args[0]) or torch.compiler.is_compiling():
+        return None
+    local = shards.local(inspect.signature(function), args, kwargs)
+    if local is None:
+        return None
+    arguments, mesh = local
+    return lambda: shards.replicated(_in_step(function, (), arguments), mesh)
 
 
 def _in_step(function: Callable[..., R], args: Sequence[Any], kwargs: dict[str, Any]) -> R:

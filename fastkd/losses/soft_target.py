@@ -19,8 +19,7 @@ from fastkd.reference import soft_target as reference
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
-@over_ranks.over_ranks
-@checks.keywords
+@over_ranks.keywords
 def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
