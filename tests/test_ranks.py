@@ -7,6 +7,7 @@ import pytest
 import torch
 from agreement import DTYPES
 from agreement_logits import check_distillation, check_soft_target, edge_labels, logits, some_labels
+from calls import Recorder
 from divergences import DIVERGENCES, FEW, name_of
 from probabilities import KINDS, sides
 from split import LOSSES, Threads, cuts_of, whole
@@ -360,6 +361,27 @@ def test_a_label_that_is_no_class(backend, label):
             fastkd.distillation_loss(*call, group=group, backend=backend)
 
     Threads(2).run(on_rank)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"divergence": "jsd"}], ids=name_of)
+def test_operators_pass_opcheck(kernel_backend, keywords):
+    """And have fakes."""
+    calls = []
+
+    def on_rank(rank, group):
+        s, t = (x.clone().requires_grad_() for x in (student, teacher))
+        with Recorder() as recorder:
+            fastkd.distillation_loss(
+                s, t, labels, group=group, backend=kernel_backend, num_classes=7, **keywords
+            ).backward()
+        calls.extend(recorder.calls)
+
+    student, teacher, labels = logits(4, 10), logits(4, 10), torch.tensor([0, 6, -100, 3])
+    Threads(1).run(on_rank)
+    names = [str(function) for function, _ in calls]
+    assert ("fastkd.soft_target_terms.default" in names) == bool(keywords)
+    for function, args in calls:
+        torch.library.opcheck(function, args)
 
 
 def test_transforms_are_refused():
