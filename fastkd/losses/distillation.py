@@ -7,14 +7,12 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
+from fastkd.losses import checks, linear_head, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
 from fastkd.reference import distillation as reference
-
-_REDUCTIONS = ("none", "sum", "batchmean")
 
 
 class DistillationParts(NamedTuple):
@@ -33,8 +31,8 @@ class DistillationParts(NamedTuple):
 
 @overload
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -52,6 +50,7 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    chunk_size: int | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
     backend: Backend | None = ...,
@@ -60,8 +59,8 @@ def distillation_loss(
 
 @overload
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -79,6 +78,7 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    chunk_size: int | None = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
     backend: Backend | None = ...,
@@ -87,8 +87,8 @@ def distillation_loss(
 
 @checks.keywords
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = 4.0,
@@ -106,6 +106,7 @@ def distillation_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    chunk_size: int | None = None,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
     backend: Backend | None = None,
@@ -213,7 +214,10 @@ def distillation_loss(
     section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
     other divergences.
     """
-    teacher, teacher_is = teacher_logits, "logits"
+    student_logits, teacher, heads = linear_head.sides_of(
+        student_logits, teacher_logits, dim, chunk_size, inplace
+    )
+    teacher_is = "logits"
     if isinstance(teacher, STATED):
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
@@ -227,13 +231,23 @@ def distillation_loss(
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     return_parts = checks.flag("return_parts", return_parts)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    _check_reduction(reduction)
+    rows.check_reduction(reduction)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
     if mask is not None:
         rows.check_mask(student_logits, mask, axis)
         labels = labels.masked_fill(~mask, ignore_index)
     reduce = rows.reduction_of(
-        student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis, num_classes
+        *(
+            student_logits,
+            reduction,
+            normalizer,
+            row_weight,
+            labels,
+            ignore_index,
+            axis,
+            num_classes,
+        ),
+        by_rows=heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -246,10 +260,10 @@ def distillation_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others)
+    others = labels, row_weight, *heat, *linear_head.tensors_of(heads)
+    chosen = select("distillation_loss", tensors, backend, others, heads)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
-    if chosen != "native":
+    if chosen != "native" or heads is not None:
         classes = student_logits.shape[axis] if num_classes is None else num_classes
         logits.check_label_range(labels, classes, ignore_index)
     parameters = SoftTarget(
@@ -271,19 +285,19 @@ def distillation_loss(
     )
     loss, *parts = run(
         reference.distillation_loss,
-        *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+        *(
+            student_logits,
+            teachers,
+            labels,
+            parameters,
+            heat,
+            reduce,
+            in_place,
+            heads,
+            return_parts,
+        ),
     )
     loss = logits.tied(loss, unused)
     if not return_parts:
         return loss
     return DistillationParts(loss, *map(reduce.of_part, parts))
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction == "mean":
-        raise ValueError(
-            'reduction="mean" has two meanings here: a cross-entropy\'s is over rows, that of '
-            'torch.nn.KLDivLoss over rows × classes; "batchmean" divides both terms by the rows '
-            "that count"
-        )
-    checks.choice("reduction", reduction, _REDUCTIONS)

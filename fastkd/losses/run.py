@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fastkd.losses import linear_head
 from fastkd.losses.rows import Reduction
 from fastkd.ops.soft_target import soft_target
 from fastkd.ops.soft_target_inplace import soft_target_
@@ -21,9 +22,13 @@ def run(
     temperatures: Sequence[Tensor],
     reduce: Reduction,
     in_place: bool,
+    heads: linear_head.Sides | None = None,
     with_parts: bool = False,
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
+    if heads is not None:
+        sides = heads, student, teachers
+        return linear_head.run(reference, *sides, labels, p, temperatures, reduce, with_parts)
     if p.backend == "reference" or in_place:
         by_reference = partial(_by_reference, reference, reduce, teachers, labels, p, temperatures)
         if not in_place:

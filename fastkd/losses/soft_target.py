@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
+from fastkd.losses import checks, linear_head, logits, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -18,8 +18,8 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 @checks.keywords
 def soft_target_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -33,6 +33,7 @@ def soft_target_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    chunk_size: int | None = None,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -130,7 +131,10 @@ def soft_target_loss(
     "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
-    teacher, teacher_is = teacher_logits, "logits"
+    student_logits, teacher, heads = linear_head.sides_of(
+        student_logits, teacher_logits, dim, chunk_size, inplace
+    )
+    teacher_is = "logits"
     if isinstance(teacher, STATED):
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
@@ -144,7 +148,8 @@ def soft_target_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
     reduce = rows.reduction_of(
-        student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis, num_classes
+        *(student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis, num_classes),
+        by_rows=heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -156,8 +161,8 @@ def soft_target_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others)
+    others = marks, row_weight, *heat, *linear_head.tensors_of(heads)
+    chosen = select("soft_target_loss", tensors, backend, others, heads)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -177,6 +182,6 @@ def soft_target_loss(
     )
     (loss,) = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
-        *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+        *(student_logits, teachers, marks, parameters, heat, reduce, in_place, heads),
     )
     return logits.tied(loss, unused)
