@@ -155,14 +155,14 @@ def forward(
         rows, dtype = call.rows, _dtype(heads)
         call.student.want(wanted)
         factor, multiplier = _lifted(factor, call.student, call.p)
-        if factor is not None and factor.ndim:
-            factor = rows.of(factor)
+        if factor is not None:
+            factor = rows.of(factor.expand(rows.shape))
         losses = student[0].new_empty(rows.count, dtype=dtype)
         parts = student[0].new_empty((2, rows.count), dtype=dtype) if with_parts else None
         for at in rows.chunks(call.size):
             inputs = call.inputs(at)
             gradient = call.student.room(inputs[0]) if any(wanted) else None
-            of_rows = factor[at] if factor is not None and factor.ndim else factor
+            of_rows = None if factor is None else factor[at]
             # What kernels fill is contiguous.
             of_parts = None if parts is None else parts.new_empty(2, at.stop - at.start)
             loss_and_gradient(*inputs, of_rows, losses[at], of_parts, gradient, call.p)
