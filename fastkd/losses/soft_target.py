@@ -47,13 +47,15 @@ def soft_target_loss(
 
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
-            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
+            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class. Or a
+            `fastkd.LinearHead`, whose logits never exist as a whole.
         teacher_logits: the same shape (but see `num_classes`) and device as `student_logits`; the
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
-            probabilities in the place of its logits; they are used as they are.
+            probabilities in the place of its logits; they are used as they are. A
+            `fastkd.LinearHead` stands for the logits that it would compute.
         temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
             rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
             receives its gradient, that of T² included, if it requires one. It is floating, on the
@@ -102,6 +104,9 @@ def soft_target_loss(
             float16 and bfloat16 gradients are rounded before `grad_output`
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
+        chunk_size: the rows of a `LinearHead` that have logits at a time, at least 1. Default:
+            None, at most 512 in float32 and 1,024 in half precision, and fewer where memory is
+            short; `fastkd.explain` tells how many.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LinearHead, LogProbabilities, Probabilities
 from fastkd.losses.distillation import DistillationParts, distillation_loss
 from fastkd.nn.base import Loss
 
@@ -33,6 +33,7 @@ class DistillationLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    chunk_size: int | None
     teacher_weights: Iterable[float] | None
     return_parts: bool
     backend: Backend | None
@@ -52,6 +53,7 @@ class DistillationLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        chunk_size: int | None = None,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
         backend: Backend | None = None,
@@ -69,6 +71,7 @@ class DistillationLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            chunk_size=chunk_size,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
             backend=backend,
@@ -76,8 +79,8 @@ class DistillationLoss(Loss):
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        student_logits: Tensor | LinearHead,
+        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
         labels: Tensor,
         *,
         mask: Tensor | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LinearHead, LogProbabilities, Probabilities
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.nn.base import Loss
 
@@ -31,6 +31,7 @@ class SoftTargetLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    chunk_size: int | None
     teacher_weights: Iterable[float] | None
     backend: Backend | None
 
@@ -46,6 +47,7 @@ class SoftTargetLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        chunk_size: int | None = None,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -59,14 +61,15 @@ class SoftTargetLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            chunk_size=chunk_size,
             teacher_weights=teacher_weights,
             backend=backend,
         )
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        student_logits: Tensor | LinearHead,
+        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,

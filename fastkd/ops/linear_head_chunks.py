@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastkd.parameters import Heads
 
-# More rows make the products no faster on a CPU, and take more memory. Fewer make them slower; in
-# half precision a chunk's part of the weight's gradient is added up in float32, too, whose memory
-# traffic is that of the whole weight for few rows as for many.
-_MOST = 1024
+# A chunk has at most so many rows times the bytes of a logit: 512 rows of float32, 1,024 of half
+# precision. More rows make the products no faster on a CPU. Half precision has more of them because
+# a chunk's part of the weight's gradient is added up in float32 there, and the memory traffic of
+# that is the same for few rows as for many.
+_MOST = 2048
 _LEAST = 16
 # The logits of a chunk take at most this part of the memory that is free.
 _SHARE = 8
@@ -21,18 +23,25 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
-def bytes_of_row(heads: Heads, classes: Sequence[int], device: torch.device) -> int:
-    """Of the logits of one row, in all buffers that a chunk has; `classes` are of both sides."""
+class Width(NamedTuple):
+    """Of the logits of one row: the bytes in all buffers of a chunk, and those of one logit."""
+
+    row: int
+    logit: int
+
+
+def width_of(heads: Heads, classes: Sequence[int], device: torch.device) -> Width:
+    """`classes` are those of both sides."""
     sides = (
         (heads.student_is_head, heads.dtype, heads.softcap),
         (heads.teacher_is_head, heads.teacher_dtype, heads.teacher_softcap),
     )
-    total = 0
+    row, logit = 0, 1
     for count, (is_head, name, softcap) in zip(classes, sides, strict=True):
         if is_head:
-            dtype = product_dtype(getattr(torch, name), device)
-            total += count * dtype.itemsize * (2 if softcap else 1)
-    return total
+            size = product_dtype(getattr(torch, name), device).itemsize
+            row, logit = row + count * size * (2 if softcap else 1), max(logit, size)
+    return Width(row, logit)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -57,9 +66,15 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def pick(bytes_of_row: int, free: int | None) -> int:
+def pick(width: Width, free: int | None) -> int:
     """A power of 2, the same for all amounts of memory between two powers of 2."""
+    most = _MOST // width.logit
     if free is None:
-        return _MOST
-    room = (1 << max(free, 1).bit_length() - 1) // _SHARE // max(bytes_of_row, 1)
-    return max(_LEAST, min(_MOST, 1 << max(room, 1).bit_length() - 1))
+        return most
+    room = _power_of_2(free) // _SHARE // max(width.row, 1)
+    return max(_LEAST, min(most, _power_of_2(room)))
+
+
+def _power_of_2(x: int) -> int:
+    """The largest that is no larger."""
+    return 1 << max(x, 1).bit_length() - 1

@@ -43,10 +43,10 @@ class Rows:
 
     def back(self, packed: Tensor) -> Tensor:
         """The inverse of `of`, with 0 in the rows that do not count."""
-        if self.index is None:
-            return packed.view(*self.shape, *packed.shape[1:])
-        found = packed.new_zeros(self.total, *packed.shape[1:])
-        return found.index_copy_(0, self.index, packed).view(*self.shape, *packed.shape[1:])
+        if self.index is not None:
+            found = packed.new_zeros(self.total, *packed.shape[1:])
+            packed = found.index_copy_(0, self.index, packed)
+        return packed.view(self.shape + packed.shape[1:])
 
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.count, size):
