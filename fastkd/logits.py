@@ -115,22 +115,30 @@ class LinearHead:
 def _register(kind: type, *names: str) -> None:
     """As a pytree it passes through torch.export, and `tree_map` moves its tensors.
 
-    What is no tensor is its context.
+    What is no tensor, such as a bias that is None, is its context.
     """
-    others = [field.name for field in dataclasses.fields(kind) if field.name not in names]
+    every = [field.name for field in dataclasses.fields(kind)]
 
-    def flatten(side: Any) -> tuple[list[Tensor | None], Any]:
-        return [getattr(side, name) for name in names], [getattr(side, name) for name in others]
+    def present(side: Any) -> list[str]:
+        return [name for name in names if getattr(side, name) is not None]
 
-    def flatten_with_keys(side: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
+    def flatten(side: Any) -> tuple[list[Any], Any]:
+        tensors = present(side)
+        context = {name: getattr(side, name) for name in every if name not in tensors}
+        return [getattr(side, name) for name in tensors], [tensors, context]
+
+    def unflatten(tensors: Any, context: Any) -> Any:
+        return kind(**dict(zip(context[0], tensors, strict=True)), **context[1])
+
+    def flatten_with_keys(side: Any) -> tuple[list[Any], Any]:
         tensors, context = flatten(side)
-        keys = [pytree.GetAttrKey(name) for name in names]
+        keys = [pytree.GetAttrKey(name) for name in context[0]]
         return list(zip(keys, tensors, strict=True)), context
 
     pytree.register_pytree_node(
         kind,
         flatten,
-        lambda tensors, context: kind(*tensors, **dict(zip(others, context, strict=True))),
+        unflatten,
         serialized_type_name=f"fastkd.{kind.__name__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
