@@ -170,6 +170,7 @@ def forward(
                 parts[:, at] = of_parts
             if gradient is not None:
                 call.student.backward(gradient, at)
+            del inputs, gradient  # before the next chunk has its own
         gradients = call.student.gradients(multiplier)
         if parts is not None:
             parts = torch.stack([rows.back(part) for part in parts])
@@ -258,6 +259,7 @@ def backward(
             for to, gradient in zip(to_temperatures, found[len(sides) :], strict=True):
                 if gradient is not None:
                     to[at] = gradient
+            del inputs, statistics, found, gradient  # before the next chunk has its own
         gradients = [g for side in (call.student, *call.teachers) for g in side.gradients()]
         pairs = zip(to_temperatures, of_temperatures, strict=True)
         gradients += [rows.back(to) for to, want in pairs if want]
