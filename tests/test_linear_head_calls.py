@@ -1,52 +1,28 @@
-"""Calls with linear heads: errors, compiled code, transforms, modules, what is picked."""
+"""Calls with linear heads: errors, derivatives, modules, what is picked."""
 
+import copy
 import re
 
 import pytest
 import torch
-from calls import Recorder
-from linear_heads import NUMBERS, head, other
+from linear_head_calls import (
+    CLASSES,
+    FORMS,
+    LABELS,
+    ROWS,
+    every_call,
+    every_loss,
+    gradients,
+    loss_of,
+    sides,
+)
+from linear_heads import head, other
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
 
 import fastkd
 from fastkd.ops import linear_head_chunks
-from fastkd.ops.linear_head_chunks import Width, pick
-
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-ROWS, CLASSES = (2, 3), 11
-LABELS = torch.tensor([[1, -100, 10], [0, 3, -100]])
-FORMS = {"soft_target_loss": (), "distillation_loss": (LABELS,)}
-CALLS = [{}, {"reduction": "none"}, {"divergence": "jsd", "beta": 0.3}]
-every_call = pytest.mark.parametrize("keywords", CALLS, ids=str)
-every_loss = pytest.mark.parametrize("name", FORMS)
-
-
-def sides(dtype=torch.float32):
-    student = head(ROWS, CLASSES, 4, dtype=dtype, **NUMBERS)
-    return student, head(ROWS, CLASSES, 6, dtype=dtype, bias=False)
-
-
-def loss_of(name, backend, dtype=torch.float32, **keywords):
-    """A loss of the tensors of two heads, and these."""
-    student, teacher = sides(dtype)
-    count = len(student.tensors)
-
-    def loss(*tensors):
-        return getattr(fastkd, name)(
-            student.of(tensors[:count]), teacher.of(tensors[count:]), *FORMS[name],
-            temperature=2.0, chunk_size=2, backend=backend, **keywords,
-        )  # fmt: skip
-
-    return loss, [*student.tensors, *teacher.tensors]
-
-
-def gradients(loss, tensors, count=None, upstream=3.0):
-    leaves = [x.clone().requires_grad_(i < (count or len(tensors))) for i, x in enumerate(tensors)]
-    value = loss(*leaves)
-    wanted = leaves[:count]
-    return value, *torch.autograd.grad(value, wanted, torch.full_like(value, upstream))
+from fastkd.ops.linear_head_chunks import pick
 
 
 def test_a_head_is_a_pytree():
@@ -131,8 +107,8 @@ def test_free_memory(monkeypatch):
     """It is measured, or where nothing tells, enough is taken to be there."""
     assert 2**20 < linear_head_chunks.free_bytes(torch.device("cpu")) < 2**50
     assert linear_head_chunks.free_bytes(torch.device("meta")) is None
-    assert pick(Width(4, 4), None) == 512
-    assert pick(Width(2, 2), None) == 1024
+    assert pick(4, None, torch.device("cpu")) == 512
+    assert pick(4, None, torch.device("cuda")) == 2048
 
     def missing(*_):
         raise OSError
@@ -161,78 +137,6 @@ def test_second_derivatives_raise(kernel_backend, name, count):
     found = torch.autograd.grad(loss(*leaves), leaves[:count], create_graph=True)
     with pytest.raises(RuntimeError, match=r'linear head.*backend="reference"'):
         sum(g.sum() for g in found).backward()
-
-
-@pytest.mark.parametrize("count", [1, 3, 5])
-@every_call
-@every_loss
-def test_compiled(backend, name, keywords, count):
-    loss, tensors = loss_of(name, backend, **keywords)
-    expected = gradients(loss, tensors, count)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradients(compiled, tensors, count), expected)
-
-
-def test_heads_are_handed_to_compiled_code(backend):
-    student, teacher = sides()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(*heads):
-        return fastkd.soft_target_loss(*heads, backend=backend)
-
-    heads = student.of(student.tensors), teacher.of(teacher.tensors)
-    torch.testing.assert_close(compiled(*heads), fastkd.soft_target_loss(*heads, backend=backend))
-
-
-@pytest.mark.thorough
-def test_inductor(kernel_backend):
-    loss, tensors = loss_of("distillation_loss", kernel_backend)
-    for count in (3, 5):
-        compiled = torch.compile(loss, fullgraph=True)
-        torch.testing.assert_close(
-            gradients(compiled, tensors, count), gradients(loss, tensors, count)
-        )
-
-
-def test_exported(backend):
-    class Model(torch.nn.Module):
-        def forward(self, *heads):
-            return fastkd.soft_target_loss(*heads, backend=backend)
-
-    student, teacher = sides()
-    heads = student.of(student.tensors), teacher.of(teacher.tensors)
-    program = torch.export.export(Model(), heads)
-    torch.testing.assert_close(program.module()(*heads), Model()(*heads))
-
-
-@every_call
-@every_loss
-def test_operators_pass_opcheck(kernel_backend, name, keywords):
-    with Recorder() as recorder:
-        for count in (1, 3, 5):
-            loss, tensors = loss_of(name, kernel_backend, **keywords)
-            gradients(loss, tensors, count)
-    ours = [call for call in recorder.calls if "linear_head" in call[0].name()]
-    assert len(ours) >= 4
-    recorder.calls = ours
-    recorder.opcheck()
-
-
-@pytest.mark.filterwarnings("ignore::fastkd.FallbackWarning")
-@every_call
-@every_loss
-def test_transforms(name, keywords):
-    if keywords.get("reduction") == "none":
-        keywords = {"reduction": "sum"}
-    loss, tensors = loss_of(name, None, **keywords)
-    expected = gradients(loss, tensors)[1:]
-    found = torch.func.grad(lambda *x: 3 * loss(*x), argnums=tuple(range(5)))(*tensors)
-    torch.testing.assert_close(found, expected)
-    hidden, *others = tensors
-    found = torch.func.vmap(lambda x: loss(x, *others))(torch.stack([hidden, 2 * hidden]))
-    torch.testing.assert_close(found, torch.stack([loss(*tensors), loss(2 * hidden, *others)]))
-    _, tangent = torch.func.jvp(loss, tuple(tensors), tuple(map(torch.ones_like, tensors)))
-    torch.testing.assert_close(3 * tangent, sum(g.sum() for g in expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -289,3 +193,18 @@ def test_without_gradients_nothing_is_recorded(kernel_backend):
     torch.testing.assert_close(found, with_gradients.detach())
     with torch.inference_mode():
         torch.testing.assert_close(loss(*tensors), with_gradients.detach())
+
+
+def test_a_module_s_chunk_size(backend):
+    """What is set is what the next call takes, in copies, too."""
+    student, teacher = sides()
+    heads = student.of(student.tensors), teacher.of(teacher.tensors)
+    for one in (fastkd.nn.SoftTargetLoss(backend=backend), fastkd.nn.DistillationLoss()):
+        given = (LABELS,) if isinstance(one, fastkd.nn.DistillationLoss) else ()
+        expected = one(*heads, *given)
+        one.chunk_size = 3
+        torch.testing.assert_close(copy.deepcopy(one)(*heads, *given), expected)
+        assert fastkd.explain(one, *heads, *given).notes[0].startswith("chunk_size=3 (given)")
+        one.chunk_size = -1
+        with pytest.raises(ValueError, match="chunk_size must be at least 1, got -1"):
+            one(*heads, *given)

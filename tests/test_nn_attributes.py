@@ -57,6 +57,8 @@ VALUES = {
     (nn.FSPLoss, "pair_weights"): ([-1.5], [float("nan")]),
 }
 BACKENDS = {(module, "backend"): ("reference", "cuda") for module in LOSSES}
+# What goes with a linear head alone: tests/test_linear_head_calls.py.
+OF_HEADS = {(module, "chunk_size") for module in (nn.SoftTargetLoss, nn.DistillationLoss)}
 CASES = [(*key, *values) for key, values in (VALUES | BACKENDS).items()]
 EACH = pytest.mark.parametrize(("module", "name", "value", "wrong"), CASES)
 
@@ -103,7 +105,7 @@ def assert_same(actual, expected):
 
 def test_every_keyword_is_tested():
     named = {(module, name) for module in LOSSES for name in keyword_defaults(module)}
-    assert named - {(nn.HintLoss, "bias")} == set(VALUES | BACKENDS)
+    assert named - {(nn.HintLoss, "bias")} == set(VALUES | BACKENDS) | OF_HEADS
 
 
 @EACH

@@ -11,7 +11,7 @@ from fastkd.logits import LinearHead
 from fastkd.losses import checks
 from fastkd.losses.rows import Reduction
 from fastkd.ops.linear_head import linear_head
-from fastkd.ops.linear_head_chunks import free_bytes, pick, product_dtype, width_of
+from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick, product_dtype
 from fastkd.parameters import Heads, SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.linear_head import logits as logits_of
@@ -34,14 +34,14 @@ class Sides:
         """How many rows have logits at a time, for `fastkd.explain`."""
         device = self.tensors()[0].device
         classes = [0 if h is None else len(h.weight) for h in (self.student, self.teacher)]
-        width, free = width_of(self.parameters, classes, device), free_bytes(device)
+        of_row, free = bytes_of_row(self.parameters, classes, device), free_bytes(device)
         size, how = self.parameters.chunk_size, "given"
         if not size:
             measured = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
-            size, how = pick(width, free), f"picked, free memory: {measured}"
+            size, how = pick(of_row, free, device), f"picked, free memory: {measured}"
         return [
             f"chunk_size={size} ({how}): kernels hold the logits of {size} rows at a time, "
-            f"{size * width.row / 2**20:.1f} MiB; the reference holds all of them"
+            f"{size * of_row / 2**20:.1f} MiB; the reference holds all of them"
         ]
 
 

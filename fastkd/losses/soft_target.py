@@ -105,8 +105,8 @@ def soft_target_loss(
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
         chunk_size: the rows of a `LinearHead` that have logits at a time, at least 1. Default:
-            None, at most 512 in float32 and 1,024 in half precision, and fewer where memory is
-            short; `fastkd.explain` tells how many.
+            None, at most 512 on a CPU and 2,048 on a GPU, and fewer where little memory is free;
+            `fastkd.explain` tells how many.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence

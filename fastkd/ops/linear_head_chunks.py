@@ -2,17 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from fastkd.parameters import Heads
 
-# A chunk has at most so many rows times the bytes of a logit: 512 rows of float32, 1,024 of half
-# precision. More rows make the products no faster on a CPU. Half precision has more of them because
-# a chunk's part of the weight's gradient is added up in float32 there, and the memory traffic of
-# that is the same for few rows as for many.
-_MOST = 2048
+# More rows make a CPU's products no faster. On a GPU a chunk's part of the weight's gradient is read
+# and written in float32, whole for any number of rows, which so many make the smaller part.
+_MOST = {"cpu": 512, "cuda": 2048}
 _LEAST = 16
 # The logits of a chunk take at most this part of the memory that is free.
 _SHARE = 8
@@ -23,25 +20,18 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
-class Width(NamedTuple):
-    """Of the logits of one row: the bytes in all buffers of a chunk, and those of one logit."""
-
-    row: int
-    logit: int
-
-
-def width_of(heads: Heads, classes: Sequence[int], device: torch.device) -> Width:
-    """`classes` are those of both sides."""
+def bytes_of_row(heads: Heads, classes: Sequence[int], device: torch.device) -> int:
+    """Of the logits of one row, in all buffers of a chunk; `classes` are those of both sides."""
     sides = (
         (heads.student_is_head, heads.dtype, heads.softcap),
         (heads.teacher_is_head, heads.teacher_dtype, heads.teacher_softcap),
     )
-    row, logit = 0, 1
+    total = 0
     for count, (is_head, name, softcap) in zip(classes, sides, strict=True):
         if is_head:
-            size = product_dtype(getattr(torch, name), device).itemsize
-            row, logit = row + count * size * (2 if softcap else 1), max(logit, size)
-    return Width(row, logit)
+            dtype = product_dtype(getattr(torch, name), device)
+            total += count * dtype.itemsize * (2 if softcap else 1)
+    return total
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -66,12 +56,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def pick(width: Width, free: int | None) -> int:
-    """A power of 2, the same for all amounts of memory between two powers of 2."""
-    most = _MOST // width.logit
+def pick(bytes_of_row: int, free: int | None, device: torch.device) -> int:
+    """A power of 2, the same for all amounts of free memory between two powers of 2."""
+    most = _MOST.get(device.type, _MOST["cuda"])
     if free is None:
         return most
-    room = _power_of_2(free) // _SHARE // max(width.row, 1)
+    room = _power_of_2(free) // _SHARE // max(bytes_of_row, 1)
     return max(_LEAST, min(most, _power_of_2(room)))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.autograd import no_grad
 from fastkd.operators import define, kernels
-from fastkd.ops.linear_head_chunks import free_bytes, pick, width_of
+from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick
 from fastkd.ops.linear_head_sides import Head, Logits, Rows
 from fastkd.ops.soft_target import all_gradients, has_statistics
 from fastkd.ops.soft_target_operators import forward as forward_of_rows
@@ -67,7 +67,7 @@ def picked(student: Sequence[Tensor], teachers: Sequence[Tensor], heads: Heads) 
     """How many rows have logits at a time, where the call does not say."""
     device = student[0].device
     classes = [len(side[min(1, len(side) - 1)]) for side in (student, teachers)]
-    return pick(width_of(heads, classes, device), free_bytes(device))
+    return pick(bytes_of_row(heads, classes, device), free_bytes(device), device)
 
 
 def loss_and_gradient(
