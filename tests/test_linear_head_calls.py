@@ -169,8 +169,8 @@ def test_inputs_are_not_changed(backend, name):
             ),
             tensors, 3,
         )  # fmt: skip
-        for x, copy in zip(tensors, copies, strict=True):
-            assert torch.equal(x, copy)
+        for x, before in zip(tensors, copies, strict=True):
+            assert torch.equal(x, before)
 
 
 def test_modules(backend):

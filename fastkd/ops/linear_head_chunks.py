@@ -7,8 +7,8 @@ import torch
 
 from fastkd.parameters import Heads
 
-# More rows make a CPU's products no faster. On a GPU a chunk's part of the weight's gradient is read
-# and written in float32, whole for any number of rows, which so many make the smaller part.
+# More rows make a CPU's products no faster. On a GPU each chunk reads and writes the weight's whole
+# gradient in float32, which takes less time than the product only if the chunk has many rows.
 _MOST = {"cpu": 512, "cuda": 2048}
 _LEAST = 16
 # The logits of a chunk take at most this part of the memory that is free.
