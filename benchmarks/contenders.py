@@ -35,7 +35,7 @@ BACKENDS = (*KERNELS, "reference")
 
 PEERS: dict[str, Build] = {**liger.CONTENDERS, **trl.CONTENDERS}
 
-# No loss, but what any loss on linear heads takes at least.
+# No loss, but what any loss on linear heads takes at least; takes part where it is named.
 BOUND = "products"
 
 CONTENDERS: dict[str, Build] = {
@@ -86,4 +86,4 @@ def lineup(
     if wanted is not None:
         return list(filter(can, dict.fromkeys(wanted)))
     kernels = list(filter(can, KERNELS)) or ["reference"]
-    return ["eager", "compile", *kernels, *filter(can, (BOUND, *PEERS))]
+    return ["eager", "compile", *kernels, *filter(can, PEERS)]

@@ -169,8 +169,9 @@ class Workload:
             fits = size <= on_chip * shape[0]
             reads = self.student_reads_on_chip if fits else self.student_reads
             total += reads * size // of_rows + size
-        for (_, width), uses in ((self.student[0], 2), (self.teacher[0], 1)):
-            total += uses * (self.classes or 0) * width * dtype.itemsize
+        if self.classes is not None:  # the weights are read, and the student's gets a gradient
+            widths = 2 * self.student[0][1] + self.teacher[0][1]
+            total += self.classes * widths * dtype.itemsize
         return total
 
 
