@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from linear_heads import NUMBERS, head
 from torch.utils import checkpoint as ckpt
 
@@ -85,7 +86,7 @@ def test_autocast(backend, dtype, numbers):
     expected = gradients(lambda x: fused(*rounded, x, backend=backend), rounded[0].tensors, 3.0)
 
     def under_autocast(x):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(DEVICE, dtype=dtype):
             return fused(student, teacher, x, backend=backend)
 
     found = gradients(under_autocast, student.tensors, 3.0)
@@ -95,7 +96,7 @@ def test_autocast(backend, dtype, numbers):
     torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=1e-6)
     for value, wanted in zip(found[1:], expected[1:], strict=True):
         assert (value - wanted.float()).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         student = double(student)
         value = fused(student, double(teacher), student.tensors, backend=backend)
     assert value.dtype == torch.float64
@@ -105,7 +106,7 @@ def test_autocast_in_compiled_code(backend, fresh_compiler):
     student, teacher = sides()
 
     def loss(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return fused(student, teacher, x, backend=backend)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
