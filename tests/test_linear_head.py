@@ -8,6 +8,7 @@ from conftest import DEVICE
 from linear_heads import NUMBERS, check_loss, head, labels_and_mask, other
 
 import fastkd
+from fastkd.ops import linear_head_sides
 
 ROWS, CLASSES = (3, 5), 37
 DIVERGENCES = [
@@ -212,6 +213,19 @@ def test_rows_that_do_not_count_may_hold_anything(backend, name):
         side.tensors[0][~counts] = torch.tensor([torch.nan, torch.inf])[torch.randint(2, (1,))]
     check_loss(name, student, teacher, backend, chunk_size=4, grad_output=2.0, **keywords)
     assert array(student.tensors[0]).size
+
+
+@pytest.mark.parametrize("kind", ["head", "logits"])
+@every_loss
+def test_all_rows_are_multiplied_in_a_capture(kernel_backend, name, kind, monkeypatch):
+    """Those that do not count are cleared first, and may hold NaN as ever."""
+    monkeypatch.setattr(linear_head_sides, "is_capturing", lambda device: True)
+    student, teacher = head(ROWS, CLASSES, 8, **NUMBERS), teacher_of(kind)
+    keywords = of_labels(name)
+    student.tensors[0][~keywords["mask"]] = torch.nan
+    heat = 1 + torch.rand(ROWS)
+    for others in ({}, {"reduction": "none"}, {"temperature": heat}):
+        check_loss(name, student, teacher, kernel_backend, chunk_size=4, **keywords, **others)
 
 
 def test_parts(backend):

@@ -34,11 +34,16 @@ def bytes_of_row(heads: Heads, classes: Sequence[int], device: torch.device) -> 
     return total
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that the device cannot be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def free_bytes(device: torch.device) -> int | None:
     """What could be allocated now, without waiting for the device; None where nothing tells."""
+    if is_capturing(device):
+        return None
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.linear_head_chunks import product_dtype
+from fastkd.ops.linear_head_chunks import is_capturing, product_dtype
 from fastkd.precision import compute_dtype
 
 # Rows of a product that is added to float32: its block, and the block in float32, stay in cache.
@@ -27,7 +27,7 @@ class Rows:
         if labels is None:
             return
         counts = (labels != ignore_index).reshape(-1)
-        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(labels.device):
             self.cleared = ~counts
             return
         index = counts.nonzero()[:, 0]
