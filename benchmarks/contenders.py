@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks import liger, trl
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, linear_head
 from fastkd.dispatch import Explanation
 
 Statement = Callable[..., Tensor]
@@ -35,7 +35,11 @@ BACKENDS = (*KERNELS, "reference")
 
 PEERS: dict[str, Build] = {**liger.CONTENDERS, **trl.CONTENDERS}
 
+# No loss, but what any loss on linear heads takes at least; takes part where it is named.
+BOUND = "products"
+
 CONTENDERS: dict[str, Build] = {
+    BOUND: lambda workload: linear_head.products,
     "eager": _eager,
     "compile": _compiled,
     **{backend: _fused(backend) for backend in BACKENDS},
@@ -55,10 +59,13 @@ def explain(
 
 def refusal(name: str, workload: Workload, dtype: torch.dtype, device: str) -> str | None:
     """Why a contender cannot take part, or None if it can."""
+    if name == BOUND:
+        has_heads = workload.family == linear_head.FAMILY
+        return None if has_heads else f"{BOUND} are those of linear heads"
     if name in liger.CONTENDERS:
         return liger.refusal(name, workload, device)
     if name in trl.CONTENDERS:
-        return trl.refusal(workload)
+        return trl.refusal(name, workload)
     if name not in BACKENDS:
         return None
     found = explain(workload, dtype, device, name)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import Workload, keywords
+from benchmarks.workloads import Workload, keywords, linear_head
 
 Statement = Callable[..., Tensor]
 
@@ -88,16 +88,36 @@ def tvd(workload: Workload) -> Statement:
     return soft_target_loss
 
 
-CONTENDERS = {"liger": kl_div, "liger_jsd": jsd, "liger_tvd": tvd}
+def linear_jsd(workload: Workload) -> Statement:
+    """Its Jensen-Shannon divergence of linear heads, chunk by chunk, without torch.compile."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[divergence_of(workload)]
+    divergence = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False
+    )
+
+    def soft_target_loss(
+        student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+        return divergence(student, weight, teacher, teacher_weight, labels)
+
+    return soft_target_loss
+
+
+CONTENDERS = {"liger": kl_div, "liger_jsd": jsd, "liger_tvd": tvd, "liger_linear": linear_jsd}
 LOSSES = {
     "liger": ("soft_target_loss", "distillation_loss"),
     "liger_jsd": ("soft_target_loss",),
     "liger_tvd": ("soft_target_loss",),
+    "liger_linear": ("soft_target_loss",),
 }
 DIVERGENCES = {
     "liger": ("forward_kl",),
     "liger_jsd": ("forward_kl", "reverse_kl", "jsd"),
     "liger_tvd": ("tvd",),
+    "liger_linear": ("forward_kl", "reverse_kl", "jsd"),
 }
 
 
@@ -107,6 +127,8 @@ def refusal(name: str, workload: Workload, device: str) -> str | None:
         return f"{name} is for {' and '.join(LOSSES[name])}, not for {workload.loss}"
     if divergence_of(workload) not in DIVERGENCES[name]:
         return f"{name} is for {', '.join(DIVERGENCES[name])}, not for {divergence_of(workload)}"
+    if (workload.family == linear_head.FAMILY) != (name == "liger_linear"):
+        return "liger_linear is for linear heads, and the others are for logits"
     if workload.half_masked and name == "liger":
         return "Liger-Kernel's KL divergence takes no mask"
     if workload.family == keywords.FAMILY:
@@ -115,10 +137,13 @@ def refusal(name: str, workload: Workload, device: str) -> str | None:
         return "Liger-Kernel takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):
         return "Liger-Kernel takes one teacher"
-    if device == "cpu":
+    if device == "cpu" and name != "liger_linear":
         return "Liger-Kernel's kernels are for a GPU"
     try:
-        import liger_kernel.transformers  # noqa: F401
+        if name == "liger_linear":
+            import liger_kernel.chunked_loss
+        else:
+            import liger_kernel.transformers  # noqa: F401
     except ImportError as missing:
         return f"Liger-Kernel cannot be imported: {missing}"
     return None

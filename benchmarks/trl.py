@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from benchmarks.liger import divergence_of
-from benchmarks.workloads import Workload, keywords
+from benchmarks.workloads import Workload, keywords, linear_head
 
 Statement = Callable[..., Tensor]
 # The divergences that it has, by its beta; that of "jsd" is the workload's own.
@@ -40,15 +41,37 @@ def jsd(workload: Workload) -> Statement:
     return soft_target_loss
 
 
-CONTENDERS = {"trl": jsd}
+@cache
+def _chunked_divergence_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    return _chunked_divergence_loss
 
 
-def refusal(workload: Workload) -> str | None:
+def linear_jsd(workload: Workload) -> Statement:
+    """That of its DistillationTrainer, of hidden states and heads."""
+    loss, beta = _chunked_divergence_loss(), _BETAS[divergence_of(workload)]
+
+    def soft_target_loss(
+        student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        mask = torch.ones(1, len(student), device=student.device)
+        return loss(student[None], teacher[None], weight, teacher_weight, mask, beta)[0]
+
+    return soft_target_loss
+
+
+CONTENDERS = {"trl": jsd, "trl_linear": linear_jsd}
+
+
+def refusal(name: str, workload: Workload) -> str | None:
     """Why it cannot take part, or None if it can."""
     if workload.loss != "soft_target_loss":
         return f"trl is for soft_target_loss, not for {workload.loss}"
     if divergence_of(workload) not in _BETAS:
         return f"TRL has no {divergence_of(workload)}"
+    if (workload.family == linear_head.FAMILY) != (name == "trl_linear"):
+        return "trl_linear is for linear heads, and trl for logits"
     if workload.family == keywords.FAMILY:
         return "TRL's divergence has no such keyword"
     if workload.keywords.get("dim", -1) != -1:
@@ -56,7 +79,7 @@ def refusal(workload: Workload) -> str | None:
     if len(workload.teacher) > len(workload.student):
         return "TRL takes one teacher"
     try:
-        _generalized_jsd_loss()
+        _chunked_divergence_loss() if name == "trl_linear" else _generalized_jsd_loss()
     except ImportError as missing:
         return f"TRL cannot be imported: {missing}"
     return None

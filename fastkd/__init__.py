@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         explain,
         use_backend,
     )
-    from fastkd.logits import LogProbabilities, Probabilities
+    from fastkd.logits import LinearHead, LogProbabilities, Probabilities
     from fastkd.losses.attention import attention_map, attention_transfer_loss
     from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
@@ -32,6 +32,7 @@ __all__ = [
     "DistillationMetrics",
     "DistillationParts",
     "FallbackWarning",
+    "LinearHead",
     "LogProbabilities",
     "Probabilities",
     "attention_map",
@@ -54,6 +55,7 @@ _HOME = {
     "FallbackWarning": "dispatch",
     "explain": "dispatch",
     "use_backend": "dispatch",
+    "LinearHead": "logits",
     "LogProbabilities": "logits",
     "Probabilities": "logits",
     "attention_map": "losses.attention",

@@ -10,9 +10,9 @@ import contextvars
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,18 +55,27 @@ class Explanation:
         loss: the name of the function.
         chosen: the backend that serves the call; None where the one asked for cannot.
         reasons: for each backend why it serves the call or does not.
+        notes: what else was chosen for the call, such as the `chunk_size` of a `LinearHead`.
     """
 
     loss: str
     chosen: Backend | None
     reasons: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.loss}: {self.chosen or 'no backend can serve this call'}"]
         for name, reason in self.reasons.items():
             mark = "->" if name == self.chosen else "  "
             lines.append(f" {mark} {name:<9} {reason}")
+        lines += [f"    {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+class Noted(Protocol):
+    """A part of a call in which something is chosen besides the backend."""
+
+    def notes(self) -> Sequence[str]: ...
 
 
 def _refuse_native(facts: Facts) -> Refusal | None:
@@ -114,11 +123,13 @@ def select(
     backend: Backend | None,
     others: tuple[Tensor | None, ...] = (),
     obstacle: str | None = None,
+    noted: Noted | None = None,
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
     `others` are tensors whose dtype does not matter: labels, a regressor. The obstacle is what the
-    caller knows of that keeps kernels from serving.
+    caller knows of that keeps kernels from serving. What is `noted` has more to tell in an
+    explanation.
 
     Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
     available.
@@ -140,7 +151,8 @@ def select(
     obstacle = obstacle_to_kernels((*tensors, *others)) or obstacle
     if _explaining.get():
         facts = Facts(loss, device, dtypes, obstacle)
-        raise _Explained(_explain(facts, requested))
+        notes = () if noted is None else tuple(noted.notes())
+        raise _Explained(replace(_explain(facts, requested), notes=notes))
     return _resolve(loss, device, dtypes, obstacle, requested)
 
 
@@ -245,8 +257,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kwargs: its keywords.
 
     Returns:
-        An `Explanation` with the attributes `loss`, `chosen` and `reasons`, a dictionary from each
-        backend to its reason. As a string it is a table.
+        An `Explanation` with the attributes `loss`, `chosen`, `reasons`, a dictionary from each
+        backend to its reason, and `notes`. As a string it is a table.
 
     Raises:
         TypeError: the function is no loss of fastkd.

@@ -1,6 +1,7 @@
-"""What may stand in the place of a teacher's logits in the losses on logits."""
+"""What may stand in the place of logits in the losses on logits."""
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -66,19 +67,86 @@ class LogProbabilities:
     log_probabilities: Tensor
 
 
-def _register(kind: type, name: str) -> None:
-    """As a pytree it passes through torch.export, and `tree_map` moves its tensor."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Logits that a linear layer would compute, and that never exist as a whole.
+
+    As the student or the teacher of `soft_target_loss` or `distillation_loss` it stands for the
+    logits `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, without the outer part
+    where there is no softcap. The loss computes them for some rows at a time (`chunk_size`), turns
+    them into their gradient at once, and that into the gradients of hidden, weight and bias: of the
+    logits nothing is kept for backward. `dim` must be the last one; `inplace` is an error.
+
+    Under `torch.autocast` the products are computed in its dtype, otherwise in the dtype of
+    `hidden`, or on a CPU in float32 where that is float16. What sums over rows, the gradients of
+    weight and bias, is accumulated in float32 (float64 for float64).
+
+    Args:
+        hidden: `(*rows, H)`, such as a model's last hidden states, in float32, float16, bfloat16 or
+            float64. Rows that do not count (`mask`, `ignore_index`, a `row_weight` of 0) are left
+            out before the products, and may hold NaN.
+        weight: `(V, H)` for V classes, such as `lm_head.weight`, of the dtype of `hidden` unless
+            autocast is on. Student and teacher may have other H, and may share a weight.
+        bias: `(V,)`. Default: None.
+        scale: a finite number that multiplies the logits. Default: 1.0.
+        softcap: a number above 0 that bounds them. Default: None.
+
+    Raises:
+        TypeError: in a loss, a tensor is none or of a wrong dtype, or a head stands in a sequence.
+        ValueError: in a loss, shapes or devices do not fit, or a number is out of its range.
+
+    Example:
+        >>> hidden = torch.randn(2, 8, 16, requires_grad=True)
+        >>> weight = torch.randn(100, 16, requires_grad=True)
+        >>> teacher = fastkd.LinearHead(torch.randn(2, 8, 32), torch.randn(100, 32), softcap=30.0)
+        >>> fastkd.soft_target_loss(fastkd.LinearHead(hidden, weight), teacher).backward()
+        >>> weight.grad.shape
+        torch.Size([100, 16])
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: dataclasses.KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def _register(kind: type, *names: str) -> None:
+    """As a pytree it passes through torch.export, and `tree_map` moves its tensors.
+
+    What is no tensor, such as a bias that is None, is its context.
+    """
+    every = [field.name for field in dataclasses.fields(kind)]
+
+    def present(side: Any) -> list[str]:
+        return [name for name in names if getattr(side, name) is not None]
+
+    def flatten(side: Any) -> tuple[list[Any], Any]:
+        tensors = present(side)
+        context = {name: getattr(side, name) for name in every if name not in tensors}
+        return [getattr(side, name) for name in tensors], [tensors, context]
+
+    def unflatten(tensors: Any, context: Any) -> Any:
+        return kind(**dict(zip(context[0], tensors, strict=True)), **context[1])
+
+    def flatten_with_keys(side: Any) -> tuple[list[Any], Any]:
+        tensors, context = flatten(side)
+        keys = [pytree.GetAttrKey(name) for name in context[0]]
+        return list(zip(keys, tensors, strict=True)), context
+
     pytree.register_pytree_node(
         kind,
-        lambda side: ([getattr(side, name)], None),
-        lambda tensors, _: kind(*tensors),
+        flatten,
+        unflatten,
         serialized_type_name=f"fastkd.{kind.__name__}",
-        flatten_with_keys_fn=lambda side: ([(pytree.GetAttrKey(name), getattr(side, name))], None),
+        flatten_with_keys_fn=flatten_with_keys,
     )
 
 
 _register(Probabilities, "probabilities")
 _register(LogProbabilities, "log_probabilities")
+_register(LinearHead, "hidden", "weight", "bias")
 
 # What a loss uses as it is.
 STATED = (Probabilities, LogProbabilities)

@@ -116,7 +116,8 @@ def _as_in_schema(
     results = function(*others, *whole)
     if not isinstance(results, tuple) or all([result is not None for result in results]):
         return results
-    like = next(arg for arg in others if isinstance(arg, Tensor))
+    flat = itertools.chain(*[arg if isinstance(arg, (list, tuple)) else [arg] for arg in others])
+    like = next(arg for arg in flat if isinstance(arg, Tensor))
     return tuple([like.new_empty(0) if result is None else result for result in results])
 
 

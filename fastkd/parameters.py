@@ -55,6 +55,25 @@ class SoftTarget(NamedTuple):
     all_classes: int = 0
 
 
+class Heads(NamedTuple):
+    """Of the sides that are linear heads: what stands between products and logits of each.
+
+    A side that is none has a scale of 1; a softcap of 0 stands for none. The dtypes are those of
+    the products, by name; of a side of logits it is the logits' own. At most `chunk_size` rows have
+    logits at a time, and 0 leaves the choice to the operator.
+    """
+
+    student_is_head: bool
+    scale: float
+    softcap: float
+    dtype: str
+    teacher_is_head: bool
+    teacher_scale: float
+    teacher_softcap: float
+    teacher_dtype: str
+    chunk_size: int
+
+
 class Metrics(NamedTuple):
     """Of a look at both sides, without a loss."""
 

@@ -14,8 +14,8 @@ KINDS = [
     for _, kind in inspect.getmembers(parameters, inspect.isclass)
     if kind.__module__ == parameters.__name__
 ]
-# Those whose fields kernels take one by one.
-WITHOUT_STRUCT = {parameters.Rkd}
+# Those whose fields kernels take one by one, or not at all.
+WITHOUT_STRUCT = {parameters.Heads, parameters.Rkd}
 CHOICES = {
     "divergence": ("forward_kl", "reverse_kl", "jsd", "tvd"),
     "kind": ("sum", "sum_pow", "max_pow"),

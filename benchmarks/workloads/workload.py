@@ -21,8 +21,9 @@ class Inputs:
     parameters: dict[str, Tensor]
 
     def leaves(self) -> list[Tensor]:
-        """What receives a gradient: the student's side and the parameters."""
-        return [*tensors(self.batch[0]), *self.parameters.values()]
+        """What receives a gradient: the student's side and the parameters that learn."""
+        learned = [p for p in self.parameters.values() if p.requires_grad]
+        return [*tensors(self.batch[0]), *learned]
 
     def samples(self) -> int:
         return tensors(self.batch[0])[0].shape[0]
@@ -71,6 +72,7 @@ class Workload:
     those that it is measured on. A loss on relations needs `samples_least`, also in a smoke test.
     Of `half_masked` one half of the rows counts, drawn at random; the mask is an argument.
     `prepare` changes inputs that were drawn, in place, and may add arguments.
+    Where there are `classes` the sides are hidden states, and each has a weight with so many rows.
     `parts` yields what adds up to the exact loss, where that in one piece has no room.
     """
 
@@ -93,6 +95,7 @@ class Workload:
     student_reads_on_chip: int = 1
     devices: tuple[str, ...] = ("cpu", "cuda")
     samples_least: int = 1
+    classes: int | None = None
     parts: Callable[..., Iterator[Tensor]] | None = None
 
     @property
@@ -119,7 +122,8 @@ class Workload:
             tuple((max(self.samples_least, shape[0] // factor), *shape[1:]) for shape in side)
             for side in (self.student, self.teacher)
         )
-        return replace(self, student=student, teacher=teacher)
+        classes = None if self.classes is None else max(16, self.classes // factor)
+        return replace(self, student=student, teacher=teacher, classes=classes)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
@@ -144,6 +148,9 @@ class Workload:
             channels = (self.teacher[0][1], self.student[0][1])
             parameters["regressor_weight"] = draw((*channels, 1, 1), True)
             parameters["regressor_bias"] = draw(channels[:1], True)
+        if self.classes is not None:
+            parameters["weight"] = draw((self.classes, self.student[0][1]), True)
+            parameters["teacher_weight"] = draw((self.classes, self.teacher[0][1]))
         inputs = Inputs(tuple(batch), parameters)
         if self.prepare is not None:
             with torch.no_grad():
@@ -162,6 +169,9 @@ class Workload:
             fits = size <= on_chip * shape[0]
             reads = self.student_reads_on_chip if fits else self.student_reads
             total += reads * size // of_rows + size
+        if self.classes is not None:  # the weights are read, and the student's gets a gradient
+            widths = 2 * self.student[0][1] + self.teacher[0][1]
+            total += self.classes * widths * dtype.itemsize
         return total
 
 

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, over_ranks, rows, temperatures
+from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
+from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
 from fastkd.ranks import Ranks
 from fastkd.reference import distillation as reference
-
-_REDUCTIONS = ("none", "sum", "batchmean")
 
 
 class DistillationParts(NamedTuple):
@@ -35,8 +33,8 @@ class DistillationParts(NamedTuple):
 
 @overload
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -54,6 +52,7 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    chunk_size: int | None = ...,
     group: "torch.distributed.ProcessGroup | None" = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[False] = ...,
@@ -63,8 +62,8 @@ def distillation_loss(
 
 @overload
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -82,6 +81,7 @@ def distillation_loss(
     row_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ...,
     inplace: bool = ...,
+    chunk_size: int | None = ...,
     group: "torch.distributed.ProcessGroup | None" = ...,
     teacher_weights: Iterable[float] | None = ...,
     return_parts: Literal[True],
@@ -91,8 +91,8 @@ def distillation_loss(
 
 @over_ranks.keywords
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = 4.0,
@@ -110,6 +110,7 @@ def distillation_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    chunk_size: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
     teacher_weights: Iterable[float] | None = None,
     return_parts: bool = False,
@@ -124,13 +125,15 @@ def distillation_loss(
 
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
-            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
+            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class. Or a
+            `fastkd.LinearHead`, whose logits never exist as a whole.
         teacher_logits: the same shape (but see `num_classes`) and device as `student_logits`; the
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
-            probabilities in the place of its logits; they are used as they are.
+            probabilities in the place of its logits; they are used as they are. A
+            `fastkd.LinearHead` stands for the logits that it would compute.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
         temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the
@@ -194,6 +197,8 @@ def distillation_loss(
             float16 and bfloat16 gradients are rounded before `grad_output`
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
+        chunk_size: the rows of a `LinearHead` that have logits at a time, as in `soft_target_loss`.
+            Default: None, by the memory that is free.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -225,7 +230,10 @@ def distillation_loss(
     section 2 (the weighted average of two objectives); `soft_target_loss` has the sources of the
     other divergences.
     """
-    teacher, teacher_is = teacher_logits, "logits"
+    student_logits, teacher, heads = linear_head.sides_of(
+        student_logits, teacher_logits, dim, chunk_size, inplace
+    )
+    teacher_is = "logits"
     if isinstance(teacher, STATED):
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
@@ -240,7 +248,7 @@ def distillation_loss(
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     return_parts = checks.flag("return_parts", return_parts)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    _check_reduction(reduction)
+    rows.check_reduction(reduction)
     labels = logits.check_labels(student_logits, labels, ignore_index, axis)
     if mask is not None:
         rows.check_mask(student_logits, mask, axis)
@@ -248,6 +256,7 @@ def distillation_loss(
     reduce = rows.reduction_of(
         *(student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis),
         num_classes if ranks is None else ranks.classes,
+        by_rows=heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -260,11 +269,11 @@ def distillation_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = labels, row_weight, *heat
+    others = labels, row_weight, *heat, *linear_head.tensors_of(heads)
     hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
-    chosen = select("distillation_loss", tensors, backend, others, hindrance)
+    chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
-    if chosen != "native" or ranks is not None:
+    if chosen != "native" or ranks is not None or heads is not None:
         classes = student_logits.shape[axis] if num_classes is None else num_classes
         classes = classes if ranks is None else ranks.classes
         logits.check_label_range(labels, classes, ignore_index)
@@ -288,19 +297,10 @@ def distillation_loss(
     loss, *parts = run(
         reference.distillation_loss,
         *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+        heads=heads,
         ranks=ranks,
     )
     loss = logits.tied(loss, unused)
     if not return_parts:
         return loss
     return DistillationParts(loss, *map(reduce.of_part, parts))
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction == "mean":
-        raise ValueError(
-            'reduction="mean" has two meanings here: a cross-entropy\'s is over rows, that of '
-            'torch.nn.KLDivLoss over rows × classes; "batchmean" divides both terms by the rows '
-            "that count"
-        )
-    checks.choice("reduction", reduction, _REDUCTIONS)

@@ -11,6 +11,17 @@ from fastkd.losses import checks
 MASKED = -1  # in place of the label of a row that does not count
 
 
+def check_reduction(reduction: str) -> None:
+    """It is one that means the same for cross-entropies and divergences."""
+    if reduction == "mean":
+        raise ValueError(
+            'reduction="mean" has two meanings here: a cross-entropy\'s is over rows, that of '
+            'torch.nn.KLDivLoss over rows × classes; "batchmean" divides both terms by the rows '
+            "that count"
+        )
+    checks.choice("reduction", reduction, ("none", "sum", "batchmean"))
+
+
 def shape_of(logits: Tensor, dim: int) -> torch.Size:
     """One for each row: the logits' shape without the classes."""
     return logits.shape[:dim] + logits.shape[dim + 1 :]
@@ -56,11 +67,12 @@ class Reduction:
     """How losses of rows become the result: what kernels do, and then what is left to torch.
 
     Attributes:
-        by_kernels: the reduction that kernels are asked for; `"none"` where rows have weights.
+        by_kernels: the reduction that kernels are asked for; `"none"` where rows have weights, and
+            where they come in chunks.
         number: what the weights of the terms are divided by.
         scalar: what the result is divided by, on the device.
         row_weight: what multiplies the loss of each row.
-        sums: whether the weighted losses are added up.
+        sums: whether the losses of rows, weighted or not, are added up.
     """
 
     by_kernels: str
@@ -78,7 +90,7 @@ class Reduction:
         """The result, from what kernels found with weights that were divided by the number."""
         if self.row_weight is not None:
             found = found * self.row_weight.to(found.dtype)
-            found = found.sum() if self.sums else found
+        found = found.sum() if self.sums else found
         return found if self.scalar is None else found / self.scalar.to(found.dtype)
 
     def factor(self, dtype: torch.dtype) -> Tensor | None:
@@ -113,9 +125,14 @@ def reduction_of(
     ignored: int,
     dim: int,
     num_classes: int | None,
+    *,
+    by_rows: bool = False,
 ) -> Reduction:
-    """Of a checked one. The labels are `ignored` for rows that do not count."""
-    if normalizer is None and row_weight is None:
+    """Of a checked one. The labels are `ignored` for rows that do not count.
+
+    If `by_rows`, kernels are asked for the loss of each row.
+    """
+    if normalizer is None and row_weight is None and not by_rows:
         return _BY_KERNELS[reduction]
     divides = reduction in ("mean", "batchmean")
     number, scalar = 1.0, None
@@ -135,12 +152,15 @@ def reduction_of(
         scalar = (labels != ignored).sum().clamp(min=1)
     elif divides:
         number *= max(shape_of(logits, dim).numel(), 1)
-    if row_weight is None:
+    if row_weight is None and not by_rows:
         return Reduction("sum", number, scalar)
+    sums = reduction != "none"
+    if row_weight is None:
+        return Reduction("none", number, scalar, sums=sums)
     _check_rows("row_weight", row_weight, logits, dim)
     if row_weight.dtype == torch.bool or row_weight.is_complex():
         raise TypeError(f"row_weight must hold real numbers, got {row_weight.dtype}")
-    return Reduction("none", number, scalar, row_weight, reduction != "none")
+    return Reduction("none", number, scalar, row_weight, sums)
 
 
 def _checked_scalar(logits: Tensor, normalizer: Tensor) -> Tensor:

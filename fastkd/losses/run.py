@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from fastkd.losses import over_ranks
+from fastkd.losses import linear_head, over_ranks
 from fastkd.losses.rows import Reduction
 from fastkd.ops.soft_target import soft_target
 from fastkd.ops.soft_target_inplace import soft_target_
@@ -25,11 +25,15 @@ def run(
     in_place: bool,
     with_parts: bool = False,
     *,
+    heads: linear_head.Sides | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
     if ranks is not None:
         return over_ranks.run(reference, student, teachers, labels, p, temperatures, reduce, ranks)
+    if heads is not None:
+        sides = heads, student, teachers
+        return linear_head.run(reference, *sides, labels, p, temperatures, reduce, with_parts)
     if p.backend == "reference" or in_place:
         by_reference = partial(_by_reference, reference, reduce, teachers, labels, p, temperatures)
         if not in_place:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, over_ranks, rows, temperatures
+from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
+from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -21,8 +21,8 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 @over_ranks.keywords
 def soft_target_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    student_logits: Tensor | LinearHead,
+    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -36,6 +36,7 @@ def soft_target_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    chunk_size: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
     teacher_weights: Iterable[float] | None = None,
     backend: Backend | None = None,
@@ -50,13 +51,15 @@ def soft_target_loss(
 
     Args:
         student_logits: unnormalised scores of any shape with at least one dimension, in float32,
-            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class.
+            float16, bfloat16 or float64, in any memory layout. `-inf` excludes a class. Or a
+            `fastkd.LinearHead`, whose logits never exist as a whole.
         teacher_logits: the same shape (but see `num_classes`) and device as `student_logits`; the
             dtype may differ. It receives its gradient if it requires one. A sequence (any iterable)
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
-            probabilities in the place of its logits; they are used as they are.
+            probabilities in the place of its logits; they are used as they are. A
+            `fastkd.LinearHead` stands for the logits that it would compute.
         temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
             rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
             receives its gradient, that of T² included, if it requires one. It is floating, on the
@@ -112,6 +115,9 @@ def soft_target_loss(
             float16 and bfloat16 gradients are rounded before `grad_output`
             multiplies them. Without a gradient to compute, and in compiled code, nothing is
             overwritten. Default: False.
+        chunk_size: the rows of a `LinearHead` that have logits at a time, at least 1. Default:
+            None, at most 512 on a CPU and 2,048 on a GPU, and fewer where little memory is free;
+            `fastkd.explain` tells how many.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
@@ -141,7 +147,10 @@ def soft_target_loss(
     "On-Policy Distillation of Language Models", 2024, for reverse KL and the generalised
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
-    teacher, teacher_is = teacher_logits, "logits"
+    student_logits, teacher, heads = linear_head.sides_of(
+        student_logits, teacher_logits, dim, chunk_size, inplace
+    )
+    teacher_is = "logits"
     if isinstance(teacher, STATED):
         teacher, teacher_is, teacher_temperature = logits.stated_teacher(
             teacher, teacher_temperature
@@ -158,6 +167,7 @@ def soft_target_loss(
     reduce = rows.reduction_of(
         *(student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis),
         num_classes if ranks is None else ranks.classes,
+        by_rows=heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -169,9 +179,9 @@ def soft_target_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = marks, row_weight, *heat
+    others = marks, row_weight, *heat, *linear_head.tensors_of(heads)
     hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
-    chosen = select("soft_target_loss", tensors, backend, others, hindrance)
+    chosen = select("soft_target_loss", tensors, backend, others, hindrance, heads)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -192,6 +202,7 @@ def soft_target_loss(
     loss, *_ = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
         *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+        heads=heads,
         ranks=ranks,
     )
     return logits.tied(loss, unused)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LinearHead, LogProbabilities, Probabilities
 from fastkd.losses.distillation import DistillationParts, distillation_loss
 from fastkd.nn.base import Loss
 
@@ -34,6 +34,7 @@ class DistillationLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    chunk_size: int | None
     group: "torch.distributed.ProcessGroup | None"
     teacher_weights: Iterable[float] | None
     return_parts: bool
@@ -54,6 +55,7 @@ class DistillationLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        chunk_size: int | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
         teacher_weights: Iterable[float] | None = None,
         return_parts: bool = False,
@@ -72,6 +74,7 @@ class DistillationLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            chunk_size=chunk_size,
             group=group,
             teacher_weights=teacher_weights,
             return_parts=return_parts,
@@ -80,8 +83,8 @@ class DistillationLoss(Loss):
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        student_logits: Tensor | LinearHead,
+        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
         labels: Tensor,
         *,
         mask: Tensor | None = None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LinearHead, LogProbabilities, Probabilities
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.nn.base import Loss
 
@@ -32,6 +32,7 @@ class SoftTargetLoss(Loss):
     divergence: str
     beta: float
     inplace: bool
+    chunk_size: int | None
     group: "torch.distributed.ProcessGroup | None"
     teacher_weights: Iterable[float] | None
     backend: Backend | None
@@ -48,6 +49,7 @@ class SoftTargetLoss(Loss):
         divergence: str = "forward_kl",
         beta: float = 0.5,
         inplace: bool = False,
+        chunk_size: int | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
         teacher_weights: Iterable[float] | None = None,
         backend: Backend | None = None,
@@ -62,6 +64,7 @@ class SoftTargetLoss(Loss):
             divergence=divergence,
             beta=beta,
             inplace=inplace,
+            chunk_size=chunk_size,
             group=group,
             teacher_weights=teacher_weights,
             backend=backend,
@@ -69,8 +72,8 @@ class SoftTargetLoss(Loss):
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        student_logits: Tensor | LinearHead,
+        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,

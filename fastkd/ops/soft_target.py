@@ -45,7 +45,7 @@ _MIRRORED = {
 }
 
 
-def _has_statistics(p: SoftTarget) -> bool:
+def has_statistics(p: SoftTarget) -> bool:
     """Whether kernels compute all gradients, from statistics of the rows."""
     return len(p.weights) == 1 and p.divergence not in _MIRRORED and p.teacher_is == "logits"
 
@@ -76,7 +76,7 @@ class SoftTargetLoss(Fused):
             and eager_gradient(student)
         )
         scaled = with_gradient and scales(student)
-        with_statistics = not scaled and _has_statistics(p)
+        with_statistics = not scaled and has_statistics(p)
         loss, parts, statistics, gradient = forward(
             student,
             teachers,
@@ -124,12 +124,12 @@ class SoftTargetLoss(Fused):
                 )
                 gradients: tuple[Tensor | None, ...] = (to, *of_others)
             else:
-                gradients = _all_gradients(times(grad_output, factor), *inputs, needed[4:], p)
+                gradients = all_gradients(times(grad_output, factor), *inputs, needed[4:], p)
         found = differentiate_once("a loss on logits", gradients, (student, *others))
         return (None, None, None, None, *found)
 
 
-def _all_gradients(
+def all_gradients(
     grad_output: Tensor,
     student: Tensor,
     teachers: Sequence[Tensor],
@@ -173,7 +173,7 @@ def _gradients_of_sides(
     inputs = grad_output, student, teachers, labels, temperatures
     if not any(wanted):
         return (None,) * len(wanted)
-    if _has_statistics(p):
+    if has_statistics(p):
         return of_wanted(backward(*inputs, statistics, *wanted, False, p)[:2], wanted)
     to_student, *to_teachers = wanted
     found = backward(*inputs, None, True, False, False, p)[0] if to_student else None

@@ -1,0 +1,268 @@
+"""Operators of losses on linear heads: loops over chunks of rows, without autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.autograd import no_grad
+from fastkd.operators import define, kernels
+from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick
+from fastkd.ops.linear_head_sides import Head, Logits, Rows
+from fastkd.ops.soft_target import all_gradients, has_statistics
+from fastkd.ops.soft_target_operators import forward as forward_of_rows
+from fastkd.parameters import Heads, SoftTarget, in_schema
+from fastkd.product import no_autocast
+
+_INPUTS = "Tensor[] student, Tensor[] teachers, Tensor? labels, Tensor[] temperatures"
+_PARAMETERS = f"{in_schema(Heads)}, {in_schema(SoftTarget)}"
+
+
+class _Call:
+    """Both sides of a call, chunk by chunk, and what else there is of its rows."""
+
+    def __init__(
+        self,
+        student: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        labels: Tensor | None,
+        temperatures: Sequence[Tensor],
+        heads: Heads,
+        p: SoftTarget,
+    ) -> None:
+        self.rows = rows = Rows(student[0].shape[:-1], labels, p.ignore_index)
+        # Where the rows that count are packed, marks say nothing more.
+        if labels is not None and rows.cleared is None and not p.labels_are_classes:
+            labels = None
+        self.labels = None if labels is None else rows.of(labels)
+        self.temperatures = [rows.of(t) for t in temperatures]
+        self.p = p._replace(dim=1, num_classes=None, reduction="none")
+        size = self.size = heads.chunk_size or picked(student, teachers, heads)
+        self.student: Head | Logits
+        if heads.student_is_head:
+            dtype = getattr(torch, heads.dtype)
+            of_student = heads.scale, heads.softcap, dtype, p.num_classes, rows, size
+            self.student = Head(student, *of_student)
+        else:
+            self.student = Logits(student[0], p.num_classes, rows)
+        self.teachers: list[Head | Logits]
+        if heads.teacher_is_head:
+            dtype = getattr(torch, heads.teacher_dtype)
+            of_teacher = heads.teacher_scale, heads.teacher_softcap, dtype, p.num_classes
+            self.teachers = [Head(teachers, *of_teacher, rows, size)]
+        else:
+            self.teachers = [Logits(teacher, p.num_classes, rows) for teacher in teachers]
+
+    def inputs(self, at: slice) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+        """What kernels take of a chunk: logits of both sides, labels and temperatures."""
+        return (
+            self.student.chunk(at),
+            [teacher.chunk(at) for teacher in self.teachers],
+            None if self.labels is None else self.labels[at],
+            [t[at] for t in self.temperatures],
+        )
+
+
+def picked(student: Sequence[Tensor], teachers: Sequence[Tensor], heads: Heads) -> int:
+    """How many rows have logits at a time, where the call does not say."""
+    device = student[0].device
+    classes = [len(side[min(1, len(side) - 1)]) for side in (student, teachers)]
+    return pick(bytes_of_row(heads, classes, device), free_bytes(device), device)
+
+
+def loss_and_gradient(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    factor: Tensor | None,
+    losses: Tensor,
+    parts: Tensor | None,
+    gradient: Tensor | None,
+    p: SoftTarget,
+) -> None:
+    """The losses of a chunk, their parts, and the gradient, which may take the student's place."""
+    kernels(p.backend, "soft_target").soft_target_forward(
+        student,
+        teachers,
+        labels,
+        losses,
+        parts,
+        None,
+        gradient,
+        p,
+        temperatures=temperatures,
+        grad_output=factor,
+    )
+
+
+def _outputs(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    factor: Tensor | None,
+    with_parts: bool,
+    wanted: Sequence[bool],
+    heads: Heads,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    dtype, shape = _dtype(heads), student[0].shape[:-1]
+    parts = student[0].new_empty((2, *shape), dtype=dtype) if with_parts else None
+    gradients = [
+        x.new_empty(x.shape, dtype=_added_up_in(heads) if heads.student_is_head else x.dtype)
+        for x, want in zip(student, wanted, strict=True)
+        if want
+    ]
+    return student[0].new_empty(shape, dtype=dtype), parts, gradients
+
+
+def _dtype(heads: Heads) -> torch.dtype:
+    """Of the loss."""
+    is_double = "float64" in (heads.dtype, heads.teacher_dtype)
+    return torch.float64 if is_double else torch.float32
+
+
+def _added_up_in(heads: Heads) -> torch.dtype:
+    return torch.float64 if heads.dtype == "float64" else torch.float32
+
+
+@define(
+    f"linear_head_forward({_INPUTS}, Tensor? factor, bool with_parts, bool[] wanted, "
+    f"{_PARAMETERS}) -> (Tensor losses, Tensor parts, Tensor[] gradients)",
+    _outputs,
+    Heads,
+    SoftTarget,
+)
+def forward(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    factor: Tensor | None,
+    with_parts: bool,
+    wanted: Sequence[bool],
+    heads: Heads,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The losses of rows, their parts, and gradients of the student's tensors that want one.
+
+    The gradients are of the sum of the losses, each times the factor, a number or one for each row.
+    Those of a head are in the precision in which they were added up.
+    """
+    with no_grad(), no_autocast(student[0].device.type):
+        call = _Call(student, teachers, labels, temperatures, heads, p)
+        rows, dtype = call.rows, _dtype(heads)
+        call.student.want(wanted)
+        factor, multiplier = _lifted(factor, call.student, call.p)
+        if factor is not None:
+            factor = rows.of(factor.expand(rows.shape))
+        losses = student[0].new_empty(rows.count, dtype=dtype)
+        parts = student[0].new_empty((2, rows.count), dtype=dtype) if with_parts else None
+        for at in rows.chunks(call.size):
+            inputs = call.inputs(at)
+            gradient = call.student.room(inputs[0]) if any(wanted) else None
+            of_rows = None if factor is None else factor[at]
+            # What kernels fill is contiguous.
+            of_parts = None if parts is None else parts.new_empty(2, at.stop - at.start)
+            loss_and_gradient(*inputs, of_rows, losses[at], of_parts, gradient, call.p)
+            if parts is not None and of_parts is not None:
+                parts[:, at] = of_parts
+            if gradient is not None:
+                call.student.backward(gradient, at)
+            del inputs, gradient  # before the next chunk has its own
+        gradients = call.student.gradients(multiplier)
+        if parts is not None:
+            parts = torch.stack([rows.back(part) for part in parts])
+        return rows.back(losses), parts, gradients
+
+
+def _lifted(
+    factor: Tensor | None, student: Head | Logits, p: SoftTarget
+) -> tuple[Tensor | None, Tensor | None]:
+    """The factor for the gradient of logits in float16, and what undoes it in the end.
+
+    A mean's gradient of a row would underflow. Both are powers of 2 times what they were.
+    """
+    if not isinstance(student, Head) or student.logits.dtype != torch.float16:
+        return factor, None
+    if factor is None:
+        factor = student.logits.new_ones((), dtype=torch.float32)
+    of_terms = abs(p.soft_weight) / p.temperature + abs(p.hard_weight)
+    number = factor.new_tensor(of_terms)
+    top = torch.frexp(factor.abs().amax() * number)[1] if factor.numel() else factor.new_zeros(())
+    lift = torch.ldexp(factor.new_tensor(2.0**8), -top)
+    return factor * lift, 1 / lift
+
+
+def _like_wanted(
+    grad_output: Tensor,
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    wanted: Sequence[bool],
+    heads: Heads,
+    p: SoftTarget,
+) -> list[Tensor]:
+    tensors = *student, *teachers, *temperatures
+    return [x.new_empty(x.shape) for x, want in zip(tensors, wanted, strict=True) if want]
+
+
+@define(
+    f"linear_head_backward(Tensor grad_output, {_INPUTS}, bool[] wanted, {_PARAMETERS}) "
+    "-> Tensor[]",
+    _like_wanted,
+    Heads,
+    SoftTarget,
+)
+def backward(
+    grad_output: Tensor,
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    wanted: Sequence[bool],
+    heads: Heads,
+    p: SoftTarget,
+) -> list[Tensor]:
+    """The gradients of those tensors that want one, for a `grad_output` of each row.
+
+    The logits are computed once more.
+    """
+    with no_grad(), no_autocast(student[0].device.type):
+        call = _Call(student, teachers, labels, temperatures, heads, p)
+        rows, p = call.rows, call.p
+        of_student = wanted[: len(student)]
+        of_teachers = wanted[len(student) : len(student) + len(teachers)]
+        of_temperatures = wanted[len(student) + len(teachers) :]
+        call.student.want(of_student)
+        if heads.teacher_is_head:
+            call.teachers[0].want(of_teachers)
+            of_sides = [any(of_student), any(of_teachers)]
+        else:
+            for teacher, want in zip(call.teachers, of_teachers, strict=True):
+                teacher.want([want])
+            of_sides = [any(of_student), *of_teachers]
+        grad_output = rows.of(grad_output)
+        to_temperatures = [torch.empty_like(t) for t in call.temperatures]
+        has = has_statistics(p)
+        for at in rows.chunks(call.size):
+            inputs = call.inputs(at)
+            statistics = forward_of_rows(*inputs, None, False, has, False, p)[2] if has else None
+            wants = [*of_sides, *of_temperatures]
+            found = all_gradients(grad_output[at], *inputs, statistics, wants, p)
+            sides = call.student, *call.teachers
+            for side, gradient in zip(sides, found[: len(sides)], strict=True):
+                if gradient is not None:
+                    side.backward(gradient, at)
+            for to, gradient in zip(to_temperatures, found[len(sides) :], strict=True):
+                if gradient is not None:
+                    to[at] = gradient
+            del inputs, statistics, found, gradient  # before the next chunk has its own
+        gradients = [g for side in (call.student, *call.teachers) for g in side.gradients()]
+        pairs = zip(to_temperatures, of_temperatures, strict=True)
+        gradients += [rows.back(to) for to, want in pairs if want]
+        tensors = *student, *teachers, *temperatures
+        like = [x for x, want in zip(tensors, wanted, strict=True) if want]
+        return [g.view(x.shape).to(x.dtype) for g, x in zip(gradients, like, strict=True)]
