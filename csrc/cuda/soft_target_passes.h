@@ -139,7 +139,7 @@ struct RowPasses : ClassPasses<A, kIsColumns> {
   using Base::call, Base::leads, Base::N, Base::shared;
 
   const MeanCall& of;
-  Normaliser<A>* const normalisers = after<Normaliser<A>>(shared);
+  Normaliser<A>* const normalisers = after<Normaliser<A>>(this->shared);
 
   __device__ __forceinline__ RowPasses(const MeanCall& of, PassesShared<A>& shared, int64_t vectors)
       : Base(of.call, shared, vectors), of(of) {}
