@@ -52,6 +52,7 @@ inline void bind_operators(pybind11::module_& m) {
   Operator<decltype(cpu::name)>::bind(m, #name, FASTKD_CPU(name), nullptr)
   FASTKD_BIND(soft_target_forward);
   FASTKD_BIND(soft_target_backward);
+  FASTKD_BIND_ON_CPU(top_k_forward);
   FASTKD_BIND(distillation_metrics);
   FASTKD_BIND(attention_map_forward);
   FASTKD_BIND(attention_transfer_forward);

@@ -29,7 +29,8 @@ class SoftTarget(NamedTuple):
     and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
     number, only the first so many classes of either side exist. `teacher_is` tells what the
     teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
-    used as they are, and whose temperature is 1.
+    used as they are, and whose temperature is 1; or top_k, which has operators of its own, to
+    which no temperature of the teacher comes.
     """
 
     temperature: float
