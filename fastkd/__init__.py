@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         explain,
         use_backend,
     )
-    from fastkd.logits import LogProbabilities, Probabilities
+    from fastkd.logits import LogProbabilities, Probabilities, TopK
     from fastkd.losses.attention import attention_map, attention_transfer_loss
     from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
@@ -34,6 +34,7 @@ __all__ = [
     "FallbackWarning",
     "LogProbabilities",
     "Probabilities",
+    "TopK",
     "attention_map",
     "attention_transfer_loss",
     "distillation_loss",
@@ -56,6 +57,7 @@ _HOME = {
     "use_backend": "dispatch",
     "LogProbabilities": "logits",
     "Probabilities": "logits",
+    "TopK": "logits",
     "attention_map": "losses.attention",
     "attention_transfer_loss": "losses.attention",
     "fsp_loss": "losses.fsp",

@@ -1,0 +1,384 @@
+// Teachers that kept k classes, a row at a time: one pass over the student's logits leaves the
+// exponentials of the classes that no slot lists in cache, a second over the cache writes the
+// gradient. The listed ones are taken out of a block as it is loaded, so that the rest of the mass
+// is a sum of its own, whatever the listed classes leave of it.
+#include "../top_k.h"
+
+#include "soft_target.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// Bytes between the logits that are brought and those fetched: a few blocks.
+constexpr int64_t kAhead = 12288;
+
+// The slots of all rows.
+template <class A>
+struct Slots {
+  int64_t k;
+  const int32_t* indices;
+  const A *log_p, *log_rest;
+  A* log_q;
+  bool listed_only;
+};
+
+// What a call asks of a row.
+struct Wanted {
+  bool hard;      // the cross-entropy
+  bool reads;     // any class that no slot lists
+  bool own_hard;  // exponentials at temperature 1 beside those at T
+
+  template <class A>
+  Wanted(const Arguments<A>& a, bool listed_only, bool parts)
+      : hard(a.labels && a.p.labels_are_classes && (a.p.hard_weight != 0 || parts)),
+        reads(hard || !listed_only),
+        own_hard(hard && a.rates.has_hard && !listed_only) {}
+};
+
+// Of a row: its blocks' exponentials of classes that no slot lists, each relative to the block's
+// maximum, and its slots. In a thread's scratch memory.
+template <class A>
+struct Memory {
+  int64_t width = thresholds.block, blocks;
+  A *student, *hard, *maxima;
+  double *logits, *psi, *q;  // of slots
+
+  Memory(int64_t classes, int64_t k, const Wanted& wanted)
+      : blocks(wanted.reads ? (classes + width - 1) / width : 0) {
+    const int64_t room = blocks * width, kept = room * (wanted.own_hard ? 2 : 1) + blocks;
+    const int64_t in_doubles = (kept * int64_t(sizeof(A)) + 7) / 8;
+    double* const memory = scratch<double>(3 * k + in_doubles);
+    logits = memory;
+    psi = logits + k;
+    q = psi + k;
+    student = reinterpret_cast<A*>(q + k);
+    hard = student + (wanted.own_hard ? room : 0);
+    maxima = hard + room;
+  }
+};
+
+// Sums of a row's exponentials, relative to a maximum.
+struct Sum {
+  double maximum = -INFINITY, value = 0;
+
+  // The logarithm of the part that one logit has of it, scaled.
+  double log_share(double logit, double inverse) const {
+    const double apart = logit * kLogitScale - shift(maximum);
+    return apart * inverse - std::log(value) * kLogitScale;
+  }
+  double exponential(double logit, double inverse) const {
+    return std::exp((logit * kLogitScale - shift(maximum)) * (inverse / kLogitScale));
+  }
+};
+
+// The logits of a block in arithmetic precision.
+template <class A>
+void bring(const Side& side, int64_t offset, int n, A* to) {
+  with_storage(side.tensor->dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    const S* const from = at<S>(*side.tensor, offset);
+    const int64_t stride = side.class_stride;
+    if (stride != 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = A(widen(from[i * stride]));
+      return;
+    }
+    over_vectors<A>(n, [&](int i, auto lanes) {
+      fetch(from + i, Simd<A>::width, kAhead);
+      store_lanes<A>(load_lanes<A>(from + i, lanes, A(0)), to + i, lanes);
+    });
+  });
+}
+
+template <class A>
+A largest_of(const A* of, int n) {
+  vec_t<A> found = splat<A>(-INFINITY);
+  over_vectors<A>(n, [&](int i, auto lanes) {
+    found = max<A>(load_lanes<A>(of + i, lanes, A(-INFINITY)), found);
+  });
+  return max_of<A>(found);
+}
+
+// Of the logits, scaled, for label smoothing. A large one that all have in common goes first.
+template <class A>
+double sum_of_logits(const A* of, int n) {
+  const A scale = A(kLogitScale), by = shift(largest_of(of, n));
+  vec_t<A> found = {};
+  over_vectors<A>(n, [&](int i, auto lanes) {
+    found += keep<A>(load_lanes<A>(of + i, lanes, A(0)) * scale - by, lanes);
+  });
+  return double(sum<A>(found)) + n * double(by);
+}
+
+// The sums of exp(rate · (x − maximum)) of a block, which are left at `to`.
+template <class A>
+double exponentiate(const A* from, int n, A maximum, const Exp<A> exp, A* to) {
+  const A origin = maximum == A(-INFINITY) ? 0 : maximum;
+  vec_t<A> total = {};
+  over_vectors<A>(n, [&](int i, auto lanes) {
+    const vec_t<A> e = exp(load_lanes<A>(from + i, lanes, A(-INFINITY)) - origin);
+    total += e;
+    store_lanes<A>(e, to + i, lanes);
+  });
+  return sum<A>(total);
+}
+
+// One row of a call.
+template <class A>
+class Row {
+ public:
+  Row(const Arguments<A>& a, const Slots<A>& slots, const Wanted& wanted, int64_t row)
+      : a_(a),
+        slots_(slots),
+        wanted_(wanted),
+        row_(row),
+        k_(slots.k),
+        indices_(slots.indices + row * slots.k),
+        memory_(a.classes, slots.k, wanted) {}
+
+  void run() {
+    while (padding_ < k_ && indices_[padding_] < 0) ++padding_;
+    const Side& student = a_.rows.sides[kStudent];
+    offset_ = a_.rows.offset(student, row_);
+    A label = 0;
+    if (wanted_.hard)
+      gather(*student.tensor, offset_ + a_.labels[row_] * student.class_stride,
+             student.class_stride, 1, &label);
+    wanted_.reads ? read_blocks() : read_slots();
+    add_up();
+    compare();
+    if (a_.losses) {
+      const double cross_entropy_found =
+          wanted_.hard ? cross_entropy(std::log(hard_.value) * kLogitScale, shift(hard_.maximum),
+                                       double(label) * kLogitScale,
+                                       sum_of_logits_ / double(a_.classes), a_.p.label_smoothing)
+                       : 0;
+      a_.write(row_, {0, 0, 0, 0, 0, 0, 0}, {total_.phi, cross_entropy_found});
+    }
+    if (a_.to_student) write_gradient();
+  }
+
+ private:
+  // Whether a slot has a class that the one before it has not.
+  bool is_first(int64_t slot) const {
+    return slot == padding_ || indices_[slot] != indices_[slot - 1];
+  }
+
+  void read_slots() {
+    const Side& student = a_.rows.sides[kStudent];
+    for (int64_t j = padding_; j < k_; ++j) {
+      A logit;
+      gather(*student.tensor, offset_ + indices_[j] * student.class_stride, 1, 1, &logit);
+      memory_.logits[j] = logit;
+    }
+  }
+
+  // One read of all classes: listed logits go to their slots, and their exponentials are 0.
+  void read_blocks() {
+    const Side& student = a_.rows.sides[kStudent];
+    // Where the softmax at T is over the slots alone, what is read is for the cross-entropy.
+    const Exp<A>& exp = slots_.listed_only ? a_.raw_exp_hard : a_.raw_exp_soft;
+    const double rate = slots_.listed_only ? 1 : a_.rates.inverse;
+    alignas(64) A x[kMostBlock];
+    int64_t slot = padding_;
+    for (int64_t b = 0; b < memory_.blocks; ++b) {
+      const int64_t first = b * memory_.width;
+      const int n = size_of_block(b);
+      bring(student, offset_ + first * student.class_stride, n, x);
+      if (a_.p.label_smoothing > 0 && wanted_.hard) sum_of_logits_ += sum_of_logits(x, n);
+      for (; slot < k_ && indices_[slot] < first + n; ++slot) {
+        A& logit = x[indices_[slot] - first];
+        memory_.logits[slot] = is_first(slot) ? logit : memory_.logits[slot - 1];
+        logit = A(-INFINITY);
+      }
+      const A maximum = memory_.maxima[b] = largest_of(x, n);
+      add(rest_, maximum, exponentiate(x, n, maximum, exp, memory_.student + first), rate);
+      if (wanted_.own_hard)
+        add(rest_hard_, maximum, exponentiate(x, n, maximum, a_.raw_exp_hard, memory_.hard + first),
+            1);
+    }
+  }
+
+  static void add(Sum& to, double maximum, double value, double rate) {
+    const double top = maximum > to.maximum ? maximum : to.maximum;
+    to.value =
+        to.value * Rates::moving(to.maximum, top, rate) + value * Rates::moving(maximum, top, rate);
+    to.maximum = top;
+  }
+
+  // The sums over all classes, or over the slots.
+  void add_up() {
+    double largest = -INFINITY;
+    for (int64_t j = padding_; j < k_; ++j)
+      if (memory_.logits[j] > largest) largest = memory_.logits[j];
+    const auto with_slots = [&](const Sum* rest, double inverse, bool each) {
+      Sum of;
+      of.maximum = rest && rest->maximum > largest ? rest->maximum : largest;
+      if (rest) of.value = rest->value * Rates::moving(rest->maximum, of.maximum, inverse);
+      for (int64_t j = padding_; j < k_; ++j)
+        if (each || is_first(j)) of.value += of.exponential(memory_.logits[j], inverse);
+      return of;
+    };
+    const double inverse = a_.rates.inverse;
+    if (slots_.listed_only) {
+      soft_ = with_slots(nullptr, inverse, true);
+      if (wanted_.hard) hard_ = with_slots(&rest_, 1, false);
+    } else {
+      soft_ = with_slots(&rest_, inverse, false);
+      if (wanted_.hard) hard_ = wanted_.own_hard ? with_slots(&rest_hard_, 1, false) : soft_;
+    }
+  }
+
+  // The terms of the slots and of the rest.
+  void compare() {
+    const double beta = a_.p.beta;
+    const Divergence which = a_.p.divergence;
+    A* const log_q = slots_.log_q ? slots_.log_q + row_ * (k_ + 1) : nullptr;
+    for (int64_t j = 0; log_q && j < padding_; ++j) log_q[j] = A(-INFINITY);
+    for (int64_t j = padding_; j < k_; ++j) {
+      const double log_p = slots_.log_p[row_ * k_ + j];
+      const Slot of(log_p * kLogitScale, soft_.log_share(memory_.logits[j], a_.rates.inverse));
+      const Terms<double> found = terms_of(which, beta, of);
+      memory_.q[j] = of.q;
+      memory_.psi[j] = found.psi;
+      total_.phi += found.phi;
+      total_.psi += found.psi;
+      if (log_q) log_q[j] = A(of.log_q / kLogitScale);
+    }
+    double of_rest = -INFINITY;
+    if (!slots_.listed_only && (slots_.log_rest || log_q))
+      of_rest =
+          soft_.log_share(rest_.maximum, a_.rates.inverse) + std::log(rest_.value) * kLogitScale;
+    if (log_q) log_q[k_] = A(of_rest / kLogitScale);
+    if (slots_.log_rest) {
+      const Slot of(double(slots_.log_rest[row_]) * kLogitScale, of_rest);
+      const Terms<double> found = terms_of(which, beta, of);
+      psi_rest_ = found.psi;
+      total_.phi += found.phi;
+      total_.psi += found.psi;
+    }
+  }
+
+  int size_of_block(int64_t b) const {
+    const int64_t left = a_.classes - b * memory_.width;
+    return int(left < memory_.width ? left : memory_.width);
+  }
+
+  void write_gradient() const {
+    const Side& side = a_.rows.sides[kToStudent];
+    const int64_t to = a_.rows.offset(side, row_), stride = side.class_stride;
+    const Weights by = a_.weights_of(row_);
+    const A smoothing = A(wanted_.hard ? by.hard * a_.p.label_smoothing / double(a_.classes) : 0);
+    const double of_label = wanted_.hard ? by.hard * (1 - a_.p.label_smoothing) : 0;
+    const int64_t label = wanted_.hard ? a_.labels[row_] : -1;
+    alignas(64) A g[kMostBlock];
+    int64_t slot = padding_;
+    const int64_t width = memory_.width;
+    for (int64_t first = 0; first < a_.classes; first += width) {
+      const int n = int(a_.classes - first < width ? a_.classes - first : width);
+      write_rest(first, n, by, smoothing, g);
+      while (slot < k_ && indices_[slot] < first + n) {
+        const int64_t c = indices_[slot];
+        g[c - first] = A(of_listed(slot, by) - smoothing);
+      }
+      if (label >= first && label < first + n) g[label - first] -= A(of_label);
+      scatter(g, n, *side.tensor, to + first * stride, stride);
+    }
+  }
+
+  // The gradient of the classes of a block that no slot lists.
+  void write_rest(int64_t first, int n, const Weights& by, A smoothing, A* g) const {
+    if (!wanted_.reads) {
+      std::memset(g, 0, size_t(n) * sizeof(A));
+      return;
+    }
+    const int64_t b = first / memory_.width;
+    const double maximum = memory_.maxima[b];
+    double student = 0, hard = 0;
+    if (!slots_.listed_only && by.soft != 0) {
+      const double inverse = a_.rates.inverse;
+      student = -total_.psi / soft_.value * Rates::moving(maximum, soft_.maximum, inverse);
+      if (psi_rest_ != 0)
+        student += psi_rest_ / rest_.value * Rates::moving(maximum, rest_.maximum, inverse);
+      student *= by.soft;
+    }
+    if (wanted_.hard) hard = by.hard / hard_.value * Rates::moving(maximum, hard_.maximum, 1);
+    const A *const es = memory_.student + first, *const eh = memory_.hard + first;
+    const bool own_hard = wanted_.own_hard;
+    const A of_student = A(own_hard ? student : student + hard), of_hard = A(hard);
+    over_vectors<A>(n, [&](int i, auto lanes) {
+      vec_t<A> found = load_lanes<A>(es + i, lanes, A(0)) * of_student - smoothing;
+      if (own_hard) found += load_lanes<A>(eh + i, lanes, A(0)) * of_hard;
+      store_lanes<A>(found, g + i, lanes);
+    });
+  }
+
+  // The gradient of the class of this slot and of those after it, which are passed over.
+  double of_listed(int64_t& slot, const Weights& by) const {
+    const int32_t c = indices_[slot];
+    const double logit = memory_.logits[slot];
+    double soft = 0, q = 0;
+    for (; slot < k_ && indices_[slot] == c; ++slot) {
+      soft += memory_.psi[slot];
+      q = slots_.listed_only ? q + memory_.q[slot] : memory_.q[slot];
+    }
+    double found = by.soft == 0 ? 0 : by.soft * (soft - q * total_.psi);
+    if (wanted_.hard) found += by.hard * (hard_.exponential(logit, 1) / hard_.value);
+    return found;
+  }
+
+  const Arguments<A>& a_;
+  const Slots<A>& slots_;
+  const Wanted& wanted_;
+  const int64_t row_, k_;
+  const int32_t* const indices_;
+  const Memory<A> memory_;
+  int64_t offset_ = 0, padding_ = 0;  // how many slots are padding
+  Sum rest_, rest_hard_, soft_, hard_;
+  Terms<double> total_{0, 0};
+  double psi_rest_ = 0, sum_of_logits_ = 0;
+};
+
+template <class A>
+void run_rows(const Arguments<A>& a, const Slots<A>& slots, const Wanted& wanted, int available) {
+  const int64_t read = wanted.reads || a.to_student ? a.classes : slots.k;
+  const bool is_off = a.weights.soft == 0 && a.weights.hard == 0;
+  parallel_for(a.rows.count, threads_for(a.rows.count * read, available), [&](int64_t row) {
+    if (a.ignores(row)) {
+      a.skip(row);
+      if (slots.log_q)
+        for (int64_t j = 0; j <= slots.k; ++j) slots.log_q[row * (slots.k + 1) + j] = -INFINITY;
+    } else if (a.temperatures) {
+      const Arguments<A> of_row = a.of_row(row);
+      Row<A>(of_row, slots, wanted, row).run();
+    } else {
+      Row<A>(a, slots, wanted, row).run();
+    }
+    // Where both terms are switched off nothing is left of a gradient, NaN neither.
+    if (is_off) a.write_zeros(row);
+  });
+}
+
+void forward(const Tensor& student, const Tensor& indices, const Tensor& log_p,
+             const Tensor& log_rest, const Labels& labels, const Tensors& temperatures, void* loss,
+             void* parts, const Tensor& log_q, const Tensor& gradient, const Tensor& grad_output,
+             bool listed_only, const SoftTargetParameters& p, int available) {
+  const Rows rows({&student, gradient ? &gradient : &student, &student}, p.dim);
+  const auto with = [&](auto number) {
+    using A = decltype(number);
+    Arguments<A> a(p, rows, labels, temperatures, gradient, Tensor{}, grad_output);
+    const Slots<A> slots{indices.sizes[1], indices.as<int32_t>(), log_p.as<A>(),
+                         log_rest.as<A>(), log_q.as<A>(),         listed_only};
+    const Wanted wanted(a, listed_only, parts != nullptr);
+    Array<A> losses(loss ? 2 * rows.count : 0);
+    if (loss) a.losses = losses.data();
+    run_rows(a, slots, wanted, available);
+    if (loss) reduce(a, static_cast<A*>(loss), static_cast<A*>(parts), available);
+  };
+  log_p.dtype == DType::f64 ? with(double()) : with(float());
+}
+
+}  // namespace
+
+extern const TopKKernels top_k_kernels{forward};
+
+}  // namespace fastkd::FASTKD_ISA
