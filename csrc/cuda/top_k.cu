@@ -48,8 +48,8 @@ struct TopK : ClassPasses<A, kIsColumns> {
     const A zeros[N] = {};
     if (leads && !call.is_backward()) write_losses<A>(call, of.row, Losses{}, total);
     if (top.log_q != nullptr) {
-      over_slots(of, [&](int64_t j) { write_log_q(of, j, 0); });
-      if (leads) write_log_q(of, of.slots.count, 0);
+      over_slots(of, [&](int64_t j) { write_log_q(of, j, -INFINITY); });
+      if (leads) write_log_q(of, of.slots.count, -INFINITY);
     }
     if (writes) this->over_vectors(of.start.phase, [&](int64_t i) { store(zeros, of, i); });
   }
@@ -279,7 +279,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   of.log_rest = log_rest.data;
   of.log_q = log_q.data;
   of.listed_only = listed_only;
-  of.has_classes = call.labels != nullptr && p.labels_are_classes;
+  of.has_classes = call.labels != nullptr && p.labels_are_classes && (p.hard_weight != 0 || parts);
   if (!temperatures.empty()) {
     of.temperatures = temperatures[0].data;
     of.roots = temperatures[2].data;

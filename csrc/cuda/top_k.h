@@ -18,7 +18,7 @@ struct TopKCall {
   const void* log_rest;    // of all other classes together, one a row; or absent
   void* log_q;             // of slots and, last, of all other classes; or absent
   bool listed_only;        // whether the student's softmax is one of the slots, too
-  bool has_classes;        // whether labels are classes
+  bool has_classes;        // whether labels are classes, and compared with
   // Of rows, or absent: temperatures, and those whose squares multiply the divergence.
   const void *temperatures, *roots;
 };

@@ -210,7 +210,7 @@ def top_k(
         phi, psi_rest = slot_terms(of_teacher, log_q_rest, shares, DIVERGENCE)
         kl += phi
         psi += psi_rest
-    tl.store(log_q_at + slots, tl.where(counts, log_q_rest / SCALE, 0), mask=is_row)
+    tl.store(log_q_at + slots, tl.where(counts, log_q_rest / SCALE, -INFINITY), mask=is_row)
     kl, ce = tl.where(counts, kl, 0), tl.zeros_like(kl)
     if HAS_CLASSES:
         ce = cross_entropy(
@@ -291,6 +291,9 @@ def top_k_forward(
         log_q = log_p.new_empty(len(log_p), slots + 1)
     of_rows = (loss, parts) if by_row else (None, None)
     most = SEVERAL * 4 // dtype.itemsize // plan.tile["ROWS"]
+    has_classes = labels is not None and p.labels_are_classes
+    has_classes = has_classes and (p.hard_weight != 0 or parts is not None)
+    known = constants(plan, labels, temperatures, dtype, p)
     launch(
         top_k,
         plan.programs,
@@ -300,11 +303,11 @@ def top_k_forward(
         *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta, slots),
         *arguments(plan, labels, p),
         () if grad_output is None else plan.upstream_strides,
-        HAS_CLASSES=labels is not None and p.labels_are_classes,
+        HAS_CLASSES=has_classes,
         SMOOTHS=p.label_smoothing > 0,
         LISTED_ONLY=listed_only,
         SLOTS=max(min(power_of_2(slots), most), 1),
-        **constants(plan, labels, temperatures, dtype, p),
+        **{**known, "HAS_HARD": known["HAS_HARD"] and has_classes},
     )
     if sums is not None and loss is not None:
         reduce(plan, sums, loss, parts, None, p)

@@ -23,7 +23,7 @@ def slot_terms(log_p, log_q, shares, DIVERGENCE: tl.constexpr):
         phi = tl.where(log_q == -INFINITY, INFINITY, p * (log_p - log_q))
         return tl.where(log_p == -INFINITY, 0, phi), -p
     elif DIVERGENCE == "reverse_kl":
-        phi = tl.where(q == 0, 0, q * (log_q - log_p))
+        phi = tl.where(q == 0, 0 * p, q * (log_q - log_p))  # NaN of NaN
         return phi, q + phi / SCALE
     else:
         phi, psi = probability_terms(p, q, shares, DIVERGENCE)
@@ -110,7 +110,7 @@ def terms_of_slots(
         found = slot_terms(log_p, log_q, shares, DIVERGENCE)
         phi += tl.where(is_slot, found[0], 0)
         psi += tl.where(is_slot, found[1], 0)
-        tl.store(log_q_at + j, tl.where(counts, log_q / SCALE, 0), mask=is_row & (j < slots))
+        tl.store(log_q_at + j, tl.where(counts, log_q / SCALE, -INFINITY), mask=is_row & (j < slots))
     return tl.sum(phi, 1, keep_dims=True), tl.sum(psi, 1, keep_dims=True)
 
 
