@@ -41,6 +41,7 @@ from fastkd.parameters import SoftTarget
 
 @triton.jit
 def first_pass(
+    held,  # rows that are here as a whole, or nothing
     s_at,
     stride,
     counts,
@@ -54,14 +55,20 @@ def first_pass(
     SMOOTHS: tl.constexpr,
     LISTED_ONLY: tl.constexpr,
 ):
-    """Maximum and sums of the classes that no slot lists, or of all; and all less the pivot."""
+    """Maximum and sums of the classes that no slot lists, or of all; and parts of the latter's sum.
+
+    That sum is of logits less the pivot.
+    """
     maximum = tl.full(s_at.shape, -INFINITY, rate.dtype)
     total = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
     hard, pivoted = total, total
     cursor = tl.zeros(s_at.shape, tl.int32)
     for first in range(0, classes, column.shape[1]):
         k = first + column
-        s = load(s_at, k, stride, counts & (k < classes), rate.dtype)
+        if len(held) == 0:
+            s = load(s_at, k, stride, counts & (k < classes), rate.dtype)
+        else:
+            s = held[0]
         if SMOOTHS:
             pivoted += tl.where(k < classes, s * SCALE - pivot, 0)
         if not LISTED_ONLY:
@@ -72,7 +79,8 @@ def first_pass(
         total, hard, _, _, _ = grow(total, hard, s, maximum, higher, rate, HAS_HARD)
         maximum = higher
     total = tl.sum(total, 1, keep_dims=True)
-    return maximum, total, tl.sum(hard, 1, keep_dims=True) if HAS_HARD else total, pivoted
+    hard = tl.sum(hard, 1, keep_dims=True) if HAS_HARD else total
+    return (maximum, total, hard), pivoted
 
 
 @triton.jit
@@ -154,6 +162,7 @@ def top_k(
     DIVERGENCE: tl.constexpr,
     SMOOTHS: tl.constexpr,
     LISTED_ONLY: tl.constexpr,  # whether the student's softmax is one of the slots, too
+    WHOLE: tl.constexpr,
     UNIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -186,10 +195,13 @@ def top_k(
         *(slots_at, s_at, stride, slots, counts, classes, rate, HAS_HARD, LISTED_ONLY, SLOTS)
     )
     softmax, rest, to_rest, hard_to_rest = every, every, every[1], every[1]
+    held = ()
     if READS:
+        if WHOLE:
+            held = (load(s_at, column, stride, counts & (column < classes), COMPUTE),)
         pivot = shift(tl.load(s_at, mask=counts, other=0).to(COMPUTE))
-        *rest, pivoted = first_pass(
-            *(s_at, stride, counts, column, classes, pivot, slots_at, slots, rate),
+        rest, pivoted = first_pass(
+            *(held, s_at, stride, counts, column, classes, pivot, slots_at, slots, rate),
             *(HAS_HARD, SMOOTHS, LISTED_ONLY),
         )
         if LISTED_ONLY:
@@ -246,7 +258,10 @@ def top_k(
                 *(cursor, slots, lives, soft, psi, shares, DIVERGENCE, LISTED_ONLY),
             )
             if READS:
-                s = load(s_at, k, stride, lives & (k < classes), COMPUTE)
+                if len(held) == 0:
+                    s = load(s_at, k, stride, lives & (k < classes), COMPUTE)
+                else:
+                    s = held[0]
                 x = s * SCALE - tl.where(listed, of_listed[0], of_rest[0])
                 g += tl.exp2(x * rate) * tl.where(listed, of_listed[1], of_rest[1]) - of_class
                 if HAS_HARD:
@@ -306,6 +321,7 @@ def top_k_forward(
         HAS_CLASSES=has_classes,
         SMOOTHS=p.label_smoothing > 0,
         LISTED_ONLY=listed_only,
+        WHOLE=student.shape[p.dim] <= known["CLASSES"],
         SLOTS=max(min(power_of_2(slots), most), 1),
         **{**known, "HAS_HARD": known["HAS_HARD"] and has_classes},
     )
