@@ -18,6 +18,7 @@ class Facts(NamedTuple):
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
+    teacher_is: str = "logits"  # or what else stands for them
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.
@@ -42,6 +43,8 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
+
+NO_TOP_K = "a teacher that kept k classes (TopK)"
 
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
 

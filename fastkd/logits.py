@@ -101,9 +101,9 @@ class TopK:
             log-probabilities at the temperature of the loss, used as they are; a
             `teacher_temperature` is an error then. Default: `"logits"`.
         tail: see above. Default: `"renormalize"`.
-        lse: of the rows' shape, the log-sum-exp of all of the teacher's logits over its temperature,
-            which makes true probabilities of logits: `"zero"` and `"bucket"` need it with
-            `values_are="logits"`, and nothing else takes it. It receives its gradient, too.
+        lse: of the rows' shape, the log-sum-exp of all of the teacher's logits over the teacher's
+            temperature, which makes true probabilities of logits: `"zero"` and `"bucket"` need it
+            with `values_are="logits"`, and nothing else takes it. It receives its gradient, too.
             Default: None.
 
     Raises:

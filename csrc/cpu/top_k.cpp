@@ -9,8 +9,9 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Bytes between the logits that are brought and those fetched: a few blocks.
-constexpr int64_t kAhead = 12288;
+// Bytes between the block that is computed and what is fetched meanwhile: a block or two. Bringing
+// a block reads memory and does nothing else, so the rest of the time must read, too.
+constexpr int64_t kAhead = 8192;
 
 // The slots of all rows.
 template <class A>
@@ -83,7 +84,6 @@ void bring(const Side& side, int64_t offset, int n, A* to) {
       return;
     }
     over_vectors<A>(n, [&](int i, auto lanes) {
-      fetch(from + i, Simd<A>::width, kAhead);
       store_lanes<A>(load_lanes<A>(from + i, lanes, A(0)), to + i, lanes);
     });
   });
@@ -109,12 +109,15 @@ double sum_of_logits(const A* of, int n) {
   return double(sum<A>(found)) + n * double(by);
 }
 
-// The sums of exp(rate · (x − maximum)) of a block, which are left at `to`.
+// The sum of exp(rate · (x − maximum)) of a block, which are left at `to`. For each of its vectors
+// `step` bytes from `ahead` on are fetched.
 template <class A>
-double exponentiate(const A* from, int n, A maximum, const Exp<A> exp, A* to) {
+double exponentiate(const A* from, int n, A maximum, const Exp<A> exp, A* to, const char* ahead,
+                    int step) {
   const A origin = maximum == A(-INFINITY) ? 0 : maximum;
   vec_t<A> total = {};
   over_vectors<A>(n, [&](int i, auto lanes) {
+    __builtin_prefetch(ahead + i / Simd<A>::width * step, 0, 2);
     const vec_t<A> e = exp(load_lanes<A>(from + i, lanes, A(-INFINITY)) - origin);
     total += e;
     store_lanes<A>(e, to + i, lanes);
@@ -154,7 +157,7 @@ class Row {
                        : 0;
       a_.write(row_, {0, 0, 0, 0, 0, 0, 0}, {total_.phi, cross_entropy_found});
     }
-    if (a_.to_student) write_gradient();
+    if (a_.to_student) wanted_.reads ? write_gradient() : write_slots();
   }
 
  private:
@@ -165,9 +168,13 @@ class Row {
 
   void read_slots() {
     const Side& student = a_.rows.sides[kStudent];
+    const auto at = [&](int64_t j) { return offset_ + indices_[j] * student.class_stride; };
+    const int64_t bytes = size_of(student.tensor->dtype);
+    for (int64_t j = padding_; j < k_; ++j)
+      __builtin_prefetch(student.tensor->data + at(j) * bytes);
     for (int64_t j = padding_; j < k_; ++j) {
       A logit;
-      gather(*student.tensor, offset_ + indices_[j] * student.class_stride, 1, 1, &logit);
+      gather(*student.tensor, at(j), 1, 1, &logit);
       memory_.logits[j] = logit;
     }
   }
@@ -178,12 +185,14 @@ class Row {
     // Where the softmax at T is over the slots alone, what is read is for the cross-entropy.
     const Exp<A>& exp = slots_.listed_only ? a_.raw_exp_hard : a_.raw_exp_soft;
     const double rate = slots_.listed_only ? 1 : a_.rates.inverse;
+    const int64_t stride = student.class_stride, bytes = size_of(student.tensor->dtype);
+    const int step = stride == 1 ? int(bytes) * Simd<A>::width : 0;
     alignas(64) A x[kMostBlock];
     int64_t slot = padding_;
     for (int64_t b = 0; b < memory_.blocks; ++b) {
       const int64_t first = b * memory_.width;
       const int n = size_of_block(b);
-      bring(student, offset_ + first * student.class_stride, n, x);
+      bring(student, offset_ + first * stride, n, x);
       if (a_.p.label_smoothing > 0 && wanted_.hard) sum_of_logits_ += sum_of_logits(x, n);
       for (; slot < k_ && indices_[slot] < first + n; ++slot) {
         A& logit = x[indices_[slot] - first];
@@ -191,10 +200,13 @@ class Row {
         logit = A(-INFINITY);
       }
       const A maximum = memory_.maxima[b] = largest_of(x, n);
-      add(rest_, maximum, exponentiate(x, n, maximum, exp, memory_.student + first), rate);
+      const int64_t at = (offset_ + first * stride) * bytes;
+      const char* const ahead = student.tensor->data + at + kAhead;
+      add(rest_, maximum, exponentiate(x, n, maximum, exp, memory_.student + first, ahead, step),
+          rate);
       if (wanted_.own_hard)
-        add(rest_hard_, maximum, exponentiate(x, n, maximum, a_.raw_exp_hard, memory_.hard + first),
-            1);
+        add(rest_hard_, maximum,
+            exponentiate(x, n, maximum, a_.raw_exp_hard, memory_.hard + first, ahead, step), 1);
     }
   }
 
@@ -285,12 +297,26 @@ class Row {
     }
   }
 
+  // Zeros, but for the classes of the slots.
+  void write_slots() const {
+    const Side& side = a_.rows.sides[kToStudent];
+    const Tensor& gradient = *side.tensor;
+    const int64_t to = a_.rows.offset(side, row_), stride = side.class_stride;
+    const int64_t bytes = size_of(gradient.dtype);
+    if (stride == 1)
+      std::memset(gradient.data + to * bytes, 0, size_t(a_.classes * bytes));
+    else
+      a_.write_zeros(row_);
+    const Weights by = a_.weights_of(row_);
+    for (int64_t slot = padding_; slot < k_;) {
+      const int64_t c = indices_[slot];
+      const A g = A(of_listed(slot, by));
+      scatter(&g, 1, gradient, to + c * stride, 1);
+    }
+  }
+
   // The gradient of the classes of a block that no slot lists.
   void write_rest(int64_t first, int n, const Weights& by, A smoothing, A* g) const {
-    if (!wanted_.reads) {
-      std::memset(g, 0, size_t(n) * sizeof(A));
-      return;
-    }
     const int64_t b = first / memory_.width;
     const double maximum = memory_.maxima[b];
     double student = 0, hard = 0;

@@ -1,14 +1,14 @@
 """Soft targets and hard labels together (Hinton et al. 2014), of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.logits import SIDES, LogProbabilities, Probabilities, TopK
+from fastkd.losses import checks, logits, rows, temperatures, top_k
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -34,7 +34,7 @@ class DistillationParts(NamedTuple):
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -61,7 +61,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -88,7 +88,7 @@ def distillation_loss(
 @checks.keywords
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
     labels: Tensor,
     *,
     temperature: float | Tensor = 4.0,
@@ -214,14 +214,14 @@ def distillation_loss(
     other divergences.
     """
     teacher, teacher_is = teacher_logits, "logits"
-    if isinstance(teacher, STATED):
-        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
-            teacher, teacher_temperature
-        )
+    if isinstance(teacher, SIDES):
+        teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes
     )
     divergence, beta = logits.check_divergence(divergence, beta)
+    if isinstance(teacher, TopK):
+        top_k.check_divergence(teacher, divergence)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
@@ -247,7 +247,11 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others)
+    chosen = select("distillation_loss", tensors, backend, others, teacher_is)
+    target: Any = teachers
+    if isinstance(teacher, TopK):
+        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        target = top_k.slots(teacher, tensors, classes, of_teacher, heat, labels, ignore_index)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native":
         classes = student_logits.shape[axis] if num_classes is None else num_classes
@@ -271,7 +275,7 @@ def distillation_loss(
     )
     loss, *parts = run(
         reference.distillation_loss,
-        *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+        *(student_logits, target, labels, parameters, heat, reduce, in_place, return_parts),
     )
     loss = logits.tied(loss, unused)
     if not return_parts:

@@ -1,13 +1,14 @@
 """Soft targets (Hinton et al. 2014) of one or several teachers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, logits, rows, temperatures
+from fastkd.logits import SIDES, LogProbabilities, Probabilities, TopK
+from fastkd.losses import checks, logits, rows, temperatures, top_k
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -19,7 +20,7 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 @checks.keywords
 def soft_target_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+    teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -131,15 +132,15 @@ def soft_target_loss(
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
     teacher, teacher_is = teacher_logits, "logits"
-    if isinstance(teacher, STATED):
-        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
-            teacher, teacher_temperature
-        )
+    if isinstance(teacher, SIDES):
+        teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes
     )
     logits.check_last_dim(student_logits, dim)
     divergence, beta = logits.check_divergence(divergence, beta)
+    if isinstance(teacher, TopK):
+        top_k.check_divergence(teacher, divergence)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
@@ -157,7 +158,11 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others)
+    chosen = select("soft_target_loss", tensors, backend, others, teacher_is)
+    target: Any = teachers
+    if isinstance(teacher, TopK):
+        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        target = top_k.slots(teacher, tensors, classes, of_teacher, heat, marks, rows.MASKED)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -177,6 +182,6 @@ def soft_target_loss(
     )
     (loss,) = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
-        *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+        *(student_logits, target, marks, parameters, heat, reduce, in_place),
     )
     return logits.tied(loss, unused)

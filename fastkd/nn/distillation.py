@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LogProbabilities, Probabilities, TopK
 from fastkd.losses.distillation import DistillationParts, distillation_loss
 from fastkd.nn.base import Loss
 
@@ -77,7 +77,7 @@ class DistillationLoss(Loss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
         labels: Tensor,
         *,
         mask: Tensor | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LogProbabilities, Probabilities
+from fastkd.logits import LogProbabilities, Probabilities, TopK
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.nn.base import Loss
 
@@ -66,7 +66,7 @@ class SoftTargetLoss(Loss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | Iterable[Tensor],
+        teacher_logits: Tensor | Probabilities | LogProbabilities | TopK | Iterable[Tensor],
         *,
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,

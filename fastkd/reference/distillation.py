@@ -6,16 +6,8 @@ import torch
 from torch import Tensor
 
 from fastkd.parameters import SoftTarget
-from fastkd.reference.soft_target import (
-    LOGIT_SCALE,
-    divergence_rows,
-    largest,
-    lift_for,
-    log_sum,
-    prepared,
-    shifted,
-    zero,
-)
+from fastkd.reference.scaled import LOGIT_SCALE, largest, log_sum, shifted
+from fastkd.reference.soft_target import divergence_rows, lift_for, prepared, zero
 from fastkd.reference.temperatures import of_rows, temperatures_of
 from fastkd.tensors import unshard
 

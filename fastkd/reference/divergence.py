@@ -84,7 +84,7 @@ def _forward_kl(sides: Sides) -> Tensor:
     """`sum(p * log(p / q))`."""
     ratio, p = _forward_kl_logarithms(sides), sides.p
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
-    rows = _infinite(ratio, p)
+    rows = infinite(ratio, p)
     if not sides.normalized:
         return rows + (p * ratio.masked_fill(p == 0, 0)).sum(-1)
     for share, weight in zip(sides.shares, sides.weights, strict=True):
@@ -104,7 +104,7 @@ def _forward_kl_slopes(sides: Sides) -> Tensor:
 def _reverse_kl(sides: Sides) -> Tensor:
     """`sum(q * log(q / p))`; a class that the student excludes contributes 0."""
     ratio, q = (-sides.log_ratio).masked_fill(sides.student == -torch.inf, 0), sides.q()
-    return _infinite(ratio, q) + _weighed(q, ratio, sides.lift) + _nan_of(sides)
+    return infinite(ratio, q) + _weighed(q, ratio, sides.lift) + _nan_of(sides)
 
 
 def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
@@ -131,10 +131,10 @@ def _nan_of(sides: Sides) -> Tensor:
     return 0 * (p * q)
 
 
-def _infinite(ratio: Tensor, probability: Tensor) -> Tensor:
+def infinite(ratio: Tensor, probability: Tensor) -> Tensor:
     """Infinity of the rows with an infinite class whose probability is 0; 0 of the others."""
-    infinite = (ratio == torch.inf) & (probability == 0)
-    return torch.zeros_like(ratio).masked_fill(infinite, torch.inf).sum(-1)
+    is_infinite = (ratio == torch.inf) & (probability == 0)
+    return torch.zeros_like(ratio).masked_fill(is_infinite, torch.inf).sum(-1)
 
 
 def _weighed(probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tensor:
