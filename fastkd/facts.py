@@ -44,8 +44,6 @@ class Refusal:
         return f"{self.reason}. {self.remedy}".strip() if self.remedy else self.reason
 
 
-NO_TOP_K = "a teacher that kept k classes (TopK)"
-
 USE_REFERENCE = 'Pass backend="reference" to use plain PyTorch without this warning.'
 
 # What no kernel can serve, whatever the device.

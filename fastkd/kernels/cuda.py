@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastkd.facts import NO_TOP_K, ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 OLDEST_ARCHITECTURE = 80  # what csrc/architectures.py allows
 
@@ -15,8 +15,6 @@ def refuse(module: Any, facts: Facts) -> Refusal | None:
         return Refusal("the compiled module is for NVIDIA's GPUs, not AMD's", expected=True)
     if facts.loss not in ON_GPUS:
         return Refusal(f"this release has no CUDA kernels for {facts.loss}", USE_REFERENCE)
-    if facts.teacher_is == "top_k":
-        return Refusal(f"this release has no CUDA kernels for {NO_TOP_K}", USE_REFERENCE)
     archs = module.cuda_archs()
     if not archs:
         return Refusal(

@@ -4,7 +4,7 @@ import functools
 import importlib
 import os
 
-from fastkd.facts import NO_TOP_K, OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
+from fastkd.facts import OBSTACLES, ON_GPUS, USE_REFERENCE, Facts, Refusal
 
 _DEVICES = frozenset({"cuda", "xpu"})
 
@@ -24,8 +24,6 @@ def refuse(facts: Facts) -> Refusal | None:
         return Refusal(
             f"this release of fastkd has no Triton kernels for {facts.loss}", expected=True
         )
-    if facts.teacher_is == "top_k":
-        return Refusal(f"fastkd has no Triton kernels for {NO_TOP_K}", USE_REFERENCE)
     if device != "cpu" and device not in _DEVICES:
         return Refusal(f"fastkd's Triton kernels do not run on {device} devices", USE_REFERENCE)
     if facts.obstacle is not None:
