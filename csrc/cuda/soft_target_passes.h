@@ -191,19 +191,18 @@ __device__ __forceinline__ void over_rows(const Call& call, const F& f) {
   }
 }
 
-// Launches kernel(of, vectors, tickets), whose rows are those of `call`, with room for what so many
-// teachers' logits are divided by.
+// Launches kernel(of, vectors, tickets), whose rows are those of `call`, with so many bytes of
+// shared memory for each row that a block has at a time.
 template <class A, bool kIsColumns, class Of>
 void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
-                      int teachers, const Scratch& scratch, const Stream& stream) {
+                      size_t bytes, const Scratch& scratch, const Stream& stream) {
   constexpr int N = kClasses<A, Any, Any>;
   const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
   const int threads =
       kIsColumns ? kColumnThreads
                  : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
   const int64_t at_once = kIsColumns ? threads : 1;
-  Grid grid{1, threads,
-            kHeader<PassesShared<A>> + size_t(teachers) * size_t(at_once) * sizeof(Normaliser<A>)};
+  Grid grid{1, threads, kHeader<PassesShared<A>> + size_t(at_once) * bytes};
   grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
                           resident_clusters(kernel, grid, stream), kMostBlocks});
   launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));

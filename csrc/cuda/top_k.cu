@@ -1,7 +1,7 @@
 // Teachers that kept k classes of each row: rows of any length and strides, in one pass for the
 // sums of the classes that no slot lists, two over the slots, and one for the gradient.
 #include "soft_target_plan.h"
-#include "top_k.h"
+#include "top_k_row.h"
 
 namespace fastkd::cuda {
 namespace logits {
@@ -12,6 +12,8 @@ struct TopK : ClassPasses<A, kIsColumns> {
   using Base = ClassPasses<A, kIsColumns>;
   using Base::call, Base::leads, Base::N, Base::shared, Base::with_logits;
   using Row = TopKRow<A>;
+
+  using Gradient = RowGradient<A>;
 
   const TopKCall& top;
   const double divisor;
@@ -34,13 +36,16 @@ struct TopK : ClassPasses<A, kIsColumns> {
     // Before the barriers behind which the gradient may take the logits' place.
     const double logit = leads ? logit_of<Any>(call, of.start.at[kStudent], of.label) : 0;
     find_sums(of);
-    find_terms(of);
+    double sums[2];  // Σφ, scaled, and Σψ
+    add_slots(of, sums);
+    Gradient gradient;
+    if (leads) gradient = with_rest(of, sums);
     if (leads && !call.is_backward()) {
-      Losses losses{of.divergence, cross_entropy_of(of.all, of.rates, call, of.label, logit)};
+      Losses losses{sums[0], cross_entropy_of(of.all, of.rates, call, of.label, logit)};
       losses.divergence *= of.squared;
       write_losses<A>(call, row, losses, total);
     }
-    if (writes) write_gradient(of);
+    if (writes) write_gradient(of, told(gradient));
   }
 
  private:
@@ -127,8 +132,9 @@ struct TopK : ClassPasses<A, kIsColumns> {
     static_cast<A*>(top.log_q)[int64_t(of.row) * (of.slots.count + 1) + j] = A(log_q / kLogitScale);
   }
 
-  __device__ __forceinline__ void find_terms(Row& of) const {
-    double sums[2] = {};
+  // The terms of slots.
+  __device__ __forceinline__ void add_slots(const Row& of, double (&sums)[2]) const {
+    sums[0] = sums[1] = 0;
     over_slots(of, [&](int64_t j) {
       const int64_t at = of.slots.at(j);
       Found found{-INFINITY, 0, {0, 0}};
@@ -137,88 +143,52 @@ struct TopK : ClassPasses<A, kIsColumns> {
       sums[1] += found.terms.psi;
       if (top.log_q != nullptr) write_log_q(of, j, found.log_q);
     });
-    // Behind its barriers no slot's logit is read but by the thread that has the class.
-    if constexpr (!kIsColumns) {
-      block_sums(sums, shared.sums);
-      __syncthreads();
-    }
-    of.log_q_rest = double(-INFINITY);
-    of.psi_rest = 0;
-    if (!top.listed_only) {
-      const double apart = double(shift(of.rest.student_max)) - double(shift(of.all.student_max));
-      const double log_sum = log(double(of.rest.student)) * kLogitScale;
-      of.log_q_rest = apart * of.inverse + (log_sum - of.log_sum);
-    }
+    if constexpr (!kIsColumns) block_sums(sums, shared.sums);
+  }
+
+  // Adds the terms of all that no slot lists.
+  __device__ __forceinline__ Gradient with_rest(const Row& of, double (&sums)[2]) const {
+    const double log_q = top.listed_only ? double(-INFINITY) : of.log_q_of_rest();
+    if (top.log_q != nullptr) write_log_q(of, of.slots.count, log_q);
+    Terms<double> rest{0, 0};
     if (top.log_rest != nullptr) {
       const double log_p = double(static_cast<const A*>(top.log_rest)[of.row]) * kLogitScale;
-      const Terms<double> found = terms_of(call.divergence, top.beta, Slot(log_p, of.log_q_rest));
-      sums[0] += found.phi;
-      sums[1] += found.psi;
-      of.psi_rest = found.psi;
+      rest = terms_of(call.divergence, top.beta, Slot(log_p, log_q));
     }
-    if (leads && top.log_q != nullptr) write_log_q(of, of.slots.count, of.log_q_rest);
-    of.divergence = sums[0];
-    of.psi = sums[1];
+    sums[0] += rest.phi;
+    sums[1] += rest.psi;
+    return Gradient(top, of, divisor, sums[1], rest.psi, log_q);
   }
 
-  __device__ __forceinline__ Weights<A> weights_of(const Row& of) const {
-    const double by = double(grad_output_of<A>(call, of.row));
-    Weights<A> weights(call, divisor, by);
-    weights.soft = A(weighted(call.soft_weight, of.squared / of.temperature) / divisor * by);
-    if (of.label == kWrongLabel) weights.smoothing = A(NAN);
-    return weights;
+  // What one thread has found for all that have a part in the row. Behind the barrier no slot's
+  // logit is read but by the thread that has the class.
+  __device__ __forceinline__ const Gradient& told(const Gradient& found) const {
+    if constexpr (kIsColumns) return found;
+    Gradient& of_row = *after<Gradient>(shared);
+    if (leads) of_row = found;
+    __syncthreads();
+    return of_row;
   }
 
-  // Of a class that a slot lists, from the maximum and the sums of all classes.
-  __device__ __forceinline__ ClassFactors<A> factors_of(const Row& of, const Weights<A>& by) const {
-    ClassFactors<A> to{shift(of.all.student_max), 0, 0};
-    if (by.hard != 0) (of.rates.has_hard ? to.hard : to.soft) = by.hard / hard_sum(of);
-    if (by.soft != 0 && !top.listed_only)
-      to.soft += A(double(by.soft) * -of.psi / double(of.soft.student));
-    return to;
-  }
-  // Of another class, from those of the rest: beside the others these may all underflow.
-  __device__ __forceinline__ ClassFactors<A> factors_of_rest(const Row& of,
-                                                             const Weights<A>& by) const {
-    if (top.listed_only) return factors_of(of, by);
-    ClassFactors<A> to{shift(of.rest.student_max), 0, 0};
-    const double q = exp(of.log_q_rest / kLogitScale), sum = double(of.rest.student);
-    if (sum == 0) return to;
-    if (by.soft != 0) to.soft = A(double(by.soft) * (of.psi_rest - q * of.psi) / sum);
-    if (by.hard == 0) return to;
-    if (of.rates.has_hard)
-      to.hard = by.hard / hard_sum(of) * of.rates.hard(of.rest.student_max, of.all.student_max);
-    else
-      to.soft += A(double(by.hard) * q / sum);
-    return to;
-  }
-  __device__ __forceinline__ A hard_sum(const Row& of) const {
-    return of.rates.has_hard ? of.all.hard : of.all.student;
-  }
-
-  __device__ __forceinline__ void write_gradient(const Row& of) const {
-    const Weights<A> by = weights_of(of);
+  __device__ __forceinline__ void write_gradient(const Row& of, const Gradient& to) const {
+    const Weights<A>& by = to.by;
     const bool reads = by.hard != 0 || (by.soft != 0 && !top.listed_only);
-    const ClassFactors<A> of_listed = factors_of(of, by), of_rest = factors_of_rest(of, by);
     const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
     SlotCursor<A> cursor(of.slots);
     this->over_vectors(of.start.phase, [&](int64_t i) {
-      A g[N] = {};
-      if (reads) {
-        A x[N];
-        reader(i, x);
+      A g[N];
+      if (reads) reader(i, g);
 #pragma unroll
-        for (int k = 0; k < N; ++k) g[k] = of_rest.of(x[k], of.rates, by.smoothing);
-      }
+      for (int k = 0; k < N; ++k)
+        g[k] = reads ? to.rest.of(g[k], of.rates, by.smoothing) : to.nothing;
       if (reads || by.soft != 0)
-        cursor.over(i, i + N, [&](int64_t j, int64_t at) {
-          if (at >= call.classes) return;
+        cursor.over(i, min(i + N, call.classes), [&](int64_t j, int64_t at) {
           const bool is_first = of.slots.is_first(j);
           A found = 0;
-          if (reads && is_first) found = of_listed.of(A(load(of, at)), of.rates, by.smoothing);
+          if (reads && is_first) found = to.listed.of(A(load(of, at)), of.rates, by.smoothing);
           if (by.soft != 0) {
             const Found slot = find(of, j, at);
-            const double off = top.listed_only ? slot.q * of.psi : 0;
+            const double off = top.listed_only ? slot.q * to.psi : 0;
             found += A(double(by.soft) * (slot.terms.psi - off));
           }
 #pragma unroll
@@ -280,6 +250,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   of.log_q = log_q.data;
   of.listed_only = listed_only;
   of.has_classes = call.labels != nullptr && p.labels_are_classes && (p.hard_weight != 0 || parts);
+  call.has_hard = call.has_hard && of.has_classes;
   if (!temperatures.empty()) {
     of.temperatures = temperatures[0].data;
     of.roots = temperatures[2].data;
@@ -290,7 +261,8 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   const Scratch own = prepare(call, scratch.data, stream);
   const auto run = [&](auto arithmetic, auto are_columns) {
     using A = decltype(arithmetic);
-    launch_over_rows<A, are_columns.value>(top_k_kernel<A, are_columns.value>, of, call, 0, own,
+    launch_over_rows<A, are_columns.value>(top_k_kernel<A, are_columns.value>, of, call,
+                                           are_columns.value ? 0 : sizeof(RowGradient<A>), own,
                                            stream);
   };
   if (call.is_double) return run(double{}, std::false_type{});

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, bfloat16, float32, float64
+from torch import Tensor, bfloat16, float64
 
 from fastkd.kernels.triton import top_k
 from fastkd.parameters import SoftTarget
@@ -13,27 +13,62 @@ from fastkd.precision import compute_dtype
 from .regime import MAPS, Narrow, Regime, meta
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
-
-# A student, the dimension of the classes, k, and whether its elements are accessed 16 bytes at a
-# time.
-_STUDENTS = {
-    "10 classes": (meta(512, 10), 1, 3, False),
-    "1,000 classes": (meta(512, 1000), 1, 20, True),
-    "4,096 classes": (meta(512, 4096), 1, 4096, True),
-    "32,000 classes": (meta(512, 32000), 1, 32, True),
-    "32,000 classes, bfloat16": (meta(512, 32000, dtype=bfloat16), 1, 100, True),
-    "50,257 classes, bfloat16": (meta(512, 50257, dtype=bfloat16), 1, 64, False),
-    "2,048 classes, float64": (meta(512, 2048, dtype=float64), 1, 64, True),
-    "5,000 classes, float64": (meta(512, 5000, dtype=float64), 1, 5000, True),
-    "rows side by side": (MAPS, 1, 5, False),
+_BUCKETS = {f"bucket, {name}" for name in _DIVERGENCES}
+_OTHERS = {
+    *("renormalize", "zero, loss only", "in place", "backward", "temperatures"),
+    *("both, hard", "both, forward_kl", "both, jsd"),
 }
+
+# Slots, labels and numbers of rows; and where no logits but those of slots are read.
+_SLOTS, _SLOTS_ALONE = Narrow(99, 99), Narrow(99, 99, False)
+
+# A student, the dimension of the classes, k, and the uses that are compiled.
+_STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
+    "10 classes": (meta(512, 10), 1, 3, {"bucket, forward_kl", "both, hard", "temperatures"}),
+    "1,000 classes": (meta(512, 1000), 1, 20, _BUCKETS | _OTHERS),
+    "4,096 classes": (meta(512, 4096), 1, 4096, {"bucket, forward_kl", "bucket, jsd", "both, jsd"}),
+    "32,000 classes": (
+        meta(512, 32000),
+        1,
+        32,
+        {"bucket, forward_kl", "renormalize", "both, forward_kl"},
+    ),
+    "32,000 classes, bfloat16": (
+        meta(512, 32000, dtype=bfloat16),
+        1,
+        100,
+        {*_BUCKETS, "backward", "in place", "temperatures"},
+    ),
+    "50,257 classes, bfloat16": (
+        meta(512, 50257, dtype=bfloat16),
+        1,
+        64,
+        {"bucket, forward_kl"},
+    ),
+    "2,048 classes, float64": (
+        meta(512, 2048, dtype=float64),
+        1,
+        64,
+        {"bucket, forward_kl", "bucket, skew_kl", "temperatures"},
+    ),
+    "5,000 classes, float64": (
+        meta(512, 5000, dtype=float64),
+        1,
+        5000,
+        {"bucket, jsd", "bucket, reverse_kl", "both, hard"},
+    ),
+    "rows side by side": (MAPS, 1, 5, {"bucket, forward_kl", "both, forward_kl", "temperatures"}),
+}
+# Of which elements are accessed less than 16 bytes at a time.
+_NARROW = {"10 classes", "50,257 classes, bfloat16", "rows side by side"}
 
 
 def regimes() -> Iterator[Regime]:
-    for name, (student, dim, k, is_wide) in _STUDENTS.items():
+    for name, (student, dim, k, uses) in _STUDENTS.items():
         for regime in _uses(student, dim, k):
-            narrow = regime.narrow if is_wide else None
-            yield Regime(f"top-k, {name}, {regime.name}", regime.launch, narrow)
+            if regime.name in uses:
+                narrow = None if name in _NARROW else regime.narrow
+                yield Regime(f"top-k, {name}, {regime.name}", regime.launch, narrow)
 
 
 def _uses(student: Tensor, dim: int, k: int) -> Iterator[Regime]:
@@ -64,7 +99,7 @@ def _uses(student: Tensor, dim: int, k: int) -> Iterator[Regime]:
     )
     hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
 
-    def regime(name: str, *args: object, narrow: Narrow = _NARROW) -> Regime:
+    def regime(name: str, *args: object, narrow: Narrow = _SLOTS) -> Regime:
         launch = functools.partial(top_k.top_k_forward, student, *slots, *args)  # type: ignore[arg-type]
         return Regime(name, launch, narrow)
 
@@ -82,4 +117,4 @@ def _uses(student: Tensor, dim: int, k: int) -> Iterator[Regime]:
     yield regime("both, hard", None, labels, *outputs, True, hard)
     for divergence in ("forward_kl", "jsd"):
         p = soft._replace(divergence=divergence)
-        yield regime(f"both, {divergence}", None, None, *outputs, True, p, narrow=_OF_SLOTS)
+        yield regime(f"both, {divergence}", None, None, *outputs, True, p, narrow=_SLOTS_ALONE)
