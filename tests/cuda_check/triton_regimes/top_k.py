@@ -20,7 +20,7 @@ _OTHERS = {
 }
 
 # Slots, labels and numbers of rows; and where no logits but those of slots are read.
-_SLOTS, _SLOTS_ALONE = Narrow(99, 99), Narrow(99, 99, False)
+_SLOTS, _SLOTS_ALONE = Narrow(52, 8), Narrow(24, 8, has_elements=False)
 
 # A student, the dimension of the classes, k, and the uses that are compiled.
 _STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
