@@ -59,7 +59,7 @@ def test_wrong_tensors(call, name):
     fails(ValueError, "values_are must be one of 'logits', 'log_probs', got 'probs'",
           kept(values, indices, values_are="probs"))  # fmt: skip
     fails(ValueError, "teacher_weights needs", kept(values, indices), teacher_weights=[1.0])
-    for many in ([kept(values, indices)], [values, kept(values, indices)]):
+    for many in ([kept(values, indices)], [torch.randn(4, 10), kept(values, indices)]):
         fails(TypeError, r"teacher_logits\[.\] must be a .*, got TopK", many)
 
 
