@@ -58,7 +58,8 @@ FASTKD_ANYWHERE Terms<double> terms_of(Divergence which, double beta, const Slot
     default:
       found = Jsd::terms(p, q, shares, LogOfSlot{});
   }
-  return {found.phi * kLogitScale, found.psi};
+  const double nan = 0 * (p * q);  // where one is, which a comparison does not show; otherwise 0
+  return {(found.phi + nan) * kLogitScale, found.psi + nan};
 }
 
 }  // namespace fastkd

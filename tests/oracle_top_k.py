@@ -20,6 +20,11 @@ def log_sum_exp(x):
     return top + np.log(np.exp(x - top).sum())
 
 
+def from_maximum(x):
+    """Beside large logits a logarithm has no digits."""
+    return x - x.max() if len(x) and np.isfinite(x.max()) else x
+
+
 def compared(divergence, beta, log_p, log_q, magnitudes):
     """The terms of slots, and their derivatives by log q and log p."""
     if divergence == "jsd" and beta in (0, 1):
@@ -43,9 +48,10 @@ def row(student, values, indices, lse, heat, tail, values_are, divergence, beta,
     """D of a row, and its derivatives by student/T, values/T_t and lse. `heat` is both."""
     minus = (lambda a, b: np.abs(a) + np.abs(b)) if magnitudes else (lambda a, b: a - b)
     slots = np.flatnonzero((indices >= 0) & (values != -np.inf))
-    z, c = student / heat[0], indices[slots]
+    z, c = from_maximum(student) / heat[0], indices[slots]
     y = values[slots] / (heat[1] if values_are == "logits" else 1)
     if tail in ("renormalize", "renormalize_both"):
+        y = from_maximum(values[slots]) / (heat[1] if values_are == "logits" else 1)
         log_p = y - log_sum_exp(y)
     else:
         log_p = y - (lse if lse is not None else 0)
@@ -62,6 +68,7 @@ def row(student, values, indices, lse, heat, tail, values_are, divergence, beta,
     to_student, to_values = np.zeros_like(z), np.zeros_like(values)
     np.add.at(to_student, c, by_log_q[: len(c)])
     if with_rest:
+        of_rest = 0 if of_rest == -np.inf else of_rest
         to_student[~is_listed] += by_log_q[-1] * np.exp(z[~is_listed] - of_rest)
     share = np.exp(z - total)
     if tail == "renormalize_both":

@@ -99,16 +99,9 @@ class TopKLoss(Fused):
             return *nothing, gradient, *of_others
         check_grad_output("a loss on logits", grad_output)
         p, listed_only = ctx.parameters, ctx.listed_only
-        indices, log_p, log_rest, labels, factor, log_q, *temperatures = others or (None,) * 6
-        inputs: tuple[Any, ...] = (
-            student,
-            indices,
-            log_p,
-            log_rest,
-            labels,
-            temperatures,
-            listed_only,
-        )
+        of_call: Sequence[Any] = others or (None,) * 6
+        indices, log_p, log_rest, labels, factor, log_q, *temperatures = of_call
+        inputs: Any = student, indices, log_p, log_rest, labels, temperatures, listed_only
         with no_grad():
             if ctx.with_gradient:
                 (to,) = for_grad_output(
@@ -123,7 +116,7 @@ class TopKLoss(Fused):
                 gradients = (
                     backward(upstream, *inputs, p) if needed[6] else None,
                     *_to_slots(upstream, student, log_p, log_rest, log_q, labels, temperatures, p),
-                    *_to_temperatures(upstream, *inputs, needed[9:], p),
+                    *_to_temperatures(needed[9:], p, upstream, *inputs),
                 )
         learning = (x for x in (student, log_p, log_rest, *temperatures) if x is not None)
         return *nothing, *differentiate_once("a loss on logits", gradients, tuple(learning))
@@ -161,6 +154,8 @@ def _to_slots(
 
 
 def _to_temperatures(
+    wanted: Sequence[bool],
+    p: SoftTarget,
     grad_output: Tensor,
     student: Tensor,
     indices: Tensor,
@@ -169,8 +164,6 @@ def _to_temperatures(
     labels: Tensor | None,
     temperatures: Sequence[Tensor],
     listed_only: bool,
-    wanted: Sequence[bool],
-    p: SoftTarget,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the three temperatures; the teacher's has none of its own."""
     if not temperatures or not (wanted[0] or wanted[2]):

@@ -58,6 +58,8 @@ def slots_of(
     The rest of a row is what its probabilities lack of 1: it is taken in float64 where there is
     such, because float32 has few digits for it. `temperature` is 1 for what is used as it is.
     """
+    if not indices.dtype.is_signed:  # of which torch compares few
+        indices = indices.to(torch.int64)
     is_slot = (indices >= 0) & (values != -torch.inf)
     if ignored is not None:  # such a row may hold anything
         is_slot = is_slot & ~ignored[..., None]

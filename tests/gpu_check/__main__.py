@@ -43,6 +43,7 @@ ON_THE_DEVICE = tuple(
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
+        *("top_k", "top_k_edges"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
         *("metrics", "metrics_edges", "metrics_calls"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
@@ -53,8 +54,8 @@ TRAINING = "tests/test_train_step.py"
 FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or divergence or mask or normalizer or "
-    "row_weight or num_classes or inplace or temperature or probabilities or extreme or "
-    "metrics",
+    "row_weight or num_classes or inplace or temperature or probabilities or top_k or extreme "
+    "or metrics",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }
