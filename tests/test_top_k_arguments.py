@@ -193,5 +193,5 @@ def test_memory_beside_the_gradient(keywords):
     with torch.profiler.profile(profile_memory=True) as profile:
         fastkd.soft_target_loss(student, side, backend="native", **others).backward()
     sizes = [e.self_cpu_memory_usage for e in profile.events()]
-    sizes = [size for size in sizes if size > 64 * 6 * 8 * 2]
+    sizes = [size for size in sizes if size > 40_000]  # what a GPU's blocks add up is less
     assert sizes == [student.numel() * 4]

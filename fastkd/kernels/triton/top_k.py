@@ -1,8 +1,7 @@
 """Teachers that kept k classes of each row: loss and gradient from one read of the student.
 
-A slot is one of the k. Classes that no slot lists have sums of their own, relative to a maximum of
-their own: what is left of 1 beside the others would have no digits. Rows that fit are held in
-registers, longer ones are read in blocks, and once more for the gradient.
+A slot is one of the k. Rows that fit are held in registers, longer ones are read in blocks, and
+once more for the gradient. Slots are read one by one.
 """
 
 from collections.abc import Sequence
@@ -25,12 +24,12 @@ from fastkd.kernels.triton.rows import (
 )
 from fastkd.kernels.triton.rows import plan as plan_rows
 from fastkd.kernels.triton.soft_target_rows import cross_entropy, store_losses
-from fastkd.kernels.triton.softmax import HARD_RATE, exponentials, grow, shift
+from fastkd.kernels.triton.softmax import HARD_RATE, shift
 from fastkd.kernels.triton.temperatures import temperatures_of
 from fastkd.kernels.triton.tiles import launch, power_of_2
+from fastkd.kernels.triton.top_k_rows import factors_of_classes, first_pass, with_rest
 from fastkd.kernels.triton.top_k_slots import (
     gradients_of_slots,
-    listed_in,
     rest_of,
     slot_terms,
     sums_of_slots,
@@ -38,85 +37,9 @@ from fastkd.kernels.triton.top_k_slots import (
 )
 from fastkd.parameters import SoftTarget
 
-
-@triton.jit
-def first_pass(
-    held,  # rows that are here as a whole, or nothing
-    s_at,
-    stride,
-    counts,
-    column,
-    classes,
-    pivot,
-    slots_at,
-    slots,
-    rate,
-    HAS_HARD: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    LISTED_ONLY: tl.constexpr,
-):
-    """Maximum and sums of the classes that no slot lists, or of all; and parts of the latter's sum.
-
-    That sum is of logits less the pivot.
-    """
-    maximum = tl.full(s_at.shape, -INFINITY, rate.dtype)
-    total = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
-    hard, pivoted = total, total
-    cursor = tl.zeros(s_at.shape, tl.int32)
-    for first in range(0, classes, column.shape[1]):
-        k = first + column
-        if len(held) == 0:
-            s = load(s_at, k, stride, counts & (k < classes), rate.dtype)
-        else:
-            s = held[0]
-        if SMOOTHS:
-            pivoted += tl.where(k < classes, s * SCALE - pivot, 0)
-        if not LISTED_ONLY:
-            last = tl.minimum(first + column.shape[1], classes)
-            listed, cursor = listed_in(k, last, slots_at, cursor, slots, counts)
-            s = tl.where(listed, -INFINITY, s)
-        higher = tl.maximum(maximum, tl.max(s, 1, keep_dims=True))
-        total, hard, _, _, _ = grow(total, hard, s, maximum, higher, rate, HAS_HARD)
-        maximum = higher
-    total = tl.sum(total, 1, keep_dims=True)
-    hard = tl.sum(hard, 1, keep_dims=True) if HAS_HARD else total
-    return (maximum, total, hard), pivoted
-
-
-@triton.jit
-def with_rest(listed, rest, rate, HAS_HARD: tl.constexpr):
-    """Maximum and sums of all classes, and what brings exponentials of the rest to that maximum."""
-    top = tl.maximum(listed[0], rest[0])
-    apart = rest[0] * SCALE - shift(top)
-    to_listed, to_rest = tl.exp2((listed[0] * SCALE - shift(top)) * rate), tl.exp2(apart * rate)
-    total = listed[1] * to_listed + rest[1] * to_rest
-    if HAS_HARD:
-        hard_to_rest = tl.exp2(apart * HARD_RATE)
-        hard = listed[2] * tl.exp2((listed[0] * SCALE - shift(top)) * HARD_RATE)
-        return (top, total, hard + rest[2] * hard_to_rest), to_rest, hard_to_rest
-    else:
-        return (top, total, total), to_rest, to_rest
-
-
-@triton.jit
-def factors_of_classes(every, rest, moves, soft, hard, psi, HAS_HARD, LISTED_ONLY):
-    """Of a class's exponentials, at T and at 1; and the shift of these.
-
-    First those of a class that a slot lists, then those of another one.
-    """
-    of_hard = tl.where(hard == 0, 0, hard / every[2])
-    none = tl.zeros_like(of_hard)
-    at_t, at_1 = (none, of_hard) if HAS_HARD else (of_hard, none)
-    of_all = shift(every[0]), at_t, at_1
-    if LISTED_ONLY:
-        return of_all, of_all
-    else:
-        to_rest, hard_to_rest, psi_rest = moves
-        of_listed = shift(every[0]), at_t + tl.where(soft == 0, 0, -soft * psi / every[1]), at_1
-        # q of the rest over its sum is to_rest / every[1], beside which both may underflow.
-        of_rest = psi_rest - rest[1] * (to_rest / every[1]) * psi
-        of_rest = tl.where((soft == 0) | (rest[1] == 0), 0, soft * of_rest / rest[1])
-        return of_listed, (shift(rest[0]), of_rest + at_t * to_rest, at_1 * hard_to_rest)
+# Of slots in a block on the average: looking at one more costs each thread of a program some
+# instructions for each of its classes, and bisection takes as many as some 20 slots.
+_MOST_IN_TURN = 20
 
 
 @triton.jit(
@@ -162,6 +85,7 @@ def top_k(
     DIVERGENCE: tl.constexpr,
     SMOOTHS: tl.constexpr,
     LISTED_ONLY: tl.constexpr,  # whether the student's softmax is one of the slots, too
+    ARE_MANY: tl.constexpr,  # whether the slots of a block are
     WHOLE: tl.constexpr,
     UNIT: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
@@ -198,11 +122,11 @@ def top_k(
     held = ()
     if READS:
         if WHOLE:
-            held = (load(s_at, column, stride, counts & (column < classes), COMPUTE),)
+            held = (load(s_at, column, stride, counts & (column < classes), COMPUTE),)  # type: ignore[assignment]
         pivot = shift(tl.load(s_at, mask=counts, other=0).to(COMPUTE))
         rest, pivoted = first_pass(
             *(held, s_at, stride, counts, column, classes, pivot, slots_at, slots, rate),
-            *(HAS_HARD, SMOOTHS, LISTED_ONLY),
+            *(HAS_HARD, SMOOTHS, LISTED_ONLY, ARE_MANY),
         )
         if LISTED_ONLY:
             every = rest
@@ -249,14 +173,18 @@ def top_k(
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
         cursor = tl.zeros(s_at.shape, tl.int32)
+        # A class that does not exist makes its row NaN. The last slot has the largest.
+        largest = tl.load(slots_at + slots - 1, mask=lives, other=0)
+        nothing = tl.where((largest >= classes) & (soft != 0), float("nan"), 0)
         # All threads have read the slots' logits, and see what was written of log q.
         tl.debug_barrier()
         for first in range(0, classes, CLASSES):
             k = first + column
             listed, g, cursor = gradients_of_slots(
-                *(k, tl.minimum(first + CLASSES, classes), slots_at, log_p_at, log_q_at),
-                *(cursor, slots, lives, soft, psi, shares, DIVERGENCE, LISTED_ONLY),
+                *(k, tl.minimum(first + CLASSES, classes), cursor, slots_at, log_p_at, log_q_at),
+                *(slots, lives, soft, psi, shares, DIVERGENCE, LISTED_ONLY, ARE_MANY),
             )
+            g += nothing
             if READS:
                 if len(held) == 0:
                     s = load(s_at, k, stride, lives & (k < classes), COMPUTE)
@@ -321,6 +249,7 @@ def top_k_forward(
         HAS_CLASSES=has_classes,
         SMOOTHS=p.label_smoothing > 0,
         LISTED_ONLY=listed_only,
+        ARE_MANY=slots * known["CLASSES"] > _MOST_IN_TURN * student.shape[p.dim],
         WHOLE=student.shape[p.dim] <= known["CLASSES"],
         SLOTS=max(min(power_of_2(slots), most), 1),
         **{**known, "HAS_HARD": known["HAS_HARD"] and has_classes},

@@ -101,55 +101,81 @@ def terms_of_slots(
     psi = phi
     for first in range(0, slots, SLOTS):
         j = first + tl.arange(0, SLOTS)[None, :]
-        s, is_slot, _ = load_slots(
-            slots_at, s_at, stride, j, slots, counts, classes, log_sum.dtype
-        )
+        s, is_slot, _ = load_slots(slots_at, s_at, stride, j, slots, counts, classes, log_sum.dtype)
         log_p = tl.load(log_p_at + j, mask=is_slot, other=-INFINITY) * SCALE
         log_q = at_student(s * SCALE - shift(maximum), unit) - log_sum
         log_q = tl.where(is_slot, log_q, -INFINITY)
         found = slot_terms(log_p, log_q, shares, DIVERGENCE)
         phi += tl.where(is_slot, found[0], 0)
         psi += tl.where(is_slot, found[1], 0)
-        tl.store(log_q_at + j, tl.where(counts, log_q / SCALE, -INFINITY), mask=is_row & (j < slots))
+        tl.store(
+            log_q_at + j, tl.where(counts, log_q / SCALE, -INFINITY), mask=is_row & (j < slots)
+        )
     return tl.sum(phi, 1, keep_dims=True), tl.sum(psi, 1, keep_dims=True)
 
 
 @triton.jit
 def rest_of(rest, softmax):
-    """log q, scaled, of all classes that no slot lists together, from their maximum and sum."""
+    """The scaled log q of all classes that no slot lists together, from their maximum and sum."""
     apart = at_student(shift(rest[0]) - shift(softmax[0]), softmax[2])
     return apart + (tl.log2(rest[1]) * (LN_2 * SCALE) - softmax[1])
 
 
 @triton.jit
-def next_slot(slots_at, cursor, slots, counts):
+def class_of(slots_at, slot, slots, counts):
     """The class of a row's slot, or one that comes after all."""
-    return tl.load(slots_at + cursor, mask=counts & (cursor < slots), other=_BEYOND_ALL)
+    return tl.load(slots_at + slot, mask=counts & (slot < slots), other=_BEYOND_ALL)
 
 
 @triton.jit
-def listed_in(k, last, slots_at, cursor, slots, counts):
+def first_slots(k, slots_at, slots, counts):
+    """For each class the first slot of it or of a later one, by bisection."""
+    first = tl.zeros([counts.shape[0], k.shape[1]], tl.int32)
+    left = tl.cast(slots, tl.int32)
+    while left > 0:
+        half = (left + 1) // 2
+        before = class_of(slots_at, first + (half - 1), slots, counts) < k
+        first = tl.where(before, first + half, first)
+        left -= half
+    return first
+
+
+@triton.jit
+def begin(k, last, cursor, slots_at, slots, counts, ARE_MANY: tl.constexpr):
+    """The slot from which those of a block's classes are looked for, and the class that ends it.
+
+    Few slots are looked at in turn by all classes of a block, many by each class for itself.
+    """
+    if ARE_MANY:
+        return first_slots(k, slots_at, slots, counts), k + 1
+    else:
+        return cursor, last
+
+
+@triton.jit
+def listed_in(k, last, cursor, slots_at, slots, counts, ARE_MANY: tl.constexpr):
     """Which of the classes k, all before `last`, a slot lists; and the first slot of a later one.
 
-    Slots ascend, so that a block of classes looks at its own alone.
+    Slots ascend: a block looks at them from where the one before it has ended.
     """
     found = tl.zeros([cursor.shape[0], k.shape[1]], tl.int1)
-    at = next_slot(slots_at, cursor, slots, counts)
-    while tl.max((at < last).to(tl.int32)) > 0:
+    slot, end = begin(k, last, cursor, slots_at, slots, counts, ARE_MANY)
+    at = class_of(slots_at, slot, slots, counts)
+    while tl.max((at < end).to(tl.int32)) > 0:
         found = found | (k == at)
-        cursor += (at < last).to(tl.int32)
-        at = next_slot(slots_at, cursor, slots, counts)
-    return found, cursor
+        slot += (at < end).to(tl.int32)
+        at = class_of(slots_at, slot, slots, counts)
+    return found, cursor if ARE_MANY else slot
 
 
 @triton.jit
 def gradients_of_slots(
     k,
     last,
+    cursor,
     slots_at,
     log_p_at,
     log_q_at,
-    cursor,
     slots,
     counts,
     soft,  # the factor of ψ
@@ -157,21 +183,23 @@ def gradients_of_slots(
     shares,
     DIVERGENCE: tl.constexpr,
     LISTED_ONLY: tl.constexpr,
+    ARE_MANY: tl.constexpr,
 ):
-    """The same as `listed_in`, and what the terms of slots add to the gradient."""
+    """The same, and what the terms of slots add to the gradients of their classes."""
     found = tl.zeros([cursor.shape[0], k.shape[1]], tl.int1)
     total = tl.zeros([cursor.shape[0], k.shape[1]], soft.dtype)
-    at = next_slot(slots_at, cursor, slots, counts)
-    while tl.max((at < last).to(tl.int32)) > 0:
-        is_slot = counts & (at >= 0) & (at < last)
-        log_p = tl.load(log_p_at + cursor, mask=is_slot, other=-INFINITY) * SCALE
-        log_q = tl.load(log_q_at + cursor, mask=is_slot, other=-INFINITY) * SCALE
+    slot, end = begin(k, last, cursor, slots_at, slots, counts, ARE_MANY)
+    at = class_of(slots_at, slot, slots, counts)
+    while tl.max((at < end).to(tl.int32)) > 0:
+        is_slot = counts & (at >= 0) & (at < end)
+        log_p = tl.load(log_p_at + slot, mask=is_slot, other=-INFINITY) * SCALE
+        log_q = tl.load(log_q_at + slot, mask=is_slot, other=-INFINITY) * SCALE
         of_slot = slot_terms(log_p, log_q, shares, DIVERGENCE)[1]
         if LISTED_ONLY:
             of_slot -= tl.exp2(log_q * _RATE) * psi
         of_slot = tl.where(soft == 0, 0, of_slot * soft)
         found = found | (k == at)
         total += tl.where(k == at, of_slot, 0)
-        cursor += (at < last).to(tl.int32)
-        at = next_slot(slots_at, cursor, slots, counts)
-    return found, total, cursor
+        slot += (at < end).to(tl.int32)
+        at = class_of(slots_at, slot, slots, counts)
+    return found, total, cursor if ARE_MANY else slot

@@ -20,12 +20,18 @@ _OTHERS = {
 }
 
 # Slots, labels and numbers of rows; and where no logits but those of slots are read.
-_SLOTS, _SLOTS_ALONE = Narrow(52, 8), Narrow(24, 8, has_elements=False)
+_SLOTS, _SLOTS_ALONE = Narrow(54, 8), Narrow(26, 8, has_elements=False)
 
 # A student, the dimension of the classes, k, and the uses that are compiled.
 _STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
     "10 classes": (meta(512, 10), 1, 3, {"bucket, forward_kl", "both, hard", "temperatures"}),
-    "1,000 classes": (meta(512, 1000), 1, 20, _BUCKETS | _OTHERS),
+    "1,000 classes": (meta(512, 1000), 1, 10, _BUCKETS | _OTHERS),
+    "1,000 classes, many slots": (
+        meta(512, 1000),
+        1,
+        100,
+        {"bucket, forward_kl", "both, jsd", "temperatures"},
+    ),
     "4,096 classes": (meta(512, 4096), 1, 4096, {"bucket, forward_kl", "bucket, jsd", "both, jsd"}),
     "32,000 classes": (
         meta(512, 32000),
@@ -59,8 +65,15 @@ _STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
     ),
     "rows side by side": (MAPS, 1, 5, {"bucket, forward_kl", "both, forward_kl", "temperatures"}),
 }
-# Of which elements are accessed less than 16 bytes at a time.
-_NARROW = {"10 classes", "50,257 classes, bfloat16", "rows side by side"}
+# Of which elements are accessed less than 16 bytes at a time, or slots by each class for itself.
+_NARROW = {
+    "10 classes",
+    "1,000 classes, many slots",
+    "4,096 classes",
+    "50,257 classes, bfloat16",
+    "5,000 classes, float64",
+    "rows side by side",
+}
 
 
 def regimes() -> Iterator[Regime]:
