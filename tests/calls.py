@@ -126,6 +126,7 @@ class Call:
     keywords: dict
     students: int = 1
     refused: frozenset = frozenset()  # keywords that do not go with these
+    slots: int = 0  # classes that a teacher kept of each row
 
     def __call__(self, *tensors, **keywords):
         return self.function(*(tensors or self.tensors), **{**self.keywords, **keywords})
@@ -165,6 +166,7 @@ def keeping(function, tail):
 
     def flat(student, teacher, **keywords):
         indices = torch.tensor(_KEPT).clamp(max=keywords.get("num_classes", 10) - 1)
+        indices = indices.repeat(len(teacher) // len(_KEPT), 1)
         values = teacher.gather(-1, indices.clamp(min=0))
         lse = 2 + teacher.logsumexp(-1) if tail in ("zero", "bucket") else None
         return function(student, fastkd.TopK(values, indices, tail=tail, lse=lse), **keywords)
@@ -204,7 +206,7 @@ def variants(name, dtype=torch.float32):
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
     for other in ({}, *others):
-        changed, drawn, students, refused = function, tensors, count, frozenset()
+        changed, drawn, students, refused, slots = function, tensors, count, frozenset(), 0
         of_rows = {*OF_ROWS, *temperatures.NAMES}
         other = {k: torch.tensor(v) if k in of_rows else v for k, v in other.items()}
         if name == "fsp_loss":
@@ -213,7 +215,7 @@ def variants(name, dtype=torch.float32):
             changed = stating(function, other.pop("teacher_is"))
             refused = frozenset({"teacher_temperature"})
         if "tail" in other:
-            changed = keeping(function, other.pop("tail"))
+            changed, slots = keeping(function, other.pop("tail")), len(_KEPT[0])
         if "teacher_weights" in other:
             changed = ensemble(function)
             drawn = tensors + draw(shapes[1:] * (len(other["teacher_weights"]) - 1))
@@ -221,7 +223,7 @@ def variants(name, dtype=torch.float32):
             copies = len(other["pair_weights"])
             changed, students = several(function, copies, count), copies * count
             drawn = draw(shapes[:count] * copies + shapes[count:] * copies)
-        calls.append(Call(changed, drawn, {**keywords, **other}, students, refused))
+        calls.append(Call(changed, drawn, {**keywords, **other}, students, refused, slots))
     return calls
 
 

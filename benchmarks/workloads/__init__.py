@@ -13,6 +13,7 @@ from benchmarks.workloads import (
     rkd,
     similarity,
     soft_target,
+    top_k,
 )
 from benchmarks.workloads.workload import Workload
 
@@ -22,6 +23,7 @@ WORKLOADS: tuple[Workload, ...] = (
     *soft_target.WORKLOADS,
     *divergence.WORKLOADS,
     *keywords.WORKLOADS,
+    *top_k.WORKLOADS,
     *attention.WORKLOADS,
     *hint.WORKLOADS,
     *rkd.WORKLOADS,

@@ -126,6 +126,7 @@ def distillation_loss(
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
             probabilities in the place of its logits; they are used as they are.
+            `fastkd.TopK(values, indices)` holds the k classes of each row that a teacher kept.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
         temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the

@@ -54,6 +54,7 @@ def soft_target_loss(
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
             probabilities in the place of its logits; they are used as they are.
+            `fastkd.TopK(values, indices)` holds the k classes of each row that a teacher kept.
         temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
             rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
             receives its gradient, that of T² included, if it requires one. It is floating, on the

@@ -123,7 +123,9 @@ def divergence_rows(student: Tensor, slots: Slots, p: SoftTarget, by: Temperatur
     logits, log_p = listed, slots.log_p
     whole = listed if slots.listed_only else student
     top, log_total, is_empty = _log_sum_exp(whole, by.student)
-    log_total = log_total.masked_fill(is_empty & ~is_padding.all(-1, keepdim=True), torch.nan)
+    if slots.listed_only:  # a row of padding alone has nothing that could be missing
+        is_empty = is_empty & ~is_padding.all(-1, keepdim=True)
+    log_total = log_total.masked_fill(is_empty, torch.nan)
     log_q = shifted(listed, top) - times(log_total, unit)
     if slots.log_rest is not None:
         count = torch.zeros_like(student, dtype=torch.int32)
