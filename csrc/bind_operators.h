@@ -53,6 +53,7 @@ inline void bind_operators(pybind11::module_& m) {
   FASTKD_BIND(soft_target_forward);
   FASTKD_BIND(soft_target_backward);
   FASTKD_BIND(soft_target_terms);
+  FASTKD_BIND(top_k_forward);
   FASTKD_BIND(distillation_metrics);
   FASTKD_BIND(attention_map_forward);
   FASTKD_BIND(attention_transfer_forward);
@@ -72,6 +73,7 @@ inline void bind_operators(pybind11::module_& m) {
 #ifdef FASTKD_CUDA_ARCHS
   using unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("soft_target_scratch_bytes", cuda::soft_target_scratch_bytes);
+  m.def("top_k_scratch_bytes", cuda::soft_target_scratch_bytes);
   m.def("attention_scratch_bytes", cuda::attention_scratch_bytes, unlocked());
   m.def("hint_scratch_bytes", cuda::hint_scratch_bytes);
   m.def("hint_rows_scratch_bytes", cuda::hint_rows_scratch_bytes, unlocked());

@@ -10,10 +10,11 @@
 namespace fastkd {
 
 // What a teacher's numbers are. Probabilities and their logarithms are used as they are: the
-// teacher's temperature is 1, and nothing is normalised.
-enum class TeacherIs { logits, probabilities, log_probabilities };
-constexpr std::array<const char*, 3> names_of(TeacherIs) {
-  return {"logits", "probabilities", "log_probabilities"};
+// teacher's temperature is 1, and nothing is normalised. A teacher that kept k classes has an
+// operator of its own (see top_k.h).
+enum class TeacherIs { logits, probabilities, log_probabilities, top_k };
+constexpr std::array<const char*, 4> names_of(TeacherIs) {
+  return {"logits", "probabilities", "log_probabilities", "top_k"};
 }
 
 constexpr int64_t kElsewhere = -2;

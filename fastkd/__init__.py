@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         explain,
         use_backend,
     )
-    from fastkd.logits import LinearHead, LogProbabilities, Probabilities
+    from fastkd.logits import LinearHead, LogProbabilities, Probabilities, TopK
     from fastkd.losses.attention import attention_map, attention_transfer_loss
     from fastkd.losses.distillation import DistillationParts, distillation_loss
     from fastkd.losses.fsp import fsp_loss
@@ -35,6 +35,7 @@ __all__ = [
     "LinearHead",
     "LogProbabilities",
     "Probabilities",
+    "TopK",
     "attention_map",
     "attention_transfer_loss",
     "distillation_loss",
@@ -58,6 +59,7 @@ _HOME = {
     "LinearHead": "logits",
     "LogProbabilities": "logits",
     "Probabilities": "logits",
+    "TopK": "logits",
     "attention_map": "losses.attention",
     "attention_transfer_loss": "losses.attention",
     "fsp_loss": "losses.fsp",

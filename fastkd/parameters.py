@@ -33,7 +33,8 @@ class SoftTarget(NamedTuple):
     and sum to 1. Labels are classes, or only tell which rows count. Where `num_classes` is a
     number, only the first so many classes of either side exist. `teacher_is` tells what the
     teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
-    used as they are, and whose temperature is 1. Where the tensors are a shard of the classes,
+    used as they are, and whose temperature is 1; or top_k, which has operators of its own, to
+    which no temperature of the teacher comes. Where the tensors are a shard of the classes,
     `all_classes` is how many all shards have, and a label may be `ELSEWHERE`.
     """
 
@@ -59,8 +60,9 @@ class Heads(NamedTuple):
     """Of the sides that are linear heads: what stands between products and logits of each.
 
     A side that is none has a scale of 1; a softcap of 0 stands for none. The dtypes are those of
-    the products, by name; of a side of logits it is the logits' own. At most `chunk_size` rows have
-    logits at a time, and 0 leaves the choice to the operator.
+    the products, by name; of a side of logits it is the logits' own. Where the teacher kept k
+    classes, `listed_only` says that the student's softmax is over these. At most `chunk_size` rows
+    have logits at a time, and 0 leaves the choice to the operator.
     """
 
     student_is_head: bool
@@ -71,6 +73,7 @@ class Heads(NamedTuple):
     teacher_scale: float
     teacher_softcap: float
     teacher_dtype: str
+    listed_only: bool
     chunk_size: int
 
 

@@ -87,6 +87,12 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: compiled code and GPUs would have to wait for them."""
+    is_known = not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    return is_known and is_plain(tensor)
+
+
 def nobody_listens(args: Sequence[Any]) -> bool:
     """Whether an operator called with these may read memory, without torch's dispatcher.
 

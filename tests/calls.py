@@ -33,6 +33,11 @@ _SAMPLES = {
             {"teacher_is": "probabilities"},
             {"teacher_is": "log_probabilities", "divergence": "reverse_kl", "reduction": "none"},
             {"teacher_is": "probabilities", "divergence": "skew_kl", "mask": [True, False] * 2},
+            {"tail": "renormalize"},
+            {"tail": "renormalize", "row_weight": [0.5, 0, 2, 1], "num_classes": 9},
+            {"tail": "bucket", "divergence": "reverse_kl", "reduction": "none"},
+            {"tail": "renormalize_both", "divergence": "jsd", "mask": [True, False] * 2},
+            {"tail": "zero", "temperature": [1.0, 2.0, 0.5, 3.0]},
         ],
     ),
     "distillation_loss": (
@@ -52,6 +57,9 @@ _SAMPLES = {
             {"teacher_temperature": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1},
             {"teacher_is": "log_probabilities", "label_smoothing": 0.1},
             {"teacher_is": "probabilities", "divergence": "jsd", "temperature": [3.0, 1, 0.5, 2]},
+            {"tail": "renormalize", "label_smoothing": 0.1, "teacher_temperature": 3.0},
+            {"tail": "bucket", "divergence": "skew_kl", "reduction": "none"},
+            {"tail": "renormalize_both"},
         ],
     ),
     "attention_map": (
@@ -118,6 +126,7 @@ class Call:
     keywords: dict
     students: int = 1
     refused: frozenset = frozenset()  # keywords that do not go with these
+    slots: int = 0  # classes that a teacher kept of each row
 
     def __call__(self, *tensors, **keywords):
         return self.function(*(tensors or self.tensors), **{**self.keywords, **keywords})
@@ -144,6 +153,23 @@ def stating(function, teacher_is):
         if teacher_is == "log_probabilities":
             return function(student, fastkd.LogProbabilities(teacher), **keywords)
         return function(student, fastkd.Probabilities(teacher.abs()), **keywords)
+
+    return flat
+
+
+# Classes of four rows, of which the last slot of two is padding.
+_KEPT = [[8, 0, 5], [1, 9, -1], [3, 2, 7], [0, 4, -1]]
+
+
+def keeping(function, tail):
+    """A loss on logits whose teacher kept three classes, with the logits of all in its place."""
+
+    def flat(student, teacher, **keywords):
+        indices = torch.tensor(_KEPT).clamp(max=keywords.get("num_classes", 10) - 1)
+        indices = indices.repeat(len(teacher) // len(_KEPT), 1)
+        values = teacher.gather(-1, indices.clamp(min=0))
+        lse = 2 + teacher.logsumexp(-1) if tail in ("zero", "bucket") else None
+        return function(student, fastkd.TopK(values, indices, tail=tail, lse=lse), **keywords)
 
     return flat
 
@@ -180,7 +206,7 @@ def variants(name, dtype=torch.float32):
     tensors, count = draw(shapes), _STUDENTS.get(name, 1)
     calls = []
     for other in ({}, *others):
-        changed, drawn, students, refused = function, tensors, count, frozenset()
+        changed, drawn, students, refused, slots = function, tensors, count, frozenset(), 0
         of_rows = {*OF_ROWS, *temperatures.NAMES}
         other = {k: torch.tensor(v) if k in of_rows else v for k, v in other.items()}
         if name == "fsp_loss":
@@ -188,6 +214,8 @@ def variants(name, dtype=torch.float32):
         if "teacher_is" in other:
             changed = stating(function, other.pop("teacher_is"))
             refused = frozenset({"teacher_temperature"})
+        if "tail" in other:
+            changed, slots = keeping(function, other.pop("tail")), len(_KEPT[0])
         if "teacher_weights" in other:
             changed = ensemble(function)
             drawn = tensors + draw(shapes[1:] * (len(other["teacher_weights"]) - 1))
@@ -195,7 +223,7 @@ def variants(name, dtype=torch.float32):
             copies = len(other["pair_weights"])
             changed, students = several(function, copies, count), copies * count
             drawn = draw(shapes[:count] * copies + shapes[count:] * copies)
-        calls.append(Call(changed, drawn, {**keywords, **other}, students, refused))
+        calls.append(Call(changed, drawn, {**keywords, **other}, students, refused, slots))
     return calls
 
 

@@ -172,6 +172,7 @@ def test_every_operator_is_checked(kernel_backend):
         torch.ops.fastkd.product.default,
         torch.ops.fastkd.soft_target_forward_.default,
         torch.ops.fastkd.soft_target_terms.default,
+        torch.ops.fastkd.top_k_forward_.default,
         metrics.metrics.overload,
     }
     assert seen == set(operators.OPERATORS.values())

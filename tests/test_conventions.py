@@ -9,6 +9,7 @@ import test_conventions_logits
 import test_conventions_probabilities
 import test_conventions_relations
 import test_conventions_temperatures
+import test_conventions_top_k
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 MODULES = (
@@ -18,6 +19,7 @@ MODULES = (
     test_conventions_probabilities,
     test_conventions_relations,
     test_conventions_temperatures,
+    test_conventions_top_k,
 )
 
 

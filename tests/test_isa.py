@@ -6,6 +6,7 @@ import probabilities
 import pytest
 import temperatures
 import thresholds
+import top_k
 import torch
 import torch.nn.functional as F
 from agreement import DTYPES
@@ -137,6 +138,17 @@ def test_probabilities(isa, teacher_is, dtype, keywords):
     if keywords.get("divergence") != "reverse_kl":
         pair[1][3] = 0.0 if teacher_is == "probabilities" else -math.inf
     check_soft_target(*pair, "native", **keywords)
+
+
+@pytest.mark.parametrize("keywords", top_k.PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_k(isa, dtype, keywords):
+    keywords = {**keywords, "temperature": 2.0}
+    for size in SIZES[1::2]:
+        tensors = top_k.sides(16, size, min(size, 9), (dtype, dtype), **keywords)
+        top_k.check_top_k(*tensors, "native", **keywords)
+        labels = torch.tensor([0, -100, size - 1, size // 2] * 4)
+        top_k.check_top_k(*tensors, "native", labels=labels, label_smoothing=0.1, **keywords)
 
 
 @pytest.mark.parametrize("kind", ["sum", "sum_pow", "max_pow"])

@@ -14,7 +14,7 @@ from triton_calls import HARD, SUM, around
 
 from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.precision import compute_dtype
-from fastkd.reference.soft_target import LOGIT_SCALE
+from fastkd.reference.scaled import LOGIT_SCALE
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not under test", allow_module_level=True)

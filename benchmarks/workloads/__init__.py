@@ -14,6 +14,7 @@ from benchmarks.workloads import (
     rkd,
     similarity,
     soft_target,
+    top_k,
 )
 from benchmarks.workloads.workload import Workload
 
@@ -24,6 +25,7 @@ WORKLOADS: tuple[Workload, ...] = (
     *divergence.WORKLOADS,
     *keywords.WORKLOADS,
     *linear_head.WORKLOADS,
+    *top_k.WORKLOADS,
     *attention.WORKLOADS,
     *hint.WORKLOADS,
     *rkd.WORKLOADS,

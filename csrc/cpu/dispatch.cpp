@@ -10,7 +10,7 @@ namespace {
 #define FASTKD_SET(isa)                                                                          \
   Kernels {                                                                                      \
     #isa, isa::soft_target_kernels, isa::attention_kernels, isa::hint_kernels, isa::rkd_kernels, \
-        isa::similarity_kernels, isa::fsp_kernels, isa::metrics_kernels                          \
+        isa::similarity_kernels, isa::fsp_kernels, isa::metrics_kernels, isa::top_k_kernels      \
   }
 
 bool runs_here(const char* isa) {

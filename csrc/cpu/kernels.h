@@ -95,6 +95,15 @@ struct MetricsKernels {
                   int threads);
 };
 
+// Teachers that kept k classes: see ../operators.inc. All outputs may be absent.
+struct TopKKernels {
+  void (*forward)(const Tensor& student, const Tensor& indices, const Tensor& log_p,
+                  const Tensor& log_rest, const Labels& labels, const Tensors& temperatures,
+                  void* loss, void* parts, const Tensor& log_q, const Tensor& gradient,
+                  const Tensor& grad_output, bool listed_only, const SoftTargetParameters& p,
+                  int threads);
+};
+
 struct Kernels {
   const char* isa;
   SoftTargetKernels soft_target;
@@ -104,6 +113,7 @@ struct Kernels {
   SimilarityKernels similarity;
   FspKernels fsp;
   MetricsKernels metrics;
+  TopKKernels top_k;
 };
 
 // The kernels of each instruction set, defined by its object files.
@@ -116,6 +126,7 @@ struct Kernels {
   extern const SimilarityKernels similarity_kernels;  \
   extern const FspKernels fsp_kernels;                \
   extern const MetricsKernels metrics_kernels;        \
+  extern const TopKKernels top_k_kernels;             \
   }
 FASTKD_DECLARE(baseline)
 FASTKD_DECLARE(avx2)

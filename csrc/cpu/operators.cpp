@@ -137,6 +137,19 @@ void soft_target_terms(const Place& place, const Tensor& student, const Tensors&
                               terms.as<double>(), p, place.threads());
 }
 
+void top_k_forward(const Place& place, const Tensor& student, const Tensor& indices,
+                   const Tensor& log_p, const Tensor& log_rest, const Tensor& labels,
+                   const Tensor& loss, const Tensor& parts, const Tensor& log_q,
+                   const Tensor& gradient, const Tensor&, bool listed_only,
+                   const SoftTargetParameters& p, const Tensors& temperatures,
+                   const Tensor& grad_output) {
+  const Labels checked = check_labels(labels, student, place, p);
+  Tensor to = gradient;
+  expect_writing(to, bytes_of(to));
+  kernels().top_k.forward(student, indices, log_p, log_rest, checked, temperatures, loss.data,
+                          parts.data, log_q, to, grad_output, listed_only, p, place.threads());
+}
+
 void distillation_metrics(const Place& place, const Tensor& student, const Tensor& teacher,
                           const Tensor& mask, const Tensor& values, const Tensor& argmax,
                           const MetricsParameters& p) {

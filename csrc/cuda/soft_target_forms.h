@@ -20,6 +20,15 @@ struct Scratch {
   }
 };
 
+// Fills memory with zeros, if there is any.
+inline void clear(void* p, int64_t elements, DType dtype, const Stream& stream) {
+  if (p != nullptr && elements > 0)
+    check(cudaMemsetAsync(p, 0, size_t(elements * size_of(dtype)), stream.handle), "clearing");
+}
+
+// Gives a call its place for the partial sums of blocks, and counts its labels where they are many.
+Scratch prepare(Call& call, void* scratch, const Stream& stream);
+
 // The largest blocks and clusters that have a row.
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;

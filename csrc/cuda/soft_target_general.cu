@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
 
 template <class A, bool kIsColumns>
 void launch_typed(const GeneralCall& of, const Scratch& scratch, const Stream& stream) {
-  launch_over_rows<A, kIsColumns>(soft_target_general_kernel<A, kIsColumns>, of, of.mean, scratch,
-                                  stream);
+  launch_over_rows<A, kIsColumns>(soft_target_general_kernel<A, kIsColumns>, of, of.mean.call,
+                                  of.mean.count * sizeof(Normaliser<A>), scratch, stream);
 }
 
 }  // namespace

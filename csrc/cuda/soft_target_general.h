@@ -60,6 +60,16 @@ constexpr A kLargest = A(sizeof(A) == 8 ? DBL_MAX : FLT_MAX);
 template <class A>
 constexpr A kLeastNormal = A(sizeof(A) == 8 ? DBL_MIN : FLT_MIN);
 
+// Gives exponentials of scaled logits the rate of a row's own temperature; returns 1 / T, as the
+// arithmetic has it. Where the largest logit alone counts, or all count the same, 0 · inf would be
+// NaN.
+template <class A>
+__device__ __forceinline__ double use_temperature(double temperature, Rates<A>& rates) {
+  const double wanted = kLog2E / temperature / kLogitScale, most = double(kLargest<A>);
+  rates.at_temperature = A(fmin(fmax(wanted, double(kLeastNormal<A>)), most));
+  return wanted > most ? 1 / temperature : double(rates.at_temperature) * (kLogitScale / kLog2E);
+}
+
 // The rates of one row's exponentials.
 template <class A>
 struct RowRates {
@@ -83,17 +93,8 @@ struct RowRates {
       teacher_temperature = at(of.teacher_temperatures);
       squared = temperature > 0 && teacher_temperature > 0 ? root * root : double(NAN);
     }
-    inverse = use(temperature, student);
-    ratio = use(teacher_temperature, teacher) / inverse;
-  }
-
- private:
-  // Of scaled logits; returns 1 / T. Where the largest logit alone counts, or all count the same,
-  // 0 · inf would be NaN.
-  __device__ __forceinline__ static double use(double temperature, MeanRates<A>& rates) {
-    const double wanted = kLog2E / temperature / kLogitScale, most = double(kLargest<A>);
-    rates.at_temperature = A(fmin(fmax(wanted, double(kLeastNormal<A>)), most));
-    return wanted > most ? 1 / temperature : double(rates.at_temperature) * (kLogitScale / kLog2E);
+    inverse = use_temperature(temperature, student);
+    ratio = use_temperature(teacher_temperature, teacher) / inverse;
   }
 };
 

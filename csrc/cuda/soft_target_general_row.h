@@ -36,26 +36,6 @@ struct GeneralClasses {
   A x[N], y[N], es[N], et[N];
 };
 
-// Merges the states of lanes that have the student's sums.
-template <class A>
-struct MergeStudentLanes {
-  const MeanRates<A>& rates;
-  bool with_logits;
-
-  template <int kLanes>
-  __device__ __forceinline__ void over(RowState<A>& row) const {
-    move(row, over_lanes_max<kLanes>(row.student_max));
-    over_lanes_sum<kLanes>(row.student);
-    if (rates.has_hard) over_lanes_sum<kLanes>(row.hard);
-    if (with_logits) over_lanes_sum<kLanes>(row.logits);
-  }
-  __device__ __forceinline__ void move(RowState<A>& row, A to) const {
-    row.student *= rates.soft(row.student_max, to);
-    if (rates.has_hard) row.hard *= rates.hard(row.student_max, to);
-    row.student_max = to;
-  }
-};
-
 template <class A, bool kIsColumns>
 struct GeneralPasses : RowPasses<A, kIsColumns> {
   using Base = RowPasses<A, kIsColumns>;

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
 
 template <class D, class A, bool kIsColumns>
 void launch_typed(const MeanCall& of, const Scratch& scratch, const Stream& stream) {
-  launch_over_rows<A, kIsColumns>(soft_target_passes_kernel<D, A, kIsColumns>, of, of, scratch,
-                                  stream);
+  launch_over_rows<A, kIsColumns>(soft_target_passes_kernel<D, A, kIsColumns>, of, of.call,
+                                  of.count * sizeof(Normaliser<A>), scratch, stream);
 }
 
 }  // namespace

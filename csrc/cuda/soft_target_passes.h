@@ -44,25 +44,44 @@ __device__ __forceinline__ void read(const Tensor& from, int64_t at, int64_t i, 
   with_storage(from.dtype, of_storage);
 }
 
+// Merges the states of lanes that have the student's sums.
+template <class A>
+struct MergeStudentLanes {
+  const Rates<A>& rates;
+  bool with_logits;
+
+  template <int kLanes>
+  __device__ __forceinline__ void over(RowState<A>& row) const {
+    move(row, over_lanes_max<kLanes>(row.student_max));
+    over_lanes_sum<kLanes>(row.student);
+    if (rates.has_hard) over_lanes_sum<kLanes>(row.hard);
+    if (with_logits) over_lanes_sum<kLanes>(row.logits);
+  }
+  __device__ __forceinline__ void move(RowState<A>& row, A to) const {
+    row.student *= rates.soft(row.student_max, to);
+    if (rates.has_hard) row.hard *= rates.hard(row.student_max, to);
+    row.student_max = to;
+  }
+};
+
+// Leaves no class out of a sum.
+struct AllClasses {
+  __device__ __forceinline__ unsigned operator()(int64_t) const { return 0; }
+};
+
 // A thread's part in a row, which is a block's, or in columns a thread's.
 template <class A, bool kIsColumns>
-struct RowPasses {
+struct ClassPasses {
   static constexpr int N = kClasses<A, Any, Any>;
 
-  const MeanCall& of;
   const Call& call;
   PassesShared<A>& shared;
   const int64_t vectors;
   const bool with_logits;
-  Normaliser<A>* const normalisers = after<Normaliser<A>>(shared);
   const bool leads = kIsColumns || threadIdx.x == 0;
 
-  __device__ __forceinline__ RowPasses(const MeanCall& of, PassesShared<A>& shared, int64_t vectors)
-      : of(of), call(of.call), shared(shared), vectors(vectors), with_logits(of.call.smooths()) {}
-
-  __device__ __forceinline__ Normaliser<A>& normaliser(int m) const {
-    return normalisers[kIsColumns ? m * int(blockDim.x) + int(threadIdx.x) : m];
-  }
+  __device__ __forceinline__ ClassPasses(const Call& call, PassesShared<A>& shared, int64_t vectors)
+      : call(call), shared(shared), vectors(vectors), with_logits(call.smooths()) {}
 
   // f(first class), for the vectors of this thread.
   template <class F>
@@ -78,14 +97,19 @@ struct RowPasses {
     return [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
   }
 
-  // Maximum and sums of one tensor's row, in every thread that has a part in it.
-  template <bool kIsStudent, class Reader, class Merge>
+  // Maximum and sums of one tensor's row, in every thread that has a part in it. `left_out(i)` has
+  // a bit for each of the N classes from i on that does not belong to the sums.
+  template <bool kIsStudent, class Reader, class Merge, class LeftOut = AllClasses>
   __device__ __forceinline__ RowState<A> sums_of(const Reader& reader, int phase,
-                                                 const Rates<A>& rates, const Merge& lanes) const {
+                                                 const Rates<A>& rates, const Merge& lanes,
+                                                 LeftOut&& left_out = LeftOut()) const {
     RowState<A> row;
     over_vectors(phase, [&](int64_t i) {
       A x[N];
       reader(i, x);
+      const unsigned out = left_out(i);
+#pragma unroll
+      for (int k = 0; k < N; ++k) x[k] = out >> k & 1 ? A(-INFINITY) : x[k];
       A maximum = row.student_max;
 #pragma unroll
       for (int k = 0; k < N; ++k) maximum = x[k] > maximum ? x[k] : maximum;
@@ -97,7 +121,7 @@ struct RowPasses {
         const A below = shifted(x[k], shift(maximum));
         sum += rates.exp_soft(below);
         if (kIsStudent && rates.has_hard) hard += rates.exp_hard(below);
-        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes)
+        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes && !(out >> k & 1))
           row.logits += double(x[k] * A(kLogitScale));
       }
       row.student += sum;
@@ -106,15 +130,32 @@ struct RowPasses {
     if constexpr (!kIsColumns) merge_over_block(row, shared.of_warps, lanes);
     return row;
   }
+};
+
+// Of the passes over several teachers.
+template <class A, bool kIsColumns>
+struct RowPasses : ClassPasses<A, kIsColumns> {
+  using Base = ClassPasses<A, kIsColumns>;
+  using Base::call, Base::leads, Base::N, Base::shared;
+
+  const MeanCall& of;
+  Normaliser<A>* const normalisers = after<Normaliser<A>>(this->shared);
+
+  __device__ __forceinline__ RowPasses(const MeanCall& of, PassesShared<A>& shared, int64_t vectors)
+      : Base(of.call, shared, vectors), of(of) {}
+
+  __device__ __forceinline__ Normaliser<A>& normaliser(int m) const {
+    return normalisers[kIsColumns ? m * int(blockDim.x) + int(threadIdx.x) : m];
+  }
 
   // The sums of every teacher's row become its normaliser, which all threads see behind a barrier.
   __device__ __forceinline__ void find_normalisers(uint32_t row, int phase,
                                                    const MeanRates<A>& rates) const {
 #pragma unroll 1
     for (int m = 0; m < of.count; ++m) {
-      const RowState<A> teacher =
-          sums_of<false>(reader(of.teachers[m].tensor, start_of_teacher(of, row, m), phase), phase,
-                         rates, MergeTeacherLanes<A>{rates});
+      const RowState<A> teacher = this->template sums_of<false>(
+          this->reader(of.teachers[m].tensor, start_of_teacher(of, row, m), phase), phase, rates,
+          MergeTeacherLanes<A>{rates});
       if (leads)
         normaliser(m) = {shift(teacher.student_max), A(of.teachers[m].weight) / teacher.student};
     }
@@ -150,20 +191,18 @@ __device__ __forceinline__ void over_rows(const Call& call, const F& f) {
   }
 }
 
-// Launches kernel(of, vectors, tickets), whose call on rows is `mean`.
+// Launches kernel(of, vectors, tickets), whose rows are those of `call`, with so many bytes of
+// shared memory for each row that a block has at a time.
 template <class A, bool kIsColumns, class Of>
-void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const MeanCall& mean,
-                      const Scratch& scratch, const Stream& stream) {
+void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
+                      size_t bytes, const Scratch& scratch, const Stream& stream) {
   constexpr int N = kClasses<A, Any, Any>;
-  const Call& call = mean.call;
   const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
   const int threads =
       kIsColumns ? kColumnThreads
                  : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
   const int64_t at_once = kIsColumns ? threads : 1;
-  Grid grid{
-      1, threads,
-      kHeader<PassesShared<A>> + size_t(mean.count) * size_t(at_once) * sizeof(Normaliser<A>)};
+  Grid grid{1, threads, kHeader<PassesShared<A>> + size_t(at_once) * bytes};
   grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
                           resident_clusters(kernel, grid, stream), kMostBlocks});
   launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));

@@ -108,6 +108,38 @@ def soft_target_terms(
     loaded().soft_target_terms(place_of(student), *inputs, struct_of(p), temperatures)
 
 
+def top_k_forward(
+    student: Tensor,
+    indices: Tensor,
+    log_p: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    loss: Tensor | None,
+    parts: Tensor | None,
+    log_q: Tensor | None,
+    gradient: Tensor | None,
+    listed_only: bool,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
+    grad_output: Tensor | None = None,
+) -> None:
+    """Fill what is wanted of the loss, its parts, the student's log-probabilities and its gradient.
+
+    The gradient is that for `grad_output`, one number or one a row; it may be the student itself.
+    """
+    place = place_of(student)
+    labels = labels if labels is None else labels.contiguous()
+    memory = scratch(place, student, "top_k")
+    outputs = loss, parts, log_q, gradient
+    if grad_output is not None:
+        grad_output = as_buffer(grad_output, log_p.dtype)
+    loaded().top_k_forward(
+        place,
+        *(student, indices, log_p, log_rest, labels, *outputs, memory),
+        *(listed_only, struct_of(p), temperatures, grad_output),
+    )
+
+
 def distillation_metrics(
     student: Tensor,
     teacher: Tensor,

@@ -1,15 +1,15 @@
 """Soft targets and hard labels together (Hinton et al. 2014), of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
-from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures
+from fastkd.logits import SIDES, Student, Teacher, TopK
+from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures, top_k
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -33,8 +33,8 @@ class DistillationParts(NamedTuple):
 
 @overload
 def distillation_loss(
-    student_logits: Tensor | LinearHead,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+    student_logits: Student,
+    teacher_logits: Teacher,
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -62,8 +62,8 @@ def distillation_loss(
 
 @overload
 def distillation_loss(
-    student_logits: Tensor | LinearHead,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+    student_logits: Student,
+    teacher_logits: Teacher,
     labels: Tensor,
     *,
     temperature: float | Tensor = ...,
@@ -91,8 +91,8 @@ def distillation_loss(
 
 @over_ranks.keywords
 def distillation_loss(
-    student_logits: Tensor | LinearHead,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+    student_logits: Student,
+    teacher_logits: Teacher,
     labels: Tensor,
     *,
     temperature: float | Tensor = 4.0,
@@ -132,8 +132,9 @@ def distillation_loss(
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
-            probabilities in the place of its logits; they are used as they are. A
-            `fastkd.LinearHead` stands for the logits that it would compute.
+            probabilities in the place of its logits; they are used as they are.
+            `fastkd.TopK(values, indices)` holds the k classes of each row that a teacher kept, and
+            a `fastkd.LinearHead` stands for the logits that it would compute.
         labels: classes in any integer dtype, of the logits' shape without `dim`, on the logits'
             device. int64 labels are not copied.
         temperature: T, above 0, of the soft term only. A tensor without dimensions, or of the
@@ -234,15 +235,15 @@ def distillation_loss(
         student_logits, teacher_logits, dim, chunk_size, inplace
     )
     teacher_is = "logits"
-    if isinstance(teacher, STATED):
-        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
-            teacher, teacher_temperature
-        )
+    if isinstance(teacher, SIDES):
+        teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
     ranks = cast("Ranks | None", group)  # which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
     divergence, beta = logits.check_divergence(divergence, beta)
+    if isinstance(teacher, TopK):
+        top_k.check_divergence(teacher, divergence)
     soft_weight = checks.number("soft_weight", soft_weight)
     hard_weight = checks.number("hard_weight", hard_weight)
     label_smoothing = checks.number("label_smoothing", label_smoothing, at_least=0, at_most=1)
@@ -270,8 +271,12 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat, *linear_head.tensors_of(heads)
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, heads)
     chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
+    target: Any = teachers
+    if isinstance(teacher, TopK):
+        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        target = top_k.slots(teacher, tensors, classes, of_teacher, heat, labels, ignore_index)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native" or ranks is not None or heads is not None:
         classes = student_logits.shape[axis] if num_classes is None else num_classes
@@ -296,7 +301,7 @@ def distillation_loss(
     )
     loss, *parts = run(
         reference.distillation_loss,
-        *(student_logits, teachers, labels, parameters, heat, reduce, in_place, return_parts),
+        *(student_logits, target, labels, parameters, heat, reduce, in_place, return_parts),
         heads=heads,
         ranks=ranks,
     )

@@ -15,6 +15,7 @@ from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick, produc
 from fastkd.parameters import Heads, SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.linear_head import logits as logits_of
+from fastkd.reference.top_k import Slots
 
 
 # Not a NamedTuple: within compiled code torch 2.8 makes none that holds tensors.
@@ -29,6 +30,28 @@ class Sides:
     def tensors(self) -> tuple[Tensor, ...]:
         heads = [head for head in (self.student, self.teacher) if head is not None]
         return tuple([x for head in heads for x in _tensors(head)])
+
+    def materialized(
+        self,
+        student: Tensor,
+        teachers: Any,
+        labels: Tensor | None,
+        p: SoftTarget,
+        of_hidden: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    ) -> tuple[Tensor, Any]:
+        """Both sides with logits, of what a function makes of the hidden states."""
+        counts = None if labels is None else labels != p.ignore_index
+
+        def logits(head: LinearHead, stand_in: Tensor) -> Tensor:
+            dtype = product_dtype(stand_in.dtype, stand_in.device)
+            head = dataclasses.replace(head, hidden=of_hidden(head.hidden))
+            return logits_of(head, counts, dtype, p.num_classes)
+
+        if self.student is not None:
+            student = logits(self.student, student)
+        if self.teacher is not None:
+            teachers = [logits(self.teacher, teachers[0])]
+        return student, teachers
 
     def notes(self) -> list[str]:
         """How many rows have logits at a time, for `fastkd.explain`."""
@@ -88,6 +111,7 @@ def sides_of(
         teacher_scale=scales[1],
         teacher_softcap=caps[1],
         teacher_dtype=dtypes[1],
+        listed_only=False,
         chunk_size=0 if chunk_size is None else chunk_size,
     )
     student, teacher = (
@@ -156,7 +180,7 @@ def run(
     reference: Callable[..., tuple[Tensor, ...]],
     sides: Sides,
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor] | Slots,
     labels: Tensor | None,
     p: SoftTarget,
     temperatures: Sequence[Tensor],
@@ -165,16 +189,17 @@ def run(
 ) -> tuple[Tensor, ...]:
     """The loss, and the parts of each row where they are wanted."""
     if p.backend == "reference":
-        counts = None if labels is None else labels != p.ignore_index
-        if sides.student is not None:
-            student = _materialized(sides.student, student, counts, p)
-        if sides.teacher is not None:
-            teachers = [_materialized(sides.teacher, teachers[0], counts, p)]
+        student, teachers = sides.materialized(student, teachers, labels, p)
         loss, *parts = reference(student, teachers, labels, p, temperatures)
         return reduce.of(loss), *parts
     of_student = [student] if sides.student is None else _tensors(sides.student)
-    of_teachers = teachers if sides.teacher is None else _tensors(sides.teacher)
+    of_teachers: Sequence[Tensor] = [*teachers]
     heads = sides.parameters
+    if isinstance(teachers, Slots):
+        of_teachers = [teachers.indices, *teachers]
+        heads = heads._replace(listed_only=teachers.listed_only)
+    elif sides.teacher is not None:
+        of_teachers = _tensors(sides.teacher)
     if sides.student is None:
         heads = heads._replace(dtype=_name(student.dtype))
     if sides.teacher is None:
@@ -185,10 +210,3 @@ def run(
     inputs = of_student, of_teachers, labels, heads, p, temperatures
     loss, *parts = linear_head(*inputs, with_parts, sums, factor)
     return loss if sums else reduce.of(loss), *parts
-
-
-def _materialized(
-    head: LinearHead, stand_in: Tensor, counts: Tensor | None, p: SoftTarget
-) -> Tensor:
-    dtype = product_dtype(stand_in.dtype, stand_in.device)
-    return logits_of(head, counts, dtype, p.num_classes)

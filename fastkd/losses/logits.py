@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.logits import STATED, LogProbabilities, Probabilities
-from fastkd.losses import checks, rows
+from fastkd.logits import SIDES, LogProbabilities, Probabilities, TopK
+from fastkd.losses import checks, rows, top_k
 from fastkd.ranks import Ranks
 from fastkd.reference.soft_target import zero
-from fastkd.tensors import is_plain
+from fastkd.tensors import can_be_read
 
 _MOST_TEACHERS = 64
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
@@ -31,10 +31,16 @@ _INTEGERS = (
 )
 
 
-def stated_teacher(
-    teacher: Probabilities | LogProbabilities, teacher_temperature: Any
-) -> tuple[Tensor, str, float]:
-    """The tensor of a teacher, what its numbers are, and their temperature."""
+def teacher_of(
+    teacher: Probabilities | LogProbabilities | TopK, teacher_temperature: Any
+) -> tuple[Tensor | TopK, str, Any]:
+    """The tensor of a teacher, what its numbers are, and their temperature.
+
+    One that kept k classes has more than one tensor, and stays as it is.
+    """
+    if isinstance(teacher, TopK):
+        top_k.check_temperature(teacher, teacher_temperature)
+        return teacher, "top_k", teacher_temperature
     if isinstance(teacher, Probabilities):
         tensor, teacher_is = teacher.probabilities, "probabilities"
     else:
@@ -70,9 +76,13 @@ def check_logits(
     if student.ndim == 0:
         raise ValueError("logits must have at least one dimension, got shape ()")
     dim = checks.dimension("dim", dim, student.ndim)
-    for i, one in enumerate(teachers):
+    if isinstance(teacher, TopK):
+        teachers, to_compare = top_k.check_tensors(student, teacher, dim), []
+    else:
+        to_compare = teachers
+    for i, one in enumerate(to_compare):
         name = f"teacher_logits[{i}]" if is_ensemble else "teacher_logits"
-        if isinstance(one, STATED):
+        if isinstance(one, SIDES):
             raise TypeError(
                 f"{name} must be a tensor of logits, got {type(one).__name__}: of an ensemble of "
                 "probabilities pass the mean, Probabilities(w1 * p1 + w2 * p2)"
@@ -87,11 +97,11 @@ def check_logits(
         raise ValueError(
             f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
         )
-    stored = [x.shape[dim] for x in (student, *teachers)]
+    stored = [x.shape[dim] for x in (student, *to_compare)]
     if ranks is not None:
         if num_classes is not None:
             num_classes = checks.integer("num_classes", num_classes)
-        ranks.split(stored[0], min(stored[1:]), num_classes)
+        ranks.split(stored[0], min(stored[1:], default=stored[0]), num_classes)
         num_classes = None if ranks.here == max(stored) else ranks.here
     elif num_classes is not None:
         num_classes = check_num_classes(num_classes, stored)
@@ -106,10 +116,11 @@ def check_logits(
     if classes == 1:
         _warn_of_one_class()
     if weights is None:
-        return dim, num_classes, teachers, (1 / len(teachers),) * len(teachers), []
+        weights = (1.0,) if isinstance(teacher, TopK) else (1 / len(teachers),) * len(teachers)
+        return dim, num_classes, teachers, weights, []
     if not is_ensemble:
         raise ValueError(
-            "teacher_weights needs a sequence of teachers as teacher_logits, got one tensor"
+            "teacher_weights needs a sequence of teachers as teacher_logits, got one teacher"
         )
     shares = _check_weights(weights, len(teachers))
     both = list(zip(teachers, shares, strict=True))
@@ -248,7 +259,7 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, dim: int) ->
         return wide
     # What int64 does not hold becomes negative, and must not be the ignored label there.
     too_large = wide < 0
-    if has_values(wide) and too_large.any():
+    if can_be_read(wide) and too_large.any():
         raise _no_class(int(wide[too_large][0]) + 2**64, logits.shape[dim], ignore_index)
     return wide.masked_fill(too_large, -2 if ignore_index == -1 else -1)
 
@@ -260,7 +271,7 @@ def _fit_dim_1(logits: Tensor, labels: Tensor) -> bool:
 
 def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Each is a class or `ignore_index`, where that can be looked at."""
-    if not has_values(labels) or labels.numel() == 0:
+    if not can_be_read(labels) or labels.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(labels))
     if 0 <= low and high < classes:
@@ -268,12 +279,6 @@ def check_label_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
     if wrong.numel():
         raise _no_class(int(wrong[0]), classes, ignore_index)
-
-
-def has_values(labels: Tensor) -> bool:
-    """Whether they can be looked at: compiled code and GPUs would have to wait for them."""
-    is_known = not torch.compiler.is_compiling() and labels.device.type == "cpu"
-    return is_known and is_plain(labels)
 
 
 def _no_class(label: int, classes: int, ignore_index: int) -> ValueError:

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fastkd.dispatch import is_explaining
 from fastkd.facts import ONE_TEACHER
-from fastkd.losses import checks, shards
+from fastkd.losses import checks, linear_head, shards
 from fastkd.losses.rows import Reduction, shape_of
 from fastkd.ops.ranks import soft_target_rows
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.ranks import Explained, Ranks
 from fastkd.reference.classes import Split
-from fastkd.reference.soft_target import LOGIT_SCALE, divisor_of
+from fastkd.reference.scaled import LOGIT_SCALE
+from fastkd.reference.soft_target import divisor_of
+from fastkd.reference.top_k import Slots
 from fastkd.tensors import are_transforms_active, is_of_torch
 
 P = ParamSpec("P")
@@ -87,29 +89,36 @@ def _ranks_of(group: Any) -> Ranks:
     return Explained(group) if is_explaining() else Ranks(group)
 
 
-def obstacle(ranks: Ranks | None, teachers: Sequence[Tensor], teacher_is: str) -> str | None:
+def obstacle(
+    ranks: Ranks | None,
+    teachers: Sequence[Tensor],
+    teacher_is: str,
+    heads: linear_head.Sides | None,
+) -> str | None:
     """What keeps kernels from a call with a group."""
-    has_kernels = len(teachers) == 1 and teacher_is == "logits"
+    has_kernels = len(teachers) == 1 and teacher_is == "logits" and heads is None
     return None if ranks is None or has_kernels else ONE_TEACHER
 
 
 def run(
     reference: Callable[..., tuple[Tensor, ...]],
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor] | Slots,
     labels: Tensor | None,
     p: SoftTarget,
     temperatures: Sequence[Tensor],
     reduce: Reduction,
     ranks: Ranks,
+    heads: linear_head.Sides | None,
 ) -> tuple[Tensor, ...]:
     """The loss and its parts, as `losses.run` has them; the same on every rank."""
-    learning = [t.requires_grad for t in (student, *teachers, *temperatures)]
+    sides = student, *teachers, *linear_head.tensors_of(heads)
+    learning = [t.requires_grad for t in (*sides, *temperatures)]
     ranks.agree(
         rows=shape_of(student, p.dim).numel(),
-        dtypes=[t.dtype for t in (student, *teachers)],
+        dtypes=[t.dtype for t in sides],
         backend=p.backend,
-        divergence=(p.divergence, p.beta, len(teachers), p.teacher_is),
+        divergence=(p.divergence, p.beta, len(sides), p.teacher_is),
         temperatures=(p.temperature, p.teacher_temperature, len(temperatures)),
         weights=(p.soft_weight, p.hard_weight, p.label_smoothing, p.weights),
         reduction=(p.reduction, p.ignore_index, *reduce.kind, labels is None),
@@ -119,9 +128,14 @@ def run(
     if p.backend == "reference":
         split = Split(ranks)
         heat = [split.spread(t) for t in temperatures]
+        if heads is not None:
+            student, teachers = heads.materialized(student, teachers, labels, p, split.spread)
+        if isinstance(teachers, Slots):
+            teachers = teachers.each(split.spread)
         loss, *parts = reference(student, teachers, labels, p, heat, split)
         return reduce.of(split.share(loss)), *parts
-    rows, parts_of_rows = soft_target_rows(student, teachers[0], labels, p, temperatures, ranks)
+    (teacher,) = teachers
+    rows, parts_of_rows = soft_target_rows(student, teacher, labels, p, temperatures, ranks)
     divisor = divisor_of(rows.numel(), ranks.classes, rows, labels, p)
 
     def reduced(x: Tensor) -> Tensor:

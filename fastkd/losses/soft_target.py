@@ -1,15 +1,15 @@
 """Soft targets (Hinton et al. 2014) of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastkd.dispatch import select
 from fastkd.facts import Backend
-from fastkd.logits import STATED, LinearHead, LogProbabilities, Probabilities
-from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures
+from fastkd.logits import SIDES, Student, Teacher, TopK
+from fastkd.losses import checks, linear_head, logits, over_ranks, rows, temperatures, top_k
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
@@ -21,8 +21,8 @@ _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 @over_ranks.keywords
 def soft_target_loss(
-    student_logits: Tensor | LinearHead,
-    teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+    student_logits: Student,
+    teacher_logits: Teacher,
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -58,8 +58,9 @@ def soft_target_loss(
             of up to 64 such tensors is an ensemble, with the target `p = sum(w *
             softmax(teacher/T))`: the mean of probabilities, not of logits.
             `fastkd.Probabilities(p)` or `fastkd.LogProbabilities(log_p)` holds a teacher's
-            probabilities in the place of its logits; they are used as they are. A
-            `fastkd.LinearHead` stands for the logits that it would compute.
+            probabilities in the place of its logits; they are used as they are.
+            `fastkd.TopK(values, indices)` holds the k classes of each row that a teacher kept, and
+            a `fastkd.LinearHead` stands for the logits that it would compute.
         temperature: T, above 0; papers on images use 4. A tensor without dimensions, or of the
             rows' shape (the logits' without `dim`), gives one for all rows or one for each, and
             receives its gradient, that of T² included, if it requires one. It is floating, on the
@@ -151,16 +152,16 @@ def soft_target_loss(
         student_logits, teacher_logits, dim, chunk_size, inplace
     )
     teacher_is = "logits"
-    if isinstance(teacher, STATED):
-        teacher, teacher_is, teacher_temperature = logits.stated_teacher(
-            teacher, teacher_temperature
-        )
+    if isinstance(teacher, SIDES):
+        teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
     ranks = cast("Ranks | None", group)  # which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
     logits.check_last_dim(student_logits, dim)
     divergence, beta = logits.check_divergence(divergence, beta)
+    if isinstance(teacher, TopK):
+        top_k.check_divergence(teacher, divergence)
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
@@ -180,8 +181,12 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat, *linear_head.tensors_of(heads)
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is)
+    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, heads)
     chosen = select("soft_target_loss", tensors, backend, others, hindrance, heads)
+    target: Any = teachers
+    if isinstance(teacher, TopK):
+        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        target = top_k.slots(teacher, tensors, classes, of_teacher, heat, marks, rows.MASKED)
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
@@ -201,7 +206,7 @@ def soft_target_loss(
     )
     loss, *_ = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
-        *(student_logits, teachers, marks, parameters, heat, reduce, in_place),
+        *(student_logits, target, marks, parameters, heat, reduce, in_place),
         heads=heads,
         ranks=ranks,
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.losses import checks, logits, rows
+from fastkd.losses import checks, rows
 from fastkd.precision import compute_dtype
+from fastkd.tensors import can_be_read
 
 
 def check(
@@ -61,7 +62,7 @@ def _check_one(
             f"without dim {dim}, {tuple(shape)}, got {tuple(value.shape)}"
         )
     wrong = ~((value > 0) & (value < math.inf))
-    if not logits.has_values(value):
+    if not can_be_read(value):
         return value.masked_fill(wrong, math.nan)
     if value.ndim > 0 and counts is not None:
         wrong = wrong & counts

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LinearHead, LogProbabilities, Probabilities
+from fastkd.logits import Student, Teacher
 from fastkd.losses.distillation import DistillationParts, distillation_loss
 from fastkd.nn.base import Loss
 
@@ -83,8 +83,8 @@ class DistillationLoss(Loss):
 
     def forward(
         self,
-        student_logits: Tensor | LinearHead,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+        student_logits: Student,
+        teacher_logits: Teacher,
         labels: Tensor,
         *,
         mask: Tensor | None = None,

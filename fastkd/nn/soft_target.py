@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.facts import Backend
-from fastkd.logits import LinearHead, LogProbabilities, Probabilities
+from fastkd.logits import Student, Teacher
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.nn.base import Loss
 
@@ -72,8 +72,8 @@ class SoftTargetLoss(Loss):
 
     def forward(
         self,
-        student_logits: Tensor | LinearHead,
-        teacher_logits: Tensor | Probabilities | LogProbabilities | LinearHead | Iterable[Tensor],
+        student_logits: Student,
+        teacher_logits: Teacher,
         *,
         mask: Tensor | None = None,
         row_weight: Tensor | None = None,

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastkd.autograd import no_grad
 from fastkd.operators import define, kernels
+from fastkd.ops import soft_target, top_k
 from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick
-from fastkd.ops.linear_head_sides import Head, Logits, Rows
-from fastkd.ops.soft_target import all_gradients, has_statistics
+from fastkd.ops.linear_head_sides import Head, Logits, OfRows, Rows
 from fastkd.ops.soft_target_operators import forward as forward_of_rows
+from fastkd.ops.top_k_operators import forward as forward_of_slots
 from fastkd.parameters import Heads, SoftTarget, in_schema
 from fastkd.product import no_autocast
 
@@ -35,7 +36,8 @@ class _Call:
         if labels is not None and rows.cleared is None and not p.labels_are_classes:
             labels = None
         self.labels = None if labels is None else rows.of(labels)
-        self.temperatures = [rows.of(t) for t in temperatures]
+        self.temperatures = [OfRows(t, rows) for t in temperatures]
+        self.listed_only = heads.listed_only
         self.p = p._replace(dim=1, num_classes=None, reduction="none")
         size = self.size = heads.chunk_size or picked(student, teachers, heads)
         self.student: Head | Logits
@@ -45,11 +47,13 @@ class _Call:
             self.student = Head(student, *of_student)
         else:
             self.student = Logits(student[0], p.num_classes, rows)
-        self.teachers: list[Head | Logits]
+        self.teachers: list[Head | Logits | OfRows]
         if heads.teacher_is_head:
             dtype = getattr(torch, heads.teacher_dtype)
             of_teacher = heads.teacher_scale, heads.teacher_softcap, dtype, p.num_classes
             self.teachers = [Head(teachers, *of_teacher, rows, size)]
+        elif p.teacher_is == "top_k":
+            self.teachers = [OfRows(slots, rows) for slots in teachers]
         else:
             self.teachers = [Logits(teacher, p.num_classes, rows) for teacher in teachers]
 
@@ -59,8 +63,61 @@ class _Call:
             self.student.chunk(at),
             [teacher.chunk(at) for teacher in self.teachers],
             None if self.labels is None else self.labels[at],
-            [t[at] for t in self.temperatures],
+            [t.chunk(at) for t in self.temperatures],
         )
+
+    def loss_and_gradient(
+        self,
+        inputs: tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]],
+        factor: Tensor | None,
+        losses: Tensor,
+        parts: Tensor | None,
+        gradient: Tensor | None,
+    ) -> None:
+        """The losses of a chunk, their parts, and the gradient, if need be in the logits' place."""
+        student, teachers, labels, temperatures = inputs
+        p, others = self.p, {"temperatures": temperatures, "grad_output": factor}
+        if p.teacher_is != "top_k":
+            outputs = losses, parts, None, gradient
+            run = kernels(p.backend, "soft_target").soft_target_forward
+            return run(student, teachers, labels, *outputs, p, **others)
+        slots, outputs = _slots(teachers), (losses, parts, None, gradient)
+        run = kernels(p.backend, "top_k").top_k_forward
+        return run(student, *slots, labels, *outputs, self.listed_only, p, **others)
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]],
+        grad_output: Tensor,
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Those that are wanted of a chunk: of its sides and its temperatures."""
+        student, teachers, labels, temperatures = inputs
+        p = self.p
+        if p.teacher_is != "top_k":
+            has = soft_target.has_statistics(p)
+            statistics = forward_of_rows(*inputs, None, False, has, False, p)[2] if has else None
+            return soft_target.all_gradients(grad_output, *inputs, statistics, wanted, p)
+        of_rows = student, *_slots(teachers), labels, temperatures
+        log_q = None
+        if any(wanted[1 : 1 + len(teachers)]):
+            log_q = forward_of_slots(*of_rows, None, self.listed_only, False, True, False, p)[2]
+        to_student, to_slots, to_temperatures = top_k.all_gradients(
+            grad_output,
+            *of_rows,
+            self.listed_only,
+            log_q,
+            wanted[0],
+            wanted[1 + len(teachers) :],
+            p,
+        )
+        return to_student, None, *to_slots[: len(teachers) - 1], *to_temperatures
+
+
+def _slots(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The classes, their log-probabilities, and that of the rest if there is one."""
+    indices, log_p, *rest = tensors
+    return indices, log_p, rest[0] if rest else None
 
 
 def picked(student: Sequence[Tensor], teachers: Sequence[Tensor], heads: Heads) -> int:
@@ -68,32 +125,6 @@ def picked(student: Sequence[Tensor], teachers: Sequence[Tensor], heads: Heads) 
     device = student[0].device
     classes = [len(side[min(1, len(side) - 1)]) for side in (student, teachers)]
     return pick(bytes_of_row(heads, classes, device), free_bytes(device), device)
-
-
-def loss_and_gradient(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    temperatures: Sequence[Tensor],
-    factor: Tensor | None,
-    losses: Tensor,
-    parts: Tensor | None,
-    gradient: Tensor | None,
-    p: SoftTarget,
-) -> None:
-    """The losses of a chunk, their parts, and the gradient, which may take the student's place."""
-    kernels(p.backend, "soft_target").soft_target_forward(
-        student,
-        teachers,
-        labels,
-        losses,
-        parts,
-        None,
-        gradient,
-        p,
-        temperatures=temperatures,
-        grad_output=factor,
-    )
 
 
 def _outputs(
@@ -165,7 +196,7 @@ def forward(
             of_rows = None if factor is None else factor[at]
             # What kernels fill is contiguous.
             of_parts = None if parts is None else parts.new_empty(2, at.stop - at.start)
-            loss_and_gradient(*inputs, of_rows, losses[at], of_parts, gradient, call.p)
+            call.loss_and_gradient(inputs, of_rows, losses[at], of_parts, gradient)
             if parts is not None and of_parts is not None:
                 parts[:, at] = of_parts
             if gradient is not None:
@@ -232,7 +263,7 @@ def backward(
     """
     with no_grad(), no_autocast(student[0].device.type):
         call = _Call(student, teachers, labels, temperatures, heads, p)
-        rows, p = call.rows, call.p
+        rows = call.rows
         of_student = wanted[: len(student)]
         of_teachers = wanted[len(student) : len(student) + len(teachers)]
         of_temperatures = wanted[len(student) + len(teachers) :]
@@ -245,24 +276,17 @@ def backward(
                 teacher.want([want])
             of_sides = [any(of_student), *of_teachers]
         grad_output = rows.of(grad_output)
-        to_temperatures = [torch.empty_like(t) for t in call.temperatures]
-        has = has_statistics(p)
+        each = call.student, *call.teachers, *call.temperatures
+        for temperature, want in zip(call.temperatures, of_temperatures, strict=True):
+            temperature.want([want])
         for at in rows.chunks(call.size):
             inputs = call.inputs(at)
-            statistics = forward_of_rows(*inputs, None, False, has, False, p)[2] if has else None
-            wants = [*of_sides, *of_temperatures]
-            found = all_gradients(grad_output[at], *inputs, statistics, wants, p)
-            sides = call.student, *call.teachers
-            for side, gradient in zip(sides, found[: len(sides)], strict=True):
+            found = call.gradients(inputs, grad_output[at], [*of_sides, *of_temperatures])
+            for of_call, gradient in zip(each, found, strict=True):
                 if gradient is not None:
-                    side.backward(gradient, at)
-            for to, gradient in zip(to_temperatures, found[len(sides) :], strict=True):
-                if gradient is not None:
-                    to[at] = gradient
-            del inputs, statistics, found, gradient  # before the next chunk has its own
-        gradients = [g for side in (call.student, *call.teachers) for g in side.gradients()]
-        pairs = zip(to_temperatures, of_temperatures, strict=True)
-        gradients += [rows.back(to) for to, want in pairs if want]
+                    of_call.backward(gradient, at)
+            del inputs, found, gradient  # before the next chunk has its own
+        gradients = [gradient for of_call in each for gradient in of_call.gradients()]
         tensors = *student, *teachers, *temperatures
         like = [x for x, want in zip(tensors, wanted, strict=True) if want]
         return [g.view(x.shape).to(x.dtype) for g, x in zip(gradients, like, strict=True)]

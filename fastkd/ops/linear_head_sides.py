@@ -97,6 +97,30 @@ class Logits:
         return [] if self.gradient is None else [_times(self.gradient, multiplier)]
 
 
+class OfRows:
+    """A small tensor with a number or a vector for each row."""
+
+    def __init__(self, tensor: Tensor, rows: Rows) -> None:
+        self.rows, self.packed = rows, rows.of(tensor)
+        self.gradient: Tensor | None = None
+
+    def chunk(self, at: slice) -> Tensor:
+        return self.packed[at]
+
+    def want(self, wanted: Sequence[bool]) -> None:
+        if any(wanted):
+            self.gradient = torch.empty_like(self.packed)
+
+    def backward(self, gradient: Tensor, at: slice) -> None:
+        """Take the gradient of a chunk."""
+        if self.gradient is not None:
+            self.gradient[at] = gradient
+
+    def gradients(self) -> list[Tensor]:
+        """That of the tensor, where it is wanted."""
+        return [] if self.gradient is None else [self.rows.back(self.gradient)]
+
+
 class Head:
     """A linear head: the logits of a chunk, and the gradients of its tensors from theirs."""
 

@@ -36,7 +36,7 @@ from fastkd.ops.temperatures import by_temperature, exchanged
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype, widest_dtype
 from fastkd.ranks import Ranks
-from fastkd.reference.soft_target import LOGIT_SCALE
+from fastkd.reference.scaled import LOGIT_SCALE
 
 
 def soft_target_rows(

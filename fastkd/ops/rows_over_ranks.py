@@ -13,7 +13,7 @@ from fastkd.ops.soft_target_operators import STATISTICS, forward
 from fastkd.parameters import ELSEWHERE, SoftTarget
 from fastkd.precision import widest_dtype
 from fastkd.ranks import Ranks
-from fastkd.reference.soft_target import LOGIT_SCALE
+from fastkd.reference.scaled import LOGIT_SCALE
 
 KL = ("forward_kl", "reverse_kl")
 IGNORED = -1  # the label of rows that do not count, in what kernels get

@@ -121,6 +121,18 @@ def soft_target_(
         loss, parts = forward_(student, teachers, labels, temperatures, factor, with_parts, p)
         return loss if factor is None else weighted(loss, factor), parts
 
+    return instead_of_logits(student, by_kernels, reference, with_parts, p)
+
+
+def instead_of_logits(
+    student: Tensor,
+    by_kernels: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    reference: Callable[[Tensor], Sequence[Tensor]],
+    with_parts: bool,
+    p: SoftTarget,
+) -> tuple[Tensor, ...]:
+    """`(loss,)` or `(loss, hard, T² D)` of logits in whose place the gradient is written."""
+
     def by_reference(student: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
@@ -129,7 +141,6 @@ def soft_target_(
         student.copy_(gradient)
         return loss.detach(), torch.stack(parts) if with_parts else None
 
-    _, loss, parts = _InPlace.record(
-        by_reference if p.backend == "reference" else by_kernels, student
-    )
+    losses = by_reference if p.backend == "reference" else by_kernels
+    _, loss, parts = _InPlace.record(losses, student)
     return (loss, *parts.unbind()) if with_parts else (loss,)

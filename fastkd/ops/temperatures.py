@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
-from fastkd.reference.soft_target import LOGIT_SCALE, divisor_of, largest, shifted
+from fastkd.reference.scaled import LOGIT_SCALE, largest, shifted
+from fastkd.reference.soft_target import divisor_of
 
 
 def exchanged(temperatures: Sequence[Tensor]) -> Sequence[Tensor]:

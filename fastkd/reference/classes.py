@@ -29,7 +29,17 @@ class Classes:
 
     def at(self, x: Tensor, labels: Tensor) -> Tensor:
         """What each row has at its label."""
-        return x.gather(-1, labels[..., None]).squeeze(-1)
+        return self.at_each(x, labels[..., None]).squeeze(-1)
+
+    def at_each(self, x: Tensor, indices: Tensor) -> Tensor:
+        """What each row has at several classes."""
+        return x.gather(-1, indices)
+
+    def without(self, x: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+        """The logits, -inf at those of these classes that count."""
+        count = torch.zeros_like(x, dtype=torch.int32)
+        count = count.scatter_add(-1, indices, counts.to(torch.int32))
+        return x.masked_fill(count > 0, -torch.inf)
 
 
 HERE = Classes()
@@ -66,15 +76,26 @@ class Split(Classes):
         """The mean over all ranks."""
         return self.total(x) / self.count(x)
 
-    def at(self, x: Tensor, labels: Tensor) -> Tensor:
-        """From the rank that has the label's class."""
-        first, here = self.ranks.first, self.ranks.here
-        is_here = (labels >= first) & (labels < first + here)
-        if here:
-            picked = super().at(x, (labels - first).clamp(0, here - 1))
+    def at_each(self, x: Tensor, indices: Tensor) -> Tensor:
+        """From the rank that has the class."""
+        own, is_here = self._own(indices)
+        if self.ranks.here:
+            picked = super().at_each(x, own)
         else:
-            picked = x.sum(-1)
+            picked = x.sum(-1, keepdim=True).expand(indices.shape)
         return sum_over(self.ranks, picked.masked_fill(~is_here, 0))
+
+    def without(self, x: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+        """Of those that are here."""
+        if not self.ranks.here:
+            return x
+        own, is_here = self._own(indices)
+        return super().without(x, own, counts & is_here)
+
+    def _own(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes as this rank counts them, and whether they are here."""
+        own, here = indices - self.ranks.first, self.ranks.here
+        return own.clamp(0, max(here - 1, 0)), (own >= 0) & (own < here)
 
     def spread(self, x: Tensor) -> Tensor:
         """A number that all ranks have, and whose gradient all of them make."""

@@ -7,15 +7,8 @@ from torch import Tensor
 
 from fastkd.parameters import SoftTarget
 from fastkd.reference.classes import HERE, Classes
-from fastkd.reference.soft_target import (
-    LOGIT_SCALE,
-    divergence_rows,
-    lift_for,
-    log_sum,
-    prepared,
-    shifted,
-    zero,
-)
+from fastkd.reference.scaled import LOGIT_SCALE, log_sum, shifted
+from fastkd.reference.soft_target import divergence_rows, lift_for, prepared, zero
 from fastkd.reference.temperatures import of_rows, temperatures_of
 from fastkd.tensors import unshard
 

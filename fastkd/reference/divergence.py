@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.reference.classes import Classes
+from fastkd.reference.classes import HERE, Classes
 from fastkd.reference.temperatures import of_rows, over
 
 # More than the logarithm of the ratio of any two numbers that a float can be.
@@ -86,7 +86,7 @@ def _forward_kl(sides: Sides) -> Tensor:
     """`sum(p * log(p / q))`."""
     ratio, p = _forward_kl_logarithms(sides), sides.p
     # A class that only the student excludes is infinite, even where p underflows: 0 * inf is NaN.
-    rows = _infinite(sides, ratio, p)
+    rows = infinite(ratio, p, sides.classes)
     if not sides.normalized:
         return rows + sides.classes.total(p * ratio.masked_fill(p == 0, 0))
     for share, weight in zip(sides.shares, sides.weights, strict=True):
@@ -106,7 +106,9 @@ def _forward_kl_slopes(sides: Sides) -> Tensor:
 def _reverse_kl(sides: Sides) -> Tensor:
     """`sum(q * log(q / p))`; a class that the student excludes contributes 0."""
     ratio, q = (-sides.log_ratio).masked_fill(sides.student == -torch.inf, 0), sides.q()
-    return _infinite(sides, ratio, q) + _weighed(sides, q, ratio, sides.lift) + _nan_of(sides)
+    return (
+        infinite(ratio, q, sides.classes) + _weighed(sides, q, ratio, sides.lift) + _nan_of(sides)
+    )
 
 
 def _reverse_kl_to_teachers(sides: Sides) -> Sequence[Tensor]:
@@ -133,10 +135,10 @@ def _nan_of(sides: Sides) -> Tensor:
     return 0 * (p * q)
 
 
-def _infinite(sides: Sides, ratio: Tensor, probability: Tensor) -> Tensor:
+def infinite(ratio: Tensor, probability: Tensor, classes: Classes = HERE) -> Tensor:
     """Infinity of the rows with an infinite class whose probability is 0; 0 of the others."""
-    infinite = (ratio == torch.inf) & (probability == 0)
-    return sides.classes.total(torch.zeros_like(ratio).masked_fill(infinite, torch.inf))
+    is_infinite = (ratio == torch.inf) & (probability == 0)
+    return classes.total(torch.zeros_like(ratio).masked_fill(is_infinite, torch.inf))
 
 
 def _weighed(sides: Sides, probability: Tensor, ratio: Tensor, total: Tensor | float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd.parameters import Metrics
 from fastkd.precision import compute_dtype
-from fastkd.reference.soft_target import LOGIT_SCALE, largest, shifted
+from fastkd.reference.scaled import LOGIT_SCALE, largest, shifted
 from fastkd.tensors import unshard
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,37 +13,11 @@ from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.reference.classes import HERE, Classes
 from fastkd.reference.divergence import DIVERGENCES, Sides
+from fastkd.reference.scaled import LOGIT_SCALE, exp, log_sum, shifted
 from fastkd.reference.temperatures import Temperatures, of_rows, over, temperatures_of, times
+from fastkd.reference.top_k import Slots
+from fastkd.reference.top_k import divergence_rows as rows_of_slots
 from fastkd.symbols import as_tensor
-
-# Logits are multiplied by this where their maximum is subtracted, as in the kernels. Any two finite
-# logits then have a finite difference, and a probability of 0 is never multiplied by infinity. A
-# power of 2 rounds nothing.
-LOGIT_SCALE = 2.0**-24
-
-
-def shifted(logits: Tensor, maximum: Tensor) -> Tensor:
-    """`logits - max`, scaled."""
-    return logits * LOGIT_SCALE - maximum * LOGIT_SCALE
-
-
-def largest(logits: Tensor) -> Tensor:
-    """The maximum of each row, which no gradient goes through."""
-    return logits.detach().amax(-1, keepdim=True)
-
-
-def exp(x: Tensor) -> Tensor:
-    """`exp(x)`; what is 0 has a gradient of 0, and not of 0 times infinity."""
-    e = x.exp()
-    return e.masked_fill(e == 0, 0)
-
-
-def log_sum(exponentials: Tensor, classes: Classes = HERE) -> Tensor:
-    """Of each row, by `torch.sum`, which pairs its terms.
-
-    The sum of `F.log_softmax` loses digits on the CPU where terms are very many.
-    """
-    return classes.total(exponentials, keepdim=True).log()
 
 
 def compared(
@@ -162,7 +137,7 @@ def log_of_mean(mean: Tensor, log_mean: Tensor, shares: Sequence[Tensor]) -> Ten
 
 def divergence_rows(
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor] | Slots,
     ignored: Tensor | None,
     lift: Tensor,
     p: SoftTarget,
@@ -174,6 +149,8 @@ def divergence_rows(
     `lift` is a factor of the loss that multiplies within the exponential. In backward it would come
     to p with the difference of two logits, and their product overflow, before p makes it small.
     """
+    if isinstance(teachers, Slots):
+        return lift * rows_of_slots(student, teachers, p, by, classes)
     sides = compared(student, teachers, p, by, lift, classes)
     rows = DIVERGENCES[p.divergence].rows(sides)
     if ignored is None or sides.normalized:
@@ -199,23 +176,26 @@ def _classes(logits: Tensor, p: SoftTarget) -> int:
 
 def prepared(
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor] | Slots,
     labels: Tensor | None,
     p: SoftTarget,
     classes: Classes = HERE,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The sides, classes last, and what a sum of losses is divided by."""
+) -> tuple[Tensor, Any, Tensor]:
+    """The sides, classes last, and what a sum of losses is divided by.
+
+    Slots are those of their rows already.
+    """
     dtype = compute_dtype(student, *teachers)
+    stored = () if isinstance(teachers, Slots) else teachers
     student, *others = (
-        x.narrow(p.dim, 0, _classes(x, p)).to(dtype).movedim(p.dim, -1)
-        for x in (student, *teachers)
+        x.narrow(p.dim, 0, _classes(x, p)).to(dtype).movedim(p.dim, -1) for x in (student, *stored)
     )
     divisor = divisor_of(student.shape[:-1].numel(), classes.count(student), student, labels, p)
     if labels is not None:
         ignored = labels == p.ignore_index
         # Filled rather than multiplied by 0 afterwards: an ignored row may hold NaN or infinity.
         student, *others = (x.masked_fill(ignored[..., None], 0) for x in (student, *others))
-    return student, others, divisor
+    return student, teachers if isinstance(teachers, Slots) else others, divisor
 
 
 def divisor_of(

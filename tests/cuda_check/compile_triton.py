@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import attention, hint, metrics, multiply, soft_target
+from fastkd.kernels.triton import attention, hint, metrics, multiply, soft_target, top_k
 
 from .triton_regimes import Narrow, Regime, regimes
 
@@ -48,6 +48,7 @@ _ELEMENTWISE = {
     multiply.scale,
     soft_target.logits_forward,
     soft_target.logits_backward,
+    top_k.top_k,
 }
 
 

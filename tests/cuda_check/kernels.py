@@ -106,6 +106,11 @@ DEMANDS = {
         Demand("soft_target_general_kernel<double"),
         Demand("soft_target_general_kernel<", loads=32, stores=16, most_registers=128),
     ],
+    # Two passes over the student, of every dtype; slots are read one by one.
+    "top_k": [
+        Demand("top_k_kernel<double"),
+        Demand("top_k_kernel<", loads=8, stores=4, most_registers=128),
+    ],
     "soft_target_teachers_short_rows": [
         Demand("soft_target_teachers_short_rows_kernel<", loads=12, stores=12)
     ],

@@ -24,18 +24,22 @@ _DEVICES = (_WITH_CLUSTERS, 1)
 def pytest_configure():
     attention.gradient_follows = lambda *_: False
     fsp.has_kernels = lambda *_: False
-    native.soft_target_forward = _with_checked_labels(native.soft_target_forward)
+    native.soft_target_forward = _with_checked_labels(native.soft_target_forward, 2)
+    native.top_k_forward = _with_checked_labels(native.top_k_forward, 4)
 
 
-def _with_checked_labels(function):
-    """On a CPU, where these tensors are, a label that is no class is an error."""
+def _with_checked_labels(function, place):
+    """On a CPU, where these tensors are, a label that is no class is an error.
+
+    Labels have this place among the arguments, the student is first and the parameters last.
+    """
 
     @functools.wraps(function)
-    def checked(student, teachers, labels, *outputs_and_parameters, **others):
-        p = outputs_and_parameters[-1]
+    def checked(*args, **others):
+        student, labels, p = args[0], args[place], args[-1]
         if labels is not None:
             logits.check_label_range(labels, student.shape[p.dim], p.ignore_index)
-        function(student, teachers, labels, *outputs_and_parameters, **others)
+        function(*args, **others)
 
     return checked
 

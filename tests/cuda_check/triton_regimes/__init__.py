@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from . import attention, hint, metrics, multiply, rkd, similarity, soft_target
+from . import attention, hint, metrics, multiply, rkd, similarity, soft_target, top_k
 from .regime import Narrow, Regime
 
 __all__ = ["Narrow", "Regime", "regimes"]
 
-_LOSSES = (hint, metrics, multiply, soft_target, attention, rkd, similarity)
+_LOSSES = (hint, metrics, multiply, soft_target, top_k, attention, rkd, similarity)
 
 
 def regimes() -> Iterator[Regime]:
