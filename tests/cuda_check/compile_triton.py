@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import attention, hint, metrics, multiply, soft_target, top_k
+from fastkd.kernels.triton import attention, hint, metrics, multiply, shards, soft_target, top_k
 
 from .triton_regimes import Narrow, Regime, regimes
 
@@ -46,6 +46,7 @@ _ELEMENTWISE = {
     hint.squared_difference,
     metrics.metrics,
     multiply.scale,
+    shards.shard_terms,
     soft_target.logits_forward,
     soft_target.logits_backward,
     top_k.top_k,

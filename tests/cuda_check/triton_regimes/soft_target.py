@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64
 
-from fastkd.kernels.triton import soft_target
+from fastkd.kernels.triton import shards, soft_target
 from fastkd.ops.soft_target_operators import STATISTICS
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
@@ -153,6 +153,30 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         ),
         *temperatures,
         *stated,
+        *(
+            Regime(
+                f"shard, {name} backward",
+                backward(
+                    *(row, labels, statistics, gradient, None),
+                    by_row._replace(divergence=name, all_classes=8192),
+                ),
+                Narrow(9, 0),
+            )
+            for name in ("forward_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
+        ),
+        *(
+            Regime(
+                f"shard, {name} terms",
+                functools.partial(
+                    shards.soft_target_terms,
+                    *(student, teachers, labels, statistics),
+                    student.new_empty(labels.numel(), 2, dtype=float64),
+                    by_row._replace(divergence=name, all_classes=8192),
+                ),
+                Narrow(5, 2),
+            )
+            for name in ("jsd", "tvd", "skew_kl", "skew_reverse_kl")
+        ),
         Regime(
             "own number, backward",
             backward(scalar, labels, statistics, gradient, to_teacher, own),
@@ -199,6 +223,14 @@ _STATED = {
     for name in ("forward_kl", "reverse_kl", "skew_kl")
 }
 
+_SHARDS = {
+    *(
+        f"shard, {name} backward"
+        for name in ("forward_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl")
+    ),
+    *(f"shard, {name} terms" for name in ("jsd", "tvd", "skew_kl", "skew_reverse_kl")),
+}
+
 _LOGITS_OF_3 = {
     (classes, dtype): [meta(512, classes, dtype=dtype)] * 3
     for classes in (10, 1000, 4096, 32000)
@@ -207,7 +239,7 @@ _LOGITS_OF_3 = {
 
 # A student and its teachers, the dimension of the classes, and the uses that are compiled.
 _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
-    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN | _STATED),
+    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN | _STATED | _SHARDS),
     "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
         [meta(512, 1000, dtype=float16), meta(512, 1000)],
@@ -231,7 +263,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
         1,
         {
             *("hard", "backward", "temperatures, forward_kl", "temperatures, forward_kl backward"),
-            *("jsd", "temperatures, jsd"),
+            *("jsd", "temperatures, jsd", "shard, skew_kl backward", "shard, skew_kl terms"),
         },
     ),
     "5,000 classes, float64": (
