@@ -1,7 +1,7 @@
 """What may stand for a side, together: top-k teachers of linear heads, and both over ranks.
 
 Each alone is compared with an oracle in tests of its own. Together they must be what the reference
-makes of the logits in float64.
+makes of whole logits in float64.
 """
 
 import random
@@ -13,7 +13,7 @@ from split import Threads, cuts_of
 
 import fastkd
 
-CLASSES, K = 37, 6
+ROWS, CLASSES, K = (3, 4), 37, 6
 TAILS = [
     ("renormalize", {}),
     ("zero", {}),
@@ -32,96 +32,119 @@ def seeded():
     random.seed(torch.initial_seed())
 
 
-def draw(rows):
-    """A head, and values, indices and lse of a teacher, one slot of which is padding."""
-    student = head(rows, CLASSES, 8, **NUMBERS)
-    logits = 2 * torch.randn(*rows, CLASSES)
+def draw(temperature):
+    """A head, and what a teacher kept of each row; one slot is padding."""
+    student = head(ROWS, CLASSES, 8, **NUMBERS)
+    logits = 2 * torch.randn(*ROWS, CLASSES)
     values, indices = logits.topk(K)
-    indices[..., -1] = -1
-    return student, values, indices, logits.logsumexp(-1)
+    indices[..., 2] = -1
+    return student, values, indices, (logits / temperature[..., None]).logsumexp(-1)
 
 
 def kept(values, indices, lse, tail):
-    lse = lse if tail in ("zero", "bucket") else None
-    return fastkd.TopK(values, indices, tail=tail, lse=lse)
+    return fastkd.TopK(values, indices, tail=tail, lse=lse if tail in ("zero", "bucket") else None)
 
 
-def logits_of(tensors, student):
-    hidden, weight, *bias = tensors
-    x = student.scale * torch.nn.functional.linear(hidden, weight, *bias)
-    return student.softcap * (x / student.softcap).tanh()
-
-
-def tensors_of(student):
-    return [x for x in (student.hidden, student.weight, student.bias) if x is not None]
+def logits_of(hidden, weight, bias, scale, softcap):
+    return softcap * (scale * (hidden @ weight.T + bias) / softcap).tanh()
 
 
 def leaves(*tensors, dtype=None):
     return [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in tensors]
 
 
-def compare(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        size = other.abs().max().item()
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * size + 1e-7)
-
-
-def of_rows(name, rows):
-    mask = torch.rand(rows) < 0.8
+def of_rows(name):
+    mask = torch.rand(ROWS) < 0.8
     if name == "soft_target_loss":
         return {"mask": mask}
-    return {"mask": mask, "labels": torch.randint(CLASSES, rows), "label_smoothing": 0.1}
+    return {"mask": mask, "labels": torch.randint(CLASSES, ROWS), "label_smoothing": 0.1}
 
 
-def gradients(loss, upstream, tensors):
-    return loss.detach(), *torch.autograd.grad(loss, tensors, upstream.to(loss.dtype))
+def upstream_of(reduction):
+    return torch.rand(ROWS) if reduction == "none" else torch.tensor(1.7)
 
 
-def expected_of(name, student, values, indices, lse, tail, upstream, heat, **keywords):
-    wide = leaves(*tensors_of(student), values, lse, heat, dtype=torch.float64)
-    *of_student, v, log_sum, t = wide
-    teacher = kept(v, indices, log_sum, tail)
-    used = [x for x in wide if x is not log_sum or teacher.lse is not None]
-    loss = getattr(fastkd, name)(
-        logits_of(of_student, student), teacher, temperature=t, backend="reference", **keywords
-    )
-    return gradients(loss, upstream, used)
+def differentiated(loss, upstream, tensors):
+    found = torch.autograd.grad(loss, tensors, upstream.to(loss.dtype), allow_unused=True)
+    return [loss.detach(), *(g for g in found if g is not None)]
+
+
+def expected_of(name, student, teacher, tail, heat, upstream, **keywords):
+    """The loss, and the gradients of the head's tensors, values, lse if it counts, and T."""
+    values, indices, lse = teacher
+    wide = leaves(*student.tensors, values, lse, heat, dtype=torch.float64)
+    slots = kept(wide[-3], indices, wide[-2], tail)
+    logits = logits_of(*wide[:3], **student.numbers)
+    function = getattr(fastkd, name)
+    loss = function(logits, slots, temperature=wide[-1], backend="reference", **keywords)
+    return differentiated(loss, upstream, wide)
+
+
+def compare(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        size = other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * size + 1e-9)
 
 
 @every_tail
 @every_reduction
 @every_loss
 def test_top_k_teachers_of_linear_heads(backend, name, reduction, tail, keywords):
-    rows = (3, 4)
-    student, *teacher = draw(rows)
-    heat = 1 + torch.rand(rows)
-    keywords = {**keywords, **of_rows(name, rows), "reduction": reduction}
-    upstream = torch.rand(rows) if reduction == "none" else torch.tensor(1.7)
-    expected = expected_of(name, student, *teacher, tail, upstream, heat, **keywords)
-    of_student = leaves(*tensors_of(student))
-    values, indices, lse = teacher
-    v, log_sum, t = leaves(values, lse, heat)
-    whole = fastkd.LinearHead(*of_student, scale=student.scale, softcap=student.softcap)
-    slots = kept(v, indices, log_sum, tail)
-    learning = [*of_student, v, *(() if slots.lse is None else (log_sum,)), t]
-    keywords.update(chunk_size=5, backend=backend)
-    loss = getattr(fastkd, name)(whole, slots, temperature=t, **keywords)
-    compare(gradients(loss, upstream, learning), expected)
+    heat = 1 + torch.rand(ROWS)
+    student, *teacher = draw(heat)
+    keywords = {**keywords, **of_rows(name), "reduction": reduction}
+    upstream = upstream_of(reduction)
+    expected = expected_of(name, student, teacher, tail, heat, upstream, **keywords)
+    own = leaves(*student.tensors, teacher[0], teacher[2], heat)
+    slots = kept(own[-3], teacher[1], own[-2], tail)
+    keywords.update(temperature=own[-1], chunk_size=5, backend=backend)
+    loss = getattr(fastkd, name)(student.of(own[:3]), slots, **keywords)
+    compare(differentiated(loss, upstream, own), expected)
 
 
 @every_tail
 @every_loss
 def test_a_teacher_that_does_not_learn(backend, name, tail, keywords):
-    """Then the gradients are computed in forward."""
-    rows = (3, 4)
-    student, values, indices, lse = draw(rows)
-    keywords = {**keywords, **of_rows(name, rows), "chunk_size": 5}
-    upstream, heat = torch.tensor(0.3), torch.tensor(2.0)
-    expected = expected_of(
-        name, student, values, indices, lse, tail, upstream, heat, **{**keywords, "chunk_size": None}
-    )
-    of_student = leaves(*tensors_of(student))
-    whole = fastkd.LinearHead(*of_student, scale=student.scale, softcap=student.softcap)
-    teacher = kept(values, indices, lse / 2 if False else lse, tail)
-    loss = getattr(fastkd, name)(whole, teacher, temperature=2.0, backend=backend, **keywords)
-    compare(gradients(loss, upstream, of_student), expected[: 1 + len(of_student)])
+    """Then forward computes the gradients."""
+    heat, upstream = torch.tensor(2.0), torch.tensor(-0.3)
+    student, *teacher = draw(heat)
+    keywords = {**keywords, **of_rows(name)}
+    expected = expected_of(name, student, teacher, tail, heat, upstream, **keywords)
+    own = leaves(*student.tensors)
+    keywords.update(temperature=2.0, chunk_size=5, backend=backend)
+    loss = getattr(fastkd, name)(student.of(own), kept(*teacher, tail), **keywords)
+    compare(differentiated(loss, upstream, own), expected[:4])
+
+
+@every_tail
+@every_reduction
+@every_loss
+@pytest.mark.parametrize("is_head", [False, True])
+def test_top_k_teachers_over_ranks(name, reduction, tail, keywords, is_head):
+    """Of logits and of linear heads whose weights are split by classes; classes are global."""
+    heat = 1 + torch.rand(ROWS)
+    student, *teacher = draw(heat)
+    values, indices, lse = teacher
+    keywords = {**keywords, **of_rows(name), "reduction": reduction}
+    upstream = upstream_of(reduction)
+    expected = expected_of(name, student, teacher, tail, heat, upstream, **keywords)
+    hidden, weight, bias = student.tensors
+    cuts = cuts_of(CLASSES, 3)
+
+    def on_rank(rank, group):
+        here = slice(sum(cuts[:rank]), sum(cuts[: rank + 1]))
+        own = leaves(hidden, weight[here], bias[here], values, lse, heat)
+        sides = student.of(own[:3]) if is_head else logits_of(*own[:3], **student.numbers)
+        slots = kept(own[-3], indices, own[-2], tail)
+        given = {**keywords, "temperature": own[-1], "backend": "reference", "group": group}
+        loss = getattr(fastkd, name)(sides, slots, **given)
+        return differentiated(loss, upstream, own)
+
+    found = [list(x) for x in zip(*Threads(3).run(on_rank), strict=True)]
+    found[2:4] = [[torch.cat(parts)] for parts in found[2:4]]
+    if not is_head:  # autograd knows nothing of the other ranks' classes
+        found[1] = [sum(found[1])]
+    for same in found:
+        assert all(torch.equal(x, same[0]) for x in same)
+    compare([x[0] for x in found], expected)

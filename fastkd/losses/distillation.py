@@ -275,12 +275,11 @@ def distillation_loss(
     chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):
-        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        classes = logits.count_classes(student_logits, axis, num_classes, ranks)
         target = top_k.slots(teacher, tensors, classes, of_teacher, heat, labels, ignore_index)
     # The compiled kernels look at the labels themselves, in a tenth of the time: same error.
     if chosen != "native" or ranks is not None or heads is not None:
-        classes = student_logits.shape[axis] if num_classes is None else num_classes
-        classes = classes if ranks is None else ranks.classes
+        classes = logits.count_classes(student_logits, axis, num_classes, ranks)
         logits.check_label_range(labels, classes, ignore_index)
     parameters = SoftTarget(
         temperature=number,

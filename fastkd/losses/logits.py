@@ -105,10 +105,7 @@ def check_logits(
         num_classes = None if ranks.here == max(stored) else ranks.here
     elif num_classes is not None:
         num_classes = check_num_classes(num_classes, stored)
-    if ranks is not None:
-        classes = ranks.classes
-    else:
-        classes = student.shape[dim] if num_classes is None else num_classes
+    classes = count_classes(student, dim, num_classes, ranks)
     if classes == 0:
         raise ValueError(
             f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"
@@ -131,6 +128,13 @@ def check_logits(
         tuple([share for share in shares if share > 0]),
         [t for t, share in both if share == 0],
     )
+
+
+def count_classes(student: Tensor, dim: int, num_classes: int | None, ranks: Ranks | None) -> int:
+    """How many exist, of what `check_logits` has found; over ranks, on all of them."""
+    if ranks is not None:
+        return ranks.classes
+    return student.shape[dim] if num_classes is None else num_classes
 
 
 def check_same_rows(student: Tensor, name: str, teacher: Tensor, dim: int) -> None:

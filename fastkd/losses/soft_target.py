@@ -185,7 +185,7 @@ def soft_target_loss(
     chosen = select("soft_target_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):
-        classes = student_logits.shape[axis] if num_classes is None else num_classes
+        classes = logits.count_classes(student_logits, axis, num_classes, ranks)
         target = top_k.slots(teacher, tensors, classes, of_teacher, heat, marks, rows.MASKED)
     parameters = SoftTarget(
         temperature=number,
