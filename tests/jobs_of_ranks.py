@@ -142,7 +142,10 @@ def takes_dtensors(rank, size, name, dim, classes, keywords):
     shape = (4, classes) if dim == 1 else (classes, 4)
     tensors = [logits(*shape), logits(*shape)]
     if name == "distillation_loss":
-        keywords = {**keywords, "labels": some_labels(4, classes=classes)}
+        keywords = {
+            **keywords,
+            "labels": some_labels(4, classes=keywords.get("num_classes", classes)),
+        }
     plain = [x.clone().requires_grad_() for x in tensors]
     heat = torch.tensor(2.0, requires_grad=True)
     call = getattr(fastkd, name)

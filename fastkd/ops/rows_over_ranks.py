@@ -92,7 +92,7 @@ def chained(found: Parts, s_logs: Tensor, t_logs: Tensor, divergence: str) -> Te
     part = share * (found.divergence + (other[0] - other[1]))
     # A class that is excluded is infinitely far, whatever its mass.
     is_far = (found.divergence == torch.inf) | (weigher[1].top == -torch.inf)
-    part = part.masked_fill((share == 0) & ~is_far, 0).masked_fill(is_far, torch.inf)
+    part = part.masked_fill(is_far, torch.inf)
     return part.masked_fill(weigher[0].top == -torch.inf, 0).sum(0).clamp(min=0)
 
 
