@@ -130,6 +130,31 @@ def test_rows_of_weight_0_are_not_read(backend, keywords, dtype):
     check_top_k(student, values, indices, lse, backend, 3.0, row_weight=weight, **keywords)
 
 
+@every_pair
+def test_terms_that_are_switched_off(backend, keywords):
+    """Nothing of them is left, NaN neither: of one, and of both."""
+    student, values, indices, lse = sides(4, 40, 6, (torch.float32,) * 2, **keywords)
+    tail = keywords["tail"]
+    others = {n: x for n, x in keywords.items() if n != "tail"} | {"backend": backend}
+    labels = torch.arange(4)
+    values[1, 2] = math.nan
+    leaf = student.requires_grad_()
+    side = kept(values, indices, lse, tail=tail)
+    for hard in (0.5, 0.0):
+        loss = fastkd.distillation_loss(
+            leaf, side, labels, soft_weight=0.0, hard_weight=hard, **others
+        )
+        expected = hard * torch.nn.functional.cross_entropy(leaf, labels)
+        torch.testing.assert_close(loss, expected)
+        gradients = [torch.autograd.grad(x, leaf)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+    student.data[1, 3] = math.nan
+    loss = fastkd.distillation_loss(leaf, side, labels, soft_weight=0.0, hard_weight=0.0, **others)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert loss == 0
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_what_is_not_read_may_be_nan(backend, tail):
     """Padded classes, and with both sides renormalised what no slot lists."""
