@@ -113,12 +113,10 @@ def select(
     tensors: tuple[Tensor, ...],
     backend: Backend | None,
     others: tuple[Tensor | None, ...] = (),
-    teacher_is: str = "logits",
 ) -> Backend:
     """The backend that serves `loss` on these tensors.
 
-    `others` are tensors whose dtype does not matter: labels, a regressor. `teacher_is` says what
-    stands for the teacher's logits.
+    `others` are tensors whose dtype does not matter: labels, a regressor.
 
     Precedence: the argument, `use_backend`, the environment variable FASTKD_BACKEND, the best one
     available.
@@ -136,12 +134,12 @@ def select(
     dtypes = tuple([t.dtype for t in tensors])
     if torch.compiler.is_compiling():
         kinds = tuple([type(t) for t in tensors])
-        return _resolve_compiled(loss, device, dtypes, kinds, teacher_is, requested)
+        return _resolve_compiled(loss, device, dtypes, kinds, requested)
     obstacle = obstacle_to_kernels((*tensors, *others))
     if _explaining.get():
-        facts = Facts(loss, device, dtypes, obstacle, teacher_is)
+        facts = Facts(loss, device, dtypes, obstacle)
         raise _Explained(_explain(facts, requested))
-    return _resolve(loss, device, dtypes, obstacle, teacher_is, requested)
+    return _resolve(loss, device, dtypes, obstacle, requested)
 
 
 def _resolve_compiled(
@@ -149,11 +147,10 @@ def _resolve_compiled(
     device: str,
     dtypes: tuple[torch.dtype, ...],
     kinds: tuple[type[Tensor], ...],
-    teacher_is: str,
     requested: Backend | None,
 ) -> Backend:
     obstacle = obstacle_while_compiling(kinds)
-    return _resolve(loss, device, dtypes, obstacle, teacher_is, requested)
+    return _resolve(loss, device, dtypes, obstacle, requested)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
@@ -167,10 +164,9 @@ def _resolve(
     device: str,
     dtypes: tuple[torch.dtype, ...],
     obstacle: str | None,
-    teacher_is: str,
     requested: Backend | None,
 ) -> Backend:
-    facts = Facts(loss, device, dtypes, obstacle, teacher_is)
+    facts = Facts(loss, device, dtypes, obstacle)
     if requested is not None:
         refusal = _REFUSE[requested](facts)
         if refusal is not None:

@@ -18,7 +18,6 @@ class Facts(NamedTuple):
     device: str  # with its index: cuda:0
     dtypes: tuple[torch.dtype, ...]
     obstacle: str | None  # one of the four below
-    teacher_is: str = "logits"  # or what else stands for them
 
 
 # What stands between tensors and their memory where a kernel cannot serve, and the reference can.

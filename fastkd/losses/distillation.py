@@ -248,7 +248,7 @@ def distillation_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = labels, row_weight, *heat
-    chosen = select("distillation_loss", tensors, backend, others, teacher_is)
+    chosen = select("distillation_loss", tensors, backend, others)
     target: Any = teachers
     if isinstance(teacher, TopK):
         classes = student_logits.shape[axis] if num_classes is None else num_classes

@@ -159,7 +159,7 @@ def soft_target_loss(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
     others = marks, row_weight, *heat
-    chosen = select("soft_target_loss", tensors, backend, others, teacher_is)
+    chosen = select("soft_target_loss", tensors, backend, others)
     target: Any = teachers
     if isinstance(teacher, TopK):
         classes = student_logits.shape[axis] if num_classes is None else num_classes
