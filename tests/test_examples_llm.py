@@ -103,7 +103,7 @@ def test_the_standard_library_is_there():
 def test_merges_are_of_the_most_frequent_pairs():
     """Against counting all over again before each merge."""
     documents = [bytes(np.random.default_rng(torch.initial_seed()).choice(list(TEXT), 3000)), TEXT]
-    vocabulary = Vocabulary.learn(documents, 330)
+    vocabulary = Vocabulary.learn(documents, 300)
     tokens = Vocabulary([])
     for rank, merge in enumerate(vocabulary.merges):
         counts = collections.Counter()
@@ -112,7 +112,7 @@ def test_merges_are_of_the_most_frequent_pairs():
                 counts.update(pairwise(tokens.encode(word)))
         assert counts[merge] == max(counts.values())
         tokens = Vocabulary(vocabulary.merges[: rank + 1])
-    assert len(vocabulary) == 330
+    assert len(vocabulary) == 300
 
 
 @pytest.mark.parametrize("size", [BYTES, 300])
