@@ -33,11 +33,11 @@ from workers import side_by_side
 SEEDS, QUICK_SEEDS = 3, 1
 # Of a batch: windows, and tokens in each.
 BATCH, LENGTH = 8, 128
-# What two cores finish in seven minutes. A token is three bytes on average: as many steps see three
+# What two cores finish in five minutes. A token is three bytes on average: as many steps see three
 # times the text that they would see of single bytes.
 VOCABULARY = 2048
-TEACHER = Recipe(Size(layers=4, width=128, heads=4), 2 * BATCH, 800, 3e-3)
-STUDENT = Recipe(Size(layers=2, width=64, heads=4), BATCH, 450, 4e-3)
+TEACHER = Recipe(Size(layers=4, width=128, heads=4), 2 * BATCH, 600, 3e-3)
+STUDENT = Recipe(Size(layers=2, width=64, heads=4), BATCH, 300, 4e-3)
 QUICK = Experiment(
     vocabulary=320,
     text_bytes=100_000,
