@@ -69,7 +69,7 @@ ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or la
 # a case. torch.compile is left out because it calls the same kernels; there it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \
     $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
-    soft_target_columns_regimes attention_regimes isa vocabulary)
+    soft_target_columns_regimes attention_regimes isa vocabulary schedules)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
@@ -132,7 +132,7 @@ coverage: .venv/installed  ## Show which lines and branches of the CPU kernels t
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
 	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton FASTKD_TEST_CASES=$(CASES) \
-	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile'
+	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile and not inductor'
 
 test-cuda: .venv/native cuda-on-host  ## Run the CUDA kernels, on the CPU
 	$(call test_on_host,build/cuda_on_host,'$(FUSED)')

@@ -52,6 +52,7 @@ def _patch_once(function):
     return scope
 
 
+@functools.cache
 def _uses(function, module):
     return any(value is module for value in function.__globals__.values())
 
@@ -101,3 +102,17 @@ def _make_block_type_once(self, element_ty, shape):
 
 
 tl.core.block_type.__init__ = _make_block_type_once
+
+
+_semantic = type(interpreter.interpreter_semantic)
+_broadcast = _semantic.broadcast_impl_value
+
+
+def _broadcast_if_shapes_differ(self, lhs, rhs):
+    blocks = lhs.type.is_block() and rhs.type.is_block()
+    if blocks and lhs.type.shape.values == rhs.type.shape.values:
+        return lhs, rhs
+    return _broadcast(self, lhs, rhs)
+
+
+_semantic.broadcast_impl_value = _broadcast_if_shapes_differ
