@@ -6,6 +6,7 @@ and describes types and shapes for each operation.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ interpreter._get_np_dtype = _numpy_dtype_once
 @functools.cache
 def _size_and_shape(shape):
     """Of a tensor, as it has them; nothing changes either."""
-    return tl.core.constexpr(int(np.prod(shape))), tl.core.tuple(list(map(tl.core.constexpr, shape)))
+    sizes = [tl.core.constexpr(size) for size in shape]
+    return tl.core.constexpr(math.prod(shape)), tl.core.tuple(sizes)
 
 
 def _make_tensor(self, handle, type):
