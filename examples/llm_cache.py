@@ -1,5 +1,6 @@
 """The teacher's most likely tokens at every position of the training text, in two files."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,6 +51,12 @@ class TopKCache:
             torch.from_numpy(self.log_probabilities[places]),
             torch.from_numpy(self.indices[places].astype(np.int32)),
         )
+
+    @property
+    def probability(self) -> float:
+        """Of the tokens that are kept at a position, in the mean."""
+        some = (np.exp(x.astype(np.float32)).sum() for x in self.log_probabilities)
+        return float(sum(some) / math.prod(self.log_probabilities.shape[:2]))
 
     @property
     def bytes(self) -> int:

@@ -107,6 +107,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         trainer = self.trainer
         student, teacher = self.parameters
+        cache = TopKCache(trainer.folder)
         return {
             "training_bytes": trainer.text.sizes[0],
             "held_out_bytes": trainer.text.sizes[1],
@@ -115,7 +116,8 @@ class Report:
             "vocabulary": trainer.text.vocabulary,
             "soft_weight": SOFT_WEIGHT,
             "hard_weight": HARD_WEIGHT,
-            "cache_bytes": TopKCache(trainer.folder).bytes,
+            "cache_bytes": cache.bytes,
+            "cached_probability": cache.probability,
             "memory_vocabulary": VOCABULARY,
             "backends": self.backends,
             "teacher_parameters": teacher,

@@ -159,6 +159,8 @@ def test_cache_has_the_most_likely_tokens(tmp_path):
     assert torch.equal(found.indices, expected.indices[chosen].int())
     assert torch.equal(found.log_probabilities, expected.values[chosen].half())
     assert cache.bytes == 7 * 5 * 4 * 4
+    mean = expected.values.exp().sum(-1).mean().item()
+    assert cache.probability == pytest.approx(mean, rel=2e-3)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < cache.bytes + 1000
 
 
