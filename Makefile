@@ -25,7 +25,7 @@ CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
     benchmarks_cuda benchmarks_liger benchmarks_pytest train_step examples examples_compare \
-    examples_data cuda_check cuda_check_row_path gpu_check)
+    examples_data examples_llm cuda_check cuda_check_row_path gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
@@ -69,7 +69,7 @@ ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or la
 # a case. torch.compile is left out because it calls the same kernels; there it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \
     $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
-    soft_target_columns_regimes attention_regimes isa vocabulary groups)
+    soft_target_columns_regimes attention_regimes isa vocabulary schedules groups)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
@@ -78,7 +78,7 @@ test test-% sanitize-%: export FASTKD_TEST_SEED = $(SEED)
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 	@echo
-	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, compare, test, cuda-check, bench;'
+	@echo 'All but gpu-check make .venv first. ARGS="..." goes to demo, compare, llm, test, cuda-check, bench;'
 	@echo 'PYTHON and TORCH choose what .venv is made of ($(PYTHON), $(TORCH)).'
 
 # The tests run the demo and the benchmarks, too.
@@ -90,6 +90,9 @@ demo: .venv/native .venv/with-demo  ## Distil on the handwritten digits (ARGS="-
 
 compare: .venv/native .venv/with-demo  ## Compare six methods of distillation (ARGS="--help" lists the choices)
 	$(BIN)/python examples/compare.py $(ARGS)
+
+llm: .venv/native .venv/with-demo  ## Distil a language model (ARGS="--help" lists the choices)
+	$(BIN)/python examples/llm.py $(ARGS)
 
 # At most so many cases of each test, and calls of the fuzz test.
 test: .venv/native  ## Run the tests of the losses on the CPU (2 to 4 minutes; ARGS="-k hint" chooses)
@@ -129,7 +132,7 @@ coverage: .venv/installed  ## Show which lines and branches of the CPU kernels t
 
 test-triton: .venv/native  ## Run Triton's kernels, in its interpreter
 	TRITON_INTERPRET=1 FASTKD_TEST_BACKENDS=triton FASTKD_TEST_CASES=$(CASES) \
-	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile'
+	    $(BIN)/pytest tests $(NO_KERNELS) $(NOT_TRITON) -k '($(FUSED)) and not compile and not inductor'
 
 test-cuda: .venv/native cuda-on-host  ## Run the CUDA kernels, on the CPU
 	$(call test_on_host,build/cuda_on_host,'$(FUSED)')
@@ -189,7 +192,7 @@ sanitize-cuda: .venv/installed
 	    $(NOT_SHIM)
 
 clean:  ## Remove all that make made
-	rm -rf .venv build dist demo-output compare-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
+	rm -rf .venv build dist demo-output compare-output llm-output *.egg-info .*_cache .hypothesis fastkd/_build.txt
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '_native*.so' -delete
 
@@ -219,6 +222,6 @@ $(CUDA)/bin/nvcc: | .venv/installed
 	$(PIP) --upgrade --target build/cuda \
 	    $(CUDA_PACKAGES:%='%==13.0.*')
 
-.PHONY: help demo compare test test-all test-cpu test-triton test-cuda test-peers cuda-on-host \
+.PHONY: help demo compare llm test test-all test-cpu test-triton test-cuda test-peers cuda-on-host \
     cpu-helpers cuda-check gpu-check lint format bench fuzz crashes coverage sanitize sanitize-cpu \
     sanitize-cuda sanitize-fuzz clean

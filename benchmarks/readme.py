@@ -8,11 +8,10 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from benchmarks.readme_examples import comparison, demo, language, language_gain, table
 from benchmarks.record import Case, Record, geometric_mean
 from benchmarks.report import (
     duration,
@@ -31,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEMO = "docs/demo-results.json"
 # What `make compare` on Fashion-MNIST wrote to compare-output/results.json.
 COMPARISON = "docs/compare-results.json"
+# What `make llm` wrote to llm-output/results.json.
+LANGUAGE = "docs/llm-results.json"
 # Of the README's table: the result file, the loss, the workload and the dtype. One is a defeat.
 FIRST_ROWS = [
     ("cpu.json", "soft_target_loss", "(1024,32000)", "float32"),
@@ -46,11 +47,6 @@ FIRST_ROWS = [
         *("ResNet-18 ← ResNet-34, channels_last, batch 256", "bfloat16"),
     ),
 ]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def first_rows(results: Path) -> str:
@@ -133,61 +129,6 @@ def _ratios(record: Record) -> list[str]:
     return sentences
 
 
-def demo(results: dict[str, Any]) -> str:
-    """What the demo compares, and how it came out."""
-    teacher, students = results["teacher"], results["students"]
-    seeds = len(students[0]["accuracies"])
-    sentence = (
-        f"A teacher of {teacher['parameters']:,} parameters learns from "
-        f"{results['training_images']:,} images, then students of {students[0]['parameters']:,} "
-        f"parameters do in {len(students)} ways, {seeds} seeds each; all are tested on the other "
-        f"{results['test_images']:,} images."
-    )
-    head = ["method", "test accuracy, %", "gain", "seconds in the loss", "seconds in all"]
-    rows = [
-        [
-            row["name"],
-            _spread(row["accuracy"], ""),
-            _spread(row["gain"], "+"),
-            f"{row['loss_seconds']:.2f}",
-            f"{row['seconds']:.1f}",
-        ]
-        for row in (teacher, *students)
-    ]
-    return f"{textwrap.fill(sentence, 100)}\n\n{table(head, rows)}"
-
-
-def comparison(results: dict[str, Any]) -> str:
-    """The methods of the literature, for each pair of a teacher and a student."""
-    pairs = results["pairs"]
-    by_name = [{row["name"]: row for row in pair["rows"]} for pair in pairs]
-    seeds = len(by_name[0]["student"]["accuracies"])
-    students = " and ".join(f"{pair['student_parameters']:,}" for pair in pairs)
-    sentence = (
-        f"A teacher of {pairs[0]['teacher_parameters']:,} parameters, students of {students}, "
-        f"{results['training_images']:,} training images of {results['data']}, "
-        f"{results['test_images']:,} test images; {results['steps']:,} steps and {seeds} seeds for "
-        "each method."
-    )
-    head = ["test accuracy, %"]
-    for pair in pairs:
-        head += [pair["name"], "gain"]
-    rows = []
-    for name in by_name[0]:
-        cells = [name]
-        for row in (rows_of_pair[name] for rows_of_pair in by_name):
-            cells += [_spread(row["accuracy"], ""), _spread(row["gain"], "+")]
-        rows.append(cells)
-    return f"{textwrap.fill(sentence, 100)}\n\n{table(head, rows)}"
-
-
-def _spread(value: dict[str, float | None] | None, sign: str) -> str:
-    if value is None:
-        return ""
-    mean = f"{value['mean']:{sign}.2f}".replace("-", "−")
-    return mean if value["std"] is None else f"{mean} ± {value['std']:.2f}"
-
-
 DOCUMENTS: dict[str, Callable[[Record, str], str]] = {
     "docs/results.md": summary,
     "docs/performance.md": details,
@@ -224,8 +165,11 @@ def sections(
             for path, record in ((source.with_suffix(".png"), record) for source, record in records)
         ]
         yield name, "benchmarks", "\n\n".join(parts)
-    yield "docs/results.md", "demo", demo(json.loads((root / DEMO).read_text()))
-    yield "docs/results.md", "comparison", comparison(json.loads((root / COMPARISON).read_text()))
+    found = [json.loads((root / path).read_text()) for path in (DEMO, COMPARISON, LANGUAGE)]
+    yield "docs/results.md", "demo", demo(found[0])
+    yield "docs/results.md", "comparison", comparison(found[1])
+    yield "docs/results.md", "language", language(found[2])
+    yield "README.md", "language", language_gain(found[2])
 
 
 def update(root: Path, results: Path, check: bool) -> list[str]:

@@ -21,11 +21,11 @@ import fastkd
 from compare_methods import METHODS, PAIRS
 from compare_report import Comparison, draw, print_table
 from compare_training import TEACHER_RUN, Experiment, Result, Run, Trainer
-from compare_workers import side_by_side
 from data import NAMES
 from formats import DataError
 from options import backend, device, positive
 from report import Bars
+from workers import side_by_side
 
 SEEDS, QUICK_SEEDS = 3, 1
 QUICK_EPOCHS, QUICK_IMAGES = 10, 300
@@ -118,7 +118,7 @@ def train(runs: Sequence[Run], trainer: Trainer, workers: int) -> dict[Run, Resu
 
         def show(run: Run) -> None:
             alike = [result for other, result in results.items() if other.label == run.label]
-            bars.show_accuracies(run.label, [result.accuracy for result in alike])
+            bars.show_values(run.label, [result.accuracy for result in alike])
 
         for run in kept:
             on_steps(run, trainer.steps)

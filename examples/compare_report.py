@@ -147,7 +147,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     for axes, (pair, (teacher, *rows)) in zip(
         figure.subplots(1, count, squeeze=False)[0], comparison.pairs, strict=True
     ):
-        draw_methods(axes, rows, teacher.accuracy.mean)
+        draw_methods(axes, {row.name: row.accuracies for row in rows}, teacher.accuracy.mean)
         axes.set_xlabel("test accuracy, %")
         axes.set_title(pair.name, loc="left", fontsize=10)
     figure.suptitle(comparison.title, x=0.01, ha="left", fontsize=10)

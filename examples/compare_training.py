@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,9 @@ class Trainer:
         self.batch_size = min(BATCH_SIZE, len(self.data.train))
         self.steps = experiment.epochs * (len(self.data.train) // self.batch_size)
         self.on_steps: Callable[[int], None] = lambda steps: None
+
+    def anew(self) -> "Callable[[], Trainer]":
+        return partial(Trainer, self.experiment, self.store.folder)
 
     def network(self, name: str, seed: int) -> StagedNetwork:
         torch.manual_seed(seed)

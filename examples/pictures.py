@@ -1,8 +1,8 @@
 """The two pictures: how accurate each method is, and where teacher and students look."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,38 +31,41 @@ styled = rc_context(
 SHOWN, COMPARED = 5, 500  # test images
 
 
-class Charted(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def accuracies(self) -> Sequence[float]: ...
-    @property
-    def accuracy(self) -> Spread: ...
-
-
 @styled
 def draw_accuracy(results: Results, path: Path) -> None:
     rows, teacher = results.student_rows, results.teacher_row.accuracy.mean
     figure = Figure(figsize=(8, 0.65 * len(rows) + 1.4))
     axes = figure.subplots()
-    draw_methods(axes, rows, teacher)
+    draw_methods(axes, {row.name: row.accuracies for row in rows}, teacher)
     axes.set_xlabel("test accuracy, %: mean ± sample standard deviation, and every seed")
     axes.set_title(results.title, loc="left", fontsize=10)
     figure.savefig(path)
 
 
-def draw_methods(axes: Axes, rows: Sequence[Charted], teacher: float) -> None:
+def draw_methods(
+    axes: Axes,
+    methods: Mapping[str, Sequence[float]],
+    teacher: float,
+    digits: int = 1,
+    teacher_on: Literal["left", "right"] = "right",
+) -> None:
     """Mean and standard deviation of each method, every seed as a point, the teacher as a line."""
-    for place, row in enumerate(rows):
-        colour, mean = GREY if place == 0 else BLUE, row.accuracy.mean
-        points = [place + 0.25] * len(row.accuracies)
-        axes.scatter(row.accuracies, points, s=22, color=colour, alpha=0.5, lw=0)
-        axes.errorbar(mean, place, xerr=row.accuracy.std, fmt="o", ms=8, capsize=5, color=colour)
-        axes.annotate(f"{mean:.1f}", (mean, place), (0, 8), textcoords="offset points", ha="center")
+    for place, values in enumerate(methods.values()):
+        colour, spread = GREY if place == 0 else BLUE, Spread.of(values)
+        axes.scatter(values, [place + 0.25] * len(values), s=22, color=colour, alpha=0.5, lw=0)
+        axes.errorbar(spread.mean, place, xerr=spread.std, fmt="o", ms=8, capsize=5, color=colour)
+        axes.annotate(
+            f"{spread.mean:.{digits}f}",
+            (spread.mean, place),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+        )
     axes.axvline(teacher, color=ORANGE, lw=2, zorder=0)
-    axes.text(teacher, -0.75, f"teacher {teacher:.1f} ", color=ORANGE, ha="right", va="center")
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -1)
+    label = f" teacher {teacher:.{digits}f} "
+    axes.text(teacher, -0.75, label, color=ORANGE, ha=teacher_on, va="center")
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.set_ylim(len(methods) - 0.4, -1)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
 

@@ -17,21 +17,22 @@ Every method takes the same steps; a hint stage is part of them."""
 
 
 class Bars(Progress):
-    """One bar for each kind of training, with the accuracy so far at its end."""
+    """One bar for each kind of training, with the mean of what was measured so far at its end."""
 
-    def __init__(self, steps: dict[str, int]) -> None:
+    def __init__(self, steps: dict[str, int], digits: int = 2, unit: str = "%") -> None:
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[accuracy]}"),
+            TextColumn("{task.fields[measured]}"),
         )
         self._bars = {
-            name: self.add_task(name, total=total, accuracy="", start=False)
+            name: self.add_task(name, total=total, measured="", start=False)
             for name, total in steps.items()
         }
         self._current = next(iter(self._bars.values()))
+        self._digits, self._unit = digits, unit
 
     def begin(self, name: str) -> None:
         self._current = self._bars[name]
@@ -48,11 +49,11 @@ class Bars(Progress):
     def show(self, runs: Sequence[Trained]) -> None:
         self._show(self._current, [run.accuracy for run in runs])
 
-    def show_accuracies(self, name: str, accuracies: Sequence[float]) -> None:
-        self._show(self._bars[name], accuracies)
+    def show_values(self, name: str, values: Sequence[float]) -> None:
+        self._show(self._bars[name], values)
 
-    def _show(self, bar: TaskID, accuracies: Sequence[float]) -> None:
-        self.update(bar, accuracy=f"{Spread.of(accuracies):.2f} %")
+    def _show(self, bar: TaskID, values: Sequence[float]) -> None:
+        self.update(bar, measured=f"{Spread.of(values):.{self._digits}f} {self._unit}")
 
 
 def print_table(results: Results) -> None:

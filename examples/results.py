@@ -27,7 +27,9 @@ class Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec}}" + ("" if self.std is None else f" ± {self.std:.2f}")
+        """Both numbers to the digits of `spec`; a sign in it is for the mean."""
+        deviation = "" if self.std is None else f" ± {self.std:{spec.lstrip('+')}}"
+        return f"{self.mean:{spec}}{deviation}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import measure  # noqa: E402
+from benchmarks import measure, trl  # noqa: E402
 from benchmarks.cpu import Cpu  # noqa: E402
 from benchmarks.environment import versions  # noqa: E402
 from benchmarks.record import SCHEMA, Case, Outcome, Record  # noqa: E402
@@ -22,6 +22,14 @@ ALL_CASES = [(workload, dtype) for workload in WORKLOADS for dtype in workload.d
 CASES = [(workload, dtype) for workload, dtype in ALL_CASES if "cpu" in workload.devices]
 SMALL = WORKLOADS[0].shrunk(16)
 FLOAT = torch.float32
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Let `package` be missing, also where it is installed and has been imported."""
+    loaded = [name for name in sys.modules if name.startswith(f"{package}.")]
+    for name in (package, *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
+    trl._generalized_jsd_loss.cache_clear()
 
 
 def measured(names: list[str]) -> Case:

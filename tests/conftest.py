@@ -1,11 +1,11 @@
 """Which backends are tested, where, with what inputs; all that a test may change is put back."""
 
-import collections
+import itertools
 import os
-import random
 import secrets
 import zlib
 
+import cases
 import numpy as np
 import pytest
 import shim
@@ -52,32 +52,42 @@ def pytest_report_header():
     )
 
 
-def _has_gpu_kernels(item):
-    """Whether what it tests is a GPU's kernels, wherever these run."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+def _has_gpu_kernels(parameters):
+    """Whether what a test with these parameters tests is a GPU's kernels, wherever these run."""
     backend = parameters.get("backend") or parameters.get("kernel_backend") or "native"
     native = DEVICE != "cpu" or shim.module()
     return backend == "triton" or (backend == "native" and native)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    """Sizes at which only a GPU's kernels change are for those kernels.
+def pytest_generate_tests(metafunc):
+    """Of each test's cases at most FASTKD_TEST_CASES run, which the seed draws.
 
-    Of each test's cases at most FASTKD_TEST_CASES run, which the seed draws: for what takes a GPU's
-    place, and for sanitizers, where a case takes seconds.
+    For what takes a GPU's place, and for sanitizers, where a case takes seconds.
     """
-    kept = {
-        item for item in items if not item.get_closest_marker("gpu_sizes") or _has_gpu_kernels(item)
-    }
-    if CASES:
-        cases = collections.defaultdict(list)
-        for item in filter(kept.__contains__, items):
-            cases[item.nodeid.partition("[")[0]].append(item)
-        draw = random.Random(SEED)
-        kept = {x for of_one in cases.values() for x in draw.sample(of_one, len(of_one))[:CASES]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    if not CASES:
+        return
+    of_gpu = metafunc.definition.get_closest_marker("gpu_sizes")
+
+    def runs(call):
+        sized = of_gpu or any(mark.name == "gpu_sizes" for mark in call.marks)
+        return not sized or _has_gpu_kernels(call.params)
+
+    cases.draw(metafunc, CASES, SEED, runs)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Sizes at which only a GPU's kernels change are for those kernels."""
+    parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
+    kept = [
+        not item.get_closest_marker("gpu_sizes") or _has_gpu_kernels(of_item)
+        for item, of_item in zip(items, parameters, strict=True)
+    ]
+    config.hook.pytest_deselected(
+        items=[item for item, stays in zip(items, kept, strict=True) if not stays]
+    )
+    items[:] = itertools.compress(items, kept)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -16,6 +16,7 @@ from benchmark_records import (
     ROOT,
     SMALL,
     full_record,
+    hide,
     measured,
     record_of,
 )
@@ -221,9 +222,11 @@ def documents(folder: Path) -> list[Path]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         more = ("demo", "comparison") if path.name == "results.md" else ()
+        if path.name != "performance.md":
+            more = (*more, "language")
         marks = [mark for section in ("benchmarks", *more) for mark in readme.markers(section)]
         path.write_text("\n".join(["before", *marks, "after", ""]))
-    for results in (readme.DEMO, readme.COMPARISON):
+    for results in (readme.DEMO, readme.COMPARISON, readme.LANGUAGE):
         (folder / results).write_text((ROOT / results).read_text())
     return paths
 
@@ -236,7 +239,7 @@ def test_readme_is_filled_and_checked(tmp_path):
     full_record().save(results / "cpu.json")
     full_record(complete=False).save(results / "cpu-partial.json")
     shutil.copytree(ROOT / "benchmarks/results/h200", results / "h200")
-    assert len(readme.update(tmp_path, results, check=True)) == 5
+    assert len(readme.update(tmp_path, results, check=True)) == 7
     assert readme.update(tmp_path, results, check=False) == []
     assert readme.update(tmp_path, results, check=True) == []
     texts = [path.read_text() for path in paths]
@@ -245,6 +248,8 @@ def test_readme_is_filled_and_checked(tmp_path):
     assert "| NVIDIA H200 |" in texts[0]
     assert "| student alone | 9" in texts[1]
     assert "| FitNet | " in texts[1]
+    assert "| linear heads | " in texts[1]
+    assert "bits per byte" in texts[0]
     assert all("(../benchmarks/results/cpu.png)" in text for text in texts[1:])
 
     paths[0].write_text(texts[0].replace("**2.00×**", "**3.00×**", 1))
@@ -253,7 +258,7 @@ def test_readme_is_filled_and_checked(tmp_path):
     ]
     paths[0].write_text("no markers")
     paths[2].unlink()
-    assert len(readme.update(tmp_path, results, check=False)) == 2
+    assert len(readme.update(tmp_path, results, check=False)) == 3
     assert paths[0].read_text() == "no markers"
 
 
@@ -342,7 +347,8 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
     assert (len(record.cases), record.complete) == (1, False)
 
 
-def test_every_workload_can_be_explained():
+def test_every_workload_can_be_explained(monkeypatch):
+    hide(monkeypatch, "trl")
     for workload in WORKLOADS:
         names = contenders.lineup(workload, FLOAT, "cpu", None)
         assert names == ["eager", "compile", str(contenders.explain(workload, FLOAT, "cpu").chosen)]

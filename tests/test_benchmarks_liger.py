@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_records import ALL_CASES
+from benchmark_records import ALL_CASES, hide
 
 from benchmarks import __main__ as cli
 from benchmarks import contenders, liger, measure
@@ -123,6 +123,7 @@ def test_liger_takes_part_where_it_can(liger_kernel, monkeypatch):
         return Explanation(workload.loss, None, {name: "no kernels"})
 
     monkeypatch.setattr(contenders, "explain", explain)
+    hide(monkeypatch, "trl")
     names = lineups()
     assert names["soft_target_loss (128,100)"] == [
         "eager", "compile", "reference", "liger", "liger_jsd",
@@ -143,8 +144,7 @@ def test_liger_takes_part_where_it_can(liger_kernel, monkeypatch):
     ]:
         with pytest.raises(SystemExit, match=f"liger cannot run here: .*{reason}"):
             lineups("--contenders", "liger", *options)
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    hide(monkeypatch, "liger_kernel")
     assert lineups("--filter", "(128,100)") == {
         "soft_target_loss (128,100)": ["eager", "compile", "reference"],
         "distillation_loss (128,100)": ["eager", "compile", "reference"],

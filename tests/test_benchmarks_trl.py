@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from benchmark_records import ALL_CASES
+from benchmark_records import ALL_CASES, hide
 
 from benchmarks import __main__ as cli
 from benchmarks import contenders, measure, trl
@@ -82,8 +82,7 @@ def test_trl_takes_part_where_it_can(installed, device, monkeypatch):
 
 
 def test_trl_is_refused_by_name_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    trl._generalized_jsd_loss.cache_clear()
+    hide(monkeypatch, "trl")
     for options, reason in [
         (("--filter", "jsd"), "TRL cannot be imported: "),
         (("--filter", "tvd"), "TRL has no tvd"),

@@ -190,5 +190,6 @@ def test_cutting_the_graph_leaves_the_gradient_alone():
 
 
 def test_spread_is_of_the_sample():
-    assert f"{Spread.of([1.0, 2.0, 3.0]):.1f}" == "2.0 ± 1.00"
+    assert f"{Spread.of([1.0, 2.0, 3.0]):.3f}" == "2.000 ± 1.000"
+    assert f"{Spread.of([1.0, 2.0, 3.0]):+.2f}" == "+2.00 ± 1.00"
     assert f"{Spread.of([1.0]):+.2f}" == "+1.00"

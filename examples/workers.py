@@ -1,24 +1,32 @@
 """Trainings side by side, each in a process: networks this small cannot use several cores."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
-from pathlib import Path
 from threading import Thread
+from typing import Any, Protocol
 
 import torch
 
-from compare_training import Experiment, Result, Run, Trainer
 
-OnSteps = Callable[[Run, int], None]
-# Trains some, and yields each when it is finished.
-Train = Callable[[Sequence[Run]], Iterator[tuple[Run, Result]]]
+class Trainer(Protocol):
+    on_steps: Callable[[int], None]
+
+    def train(self, run: Any) -> Any: ...
+
+    def anew(self) -> Callable[[], "Trainer"]:
+        """What makes such a trainer in another process, to which it is sent."""
+
+
+OnSteps = Callable[[Any, int], None]
+# Trains some, and yields each with its result when it is finished.
+Train = Callable[[Sequence[Hashable]], Iterator[tuple[Any, Any]]]
 
 _trainer: Trainer  # of a worker
-_progress: "Queue[tuple[Run, int] | None]"
+_progress: "Queue[tuple[Hashable, int] | None]"
 
 
 @contextmanager
@@ -27,13 +35,11 @@ def side_by_side(trainer: Trainer, workers: int, on_steps: OnSteps) -> Iterator[
         yield partial(_one_by_one, trainer, on_steps)
         return
     context = get_context("spawn")
-    progress: Queue[tuple[Run, int] | None] = context.Queue()
+    progress: Queue[tuple[Hashable, int] | None] = context.Queue()
     threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(
-        workers, context, _begin, (trainer.experiment, trainer.store.folder, threads, progress)
-    )
+    pool = ProcessPoolExecutor(workers, context, _begin, (trainer.anew(), threads, progress))
 
-    def train(runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    def train(runs: Sequence[Hashable]) -> Iterator[tuple[Any, Any]]:
         futures = {pool.submit(_train, run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -53,24 +59,21 @@ def side_by_side(trainer: Trainer, workers: int, on_steps: OnSteps) -> Iterator[
 
 
 def _one_by_one(
-    trainer: Trainer, on_steps: OnSteps, runs: Sequence[Run]
-) -> Iterator[tuple[Run, Result]]:
+    trainer: Trainer, on_steps: OnSteps, runs: Sequence[Hashable]
+) -> Iterator[tuple[Any, Any]]:
     for run in runs:
         trainer.on_steps = partial(on_steps, run)
         yield run, trainer.train(run)
 
 
 def _begin(
-    experiment: Experiment,
-    folder: Path,
-    threads: int,
-    progress: "Queue[tuple[Run, int] | None]",
+    make: Callable[[], Trainer], threads: int, progress: "Queue[tuple[Hashable, int] | None]"
 ) -> None:
     global _trainer, _progress
     torch.set_num_threads(threads)
-    _trainer, _progress = Trainer(experiment, folder), progress
+    _trainer, _progress = make(), progress
 
 
-def _train(run: Run) -> Result:
+def _train(run: Hashable) -> Any:
     _trainer.on_steps = lambda steps: _progress.put((run, steps))
     return _trainer.train(run)
