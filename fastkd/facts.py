@@ -63,8 +63,7 @@ OBSTACLES = {
         "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
     ),
     ONE_TEACHER: Refusal(
-        "the kernels of a group's shards take one teacher, of logits",
-        "Pass its logits instead of probabilities. " + USE_REFERENCE,
+        "the kernels of a group's shards take one teacher, of logits", USE_REFERENCE
     ),
 }
 
