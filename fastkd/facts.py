@@ -63,8 +63,7 @@ OBSTACLES = {
         "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
     ),
     ONE_TEACHER: Refusal(
-        "the kernels of a group's shards take the logits of a student and of one teacher",
-        "Pass logits instead of what else may stand for a side. " + USE_REFERENCE,
+        "the kernels of shards take the logits of a student and of one teacher", USE_REFERENCE
     ),
 }
 
