@@ -1,6 +1,7 @@
 """The logits of a linear head, in plain PyTorch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.logits import LinearHead
@@ -17,8 +18,8 @@ def logits(
     hidden = head.hidden
     if counts is not None:
         hidden = hidden.masked_fill(~counts[..., None], 0)
-    found = hidden.to(dtype) @ head.weight[:num_classes].to(dtype).T
-    if head.bias is not None:
-        found = found + head.bias[:num_classes].to(dtype)
-    found = found * head.scale
+    weight, bias = head.weight[:num_classes], head.bias
+    if bias is not None:
+        bias = bias[:num_classes].to(dtype)
+    found = F.linear(hidden.to(dtype), weight.to(dtype), bias) * head.scale
     return found if head.softcap is None else head.softcap * (found / head.softcap).tanh()
