@@ -119,6 +119,11 @@ def test_masked_rows_hold_anything(backend, keywords, dtype):
     check_top_k(student, values, indices, lse, backend, 3.0, mask=mask, **keywords)
     labels = some_labels(6, classes=40, ignored=0.0).masked_fill(~mask, -100)
     check_top_k(student, values, indices, lse, backend, labels=labels, **keywords)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    heat = torch.full((6,), 1.7, dtype=precise)
+    heat[~mask] = torch.tensor([math.nan, 0.0, -1.0], dtype=precise)
+    keywords = {**keywords, "temperature": heat, "mask": mask}
+    check_top_k(student, values, indices, lse, backend, 3.0, **keywords)
 
 
 @every_dtype
