@@ -135,6 +135,25 @@ def test_rows_of_weight_0_are_not_read(backend, keywords, dtype):
     check_top_k(student, values, indices, lse, backend, 3.0, row_weight=weight, **keywords)
 
 
+@every_dtype
+@every_pair
+def test_weights_of_rows_that_learn(backend, keywords, dtype):
+    """Their gradient is the row's loss, of one of padding alone and of weight 0 as well."""
+    student, values, indices, lse = sides(4, 40, 6, (dtype, dtype), **keywords)
+    indices[2] = -1
+    weight = torch.tensor([0.5, 0.0, 1.0, -2.0], requires_grad=True)
+    tail = keywords["tail"]
+    others = {n: x for n, x in keywords.items() if n != "tail"}
+    rows = losses((student, values, indices, lse), backend, tail, **others)
+    leaf = student.requires_grad_()
+    side = kept(values, indices, lse, tail=tail)
+    loss = fastkd.soft_target_loss(leaf, side, row_weight=weight, backend=backend, **others)
+    found = torch.autograd.grad(loss, (weight, leaf))
+    torch.testing.assert_close(found[0], rows.to(weight.dtype) / 4)
+    assert found[1].isfinite().all()
+    assert not found[1][1:3].any()
+
+
 @every_pair
 def test_terms_that_are_switched_off(backend, keywords):
     """Nothing of them is left, NaN neither: of one, and of both."""
