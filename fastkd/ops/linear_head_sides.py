@@ -108,8 +108,8 @@ class OfRows:
         return self.packed[at]
 
     def want(self, wanted: Sequence[bool]) -> None:
-        if any(wanted):
-            self.gradient = torch.empty_like(self.packed)
+        if any(wanted):  # zeros, since not every loss has one for it
+            self.gradient = torch.zeros_like(self.packed)
 
     def backward(self, gradient: Tensor, at: slice) -> None:
         """Take the gradient of a chunk."""

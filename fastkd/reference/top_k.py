@@ -75,6 +75,7 @@ def slots_of(
     wide = widest_dtype(values.device)
     logits = values.gather(-1, order).to(wide).masked_fill(is_padding, 0)
     if isinstance(temperature, Tensor):
+        temperature = temperature if ignored is None else temperature.masked_fill(ignored, 1)
         temperature = temperature.to(wide)[..., None]
     log_p = logits / temperature
     log_rest = None
