@@ -119,6 +119,11 @@ def test_masked_rows_hold_anything(backend, keywords, dtype):
     check_top_k(student, values, indices, lse, backend, 3.0, mask=mask, **keywords)
     labels = some_labels(6, classes=40, ignored=0.0).masked_fill(~mask, -100)
     check_top_k(student, values, indices, lse, backend, labels=labels, **keywords)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    heat = torch.full((6,), 1.7, dtype=precise)
+    heat[~mask] = torch.tensor([math.nan, 0.0, -1.0], dtype=precise)
+    keywords = {**keywords, "temperature": heat, "mask": mask}
+    check_top_k(student, values, indices, lse, backend, 3.0, **keywords)
 
 
 @every_dtype
@@ -128,6 +133,50 @@ def test_rows_of_weight_0_are_not_read(backend, keywords, dtype):
     student[1], values[2] = math.nan, math.nan
     weight = torch.tensor([1.0, 0.0, 0.0, 2.0])
     check_top_k(student, values, indices, lse, backend, 3.0, row_weight=weight, **keywords)
+
+
+@every_dtype
+@every_pair
+def test_weights_of_rows_that_learn(backend, keywords, dtype):
+    """Their gradient is the row's loss, of one of padding alone and of weight 0 as well."""
+    student, values, indices, lse = sides(4, 40, 6, (dtype, dtype), **keywords)
+    indices[2] = -1
+    weight = torch.tensor([0.5, 0.0, 1.0, -2.0], requires_grad=True)
+    tail = keywords["tail"]
+    others = {n: x for n, x in keywords.items() if n != "tail"}
+    rows = losses((student, values, indices, lse), backend, tail, **others)
+    leaf = student.requires_grad_()
+    side = kept(values, indices, lse, tail=tail)
+    loss = fastkd.soft_target_loss(leaf, side, row_weight=weight, backend=backend, **others)
+    found = torch.autograd.grad(loss, (weight, leaf))
+    torch.testing.assert_close(found[0], rows.to(weight.dtype) / 4)
+    assert found[1].isfinite().all()
+    assert not found[1][1:3].any()
+
+
+@every_pair
+def test_terms_that_are_switched_off(backend, keywords):
+    """Nothing of them is left, NaN neither: of one, and of both."""
+    student, values, indices, lse = sides(4, 40, 6, (torch.float32,) * 2, **keywords)
+    tail = keywords["tail"]
+    others = {n: x for n, x in keywords.items() if n != "tail"} | {"backend": backend}
+    labels = torch.arange(4)
+    values[1, 2] = math.nan
+    leaf = student.requires_grad_()
+    side = kept(values, indices, lse, tail=tail)
+    for hard in (0.5, 0.0):
+        loss = fastkd.distillation_loss(
+            leaf, side, labels, soft_weight=0.0, hard_weight=hard, **others
+        )
+        expected = hard * torch.nn.functional.cross_entropy(leaf, labels)
+        torch.testing.assert_close(loss, expected)
+        gradients = [torch.autograd.grad(x, leaf)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+    student.data[1, 3] = math.nan
+    loss = fastkd.distillation_loss(leaf, side, labels, soft_weight=0.0, hard_weight=0.0, **others)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert loss == 0
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("tail", TAILS)

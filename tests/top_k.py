@@ -108,7 +108,8 @@ def check_top_k(
         )  # fmt: skip
         return losses[0], gradients
 
-    most = float(torch.as_tensor(keywords.get("temperature", defaults.get("temperature", 1))).max())
+    heat_of_rows = torch.as_tensor(keywords.get("temperature", defaults.get("temperature", 1.0)))
+    most = heat_of_rows.nan_to_num(0.0).max().item()  # a masked row's may be anything
     size = most**2 if others.get("scale_t2", True) else 1.0
     if "row_weight" in others:
         size *= others["row_weight"].abs().max().item()

@@ -69,13 +69,13 @@ def slots_of(
     wide = widest_dtype(values.device)
     logits = values.gather(-1, order).to(wide).masked_fill(is_padding, 0)
     if isinstance(temperature, Tensor):
+        temperature = temperature if ignored is None else temperature.masked_fill(ignored, 1)
         temperature = temperature.to(wide)[..., None]
     log_p = logits / temperature
     log_rest = None
     if tail in ("renormalize", "renormalize_both"):
         # Not -inf: a row of padding alone has no sum.
-        log_p = log_p.masked_fill(is_padding, torch.finfo(wide).min)
-        log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+        log_p = log_p.masked_fill(is_padding, torch.finfo(wide).min).log_softmax(-1)
     elif lse is not None:
         lse = lse if ignored is None else lse.masked_fill(ignored, 0)
         log_p = log_p - lse.to(wide)[..., None]
