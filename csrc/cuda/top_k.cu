@@ -12,7 +12,6 @@ struct TopK : ClassPasses<A, kIsColumns> {
   using Base = ClassPasses<A, kIsColumns>;
   using Base::call, Base::leads, Base::N, Base::shared, Base::with_logits;
   using Row = TopKRow<A>;
-
   using Gradient = RowGradient<A>;
 
   const TopKCall& top;

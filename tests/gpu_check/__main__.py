@@ -43,7 +43,7 @@ ON_THE_DEVICE = tuple(
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
-        *("linear_head", "top_k", "top_k_edges"),
+        *("linear_head", "top_k", "top_k_edges", "top_k_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
         *("metrics", "metrics_edges", "metrics_calls", "ranks"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),

@@ -141,6 +141,13 @@ def ensemble(student: Tensor, *teachers: Tensor, **keywords) -> Tensor:
     return distillation(student, list(teachers), teacher_weights=list(weights), **keywords)
 
 
+def from_cache(
+    student: Tensor, values: Tensor, *, indices: Tensor, tail: str, labels: Tensor, **keywords
+) -> Tensor:
+    teacher = fastkd.TopK(values, indices.to(values.device), tail=tail)
+    return fastkd.distillation_loss(student, teacher, labels.to(student.device), **keywords)
+
+
 def logits(backend: str) -> int:
     runs = 0
     for dtypes, (shape, dim) in itertools.product(LOGITS_DTYPES, LOGITS):
@@ -157,6 +164,12 @@ def logits(backend: str) -> int:
             sides = [pair[0], *(layout(x) for x in draw(shape, (*dtypes, DTYPES[2])))]
             check(partial(ensemble, labels=labels, **keywords), sides, backend, 1)
             runs += 1
+            indices = torch.rand(*labels.shape, shape[dim]).topk(9).indices
+            sides = [pair[0], *draw(indices.shape, dtypes[1:])]
+            for tail in ("renormalize", "renormalize_both"):
+                top_k = partial(from_cache, indices=indices, tail=tail, labels=labels)
+                check(partial(top_k, **keywords), sides, backend, 1)
+                runs += 1
     return runs
 
 

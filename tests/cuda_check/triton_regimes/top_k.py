@@ -54,7 +54,7 @@ _STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
     "2,048 classes, float64": (
         meta(512, 2048, dtype=float64),
         1,
-        64,
+        16,
         {"bucket, forward_kl", "bucket, skew_kl", "temperatures"},
     ),
     "5,000 classes, float64": (
