@@ -165,8 +165,8 @@ def test_operators_pass_opcheck(kernel_backend, name):
 
 def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
-    # Only compiled code calls the product, no leaf is overwritten, linear heads are no tensors, and
-    # what has no gradient is no loss. Their own tests check these: test_product.py, test_inplace.py,
+    # Only compiled code calls the product, no leaf is overwritten, heads are no tensors, and what
+    # has no gradient is no loss. Their own tests check these: test_product.py, test_inplace.py,
     # test_linear_head_compiled.py and test_metrics_calls.py.
     seen |= {
         torch.ops.fastkd.linear_head_forward.default,
