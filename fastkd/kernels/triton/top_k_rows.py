@@ -97,7 +97,6 @@ def factors_of_classes(
     else:
         to_rest, hard_to_rest, psi_rest = moves
         of_listed = shift(every[0]), at_t + tl.where(soft == 0, 0, -soft * psi / every[1]), at_1
-        # q of the rest over its sum is to_rest / every[1], beside which both may underflow.
-        of_rest = psi_rest - rest[1] * (to_rest / every[1]) * psi
+        of_rest = psi_rest - rest[1] * to_rest / every[1] * psi
         of_rest = tl.where((soft == 0) | (rest[1] == 0), 0, soft * of_rest / rest[1])
         return of_listed, (shift(rest[0]), of_rest + at_t * to_rest, at_1 * hard_to_rest)
