@@ -75,6 +75,9 @@ def test_classes_that_the_student_excludes(backend, keywords, dtype, classes):
         found = losses((student, values, indices, lse), backend, **keywords)
         infinite = [False, False, True, keywords["tail"] == "bucket"]
         assert found.isinf().tolist() == infinite
+        leaf = student.requires_grad_()
+        losses((leaf, values, indices, lse), backend, **keywords).sum().backward()
+        assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("where", ["student", "values", "lse"])

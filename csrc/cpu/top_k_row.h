@@ -211,7 +211,7 @@ class Row {
     if (!slots_.listed_only && by.soft != 0) {
       const double inverse = a_.rates.inverse;
       student = -total_.psi / soft_.value * Rates::moving(maximum, soft_.maximum, inverse);
-      if (psi_rest_ != 0)
+      if (rest_.value != 0)  // or the student excludes all of it
         student += psi_rest_ / rest_.value * Rates::moving(maximum, rest_.maximum, inverse);
       student *= by.soft;
     }
