@@ -69,7 +69,8 @@ def language(results: dict[str, Any]) -> str:
         f"are held out. The cache has {results['cache_bytes'] / 1e6:.0f} MB, and "
         f"{results['cached_probability']:.0%} of the teacher's probability in the mean. "
         f"Measured on {machine['cpus']} cores ({machine['device']}, load "
-        f"{machine['load']:.1f} at the start), Python {machine['python']}, torch {machine['torch']}."
+        f"{machine['load']:.1f} at the start), Python {machine['python']}, "
+        f"torch {machine['torch']}."
     )
     head = ["method", "bits per byte", "gain", "tokens/s", "loss, MB: eager", "fastkd"]
     teacher = results["teacher_result"]
