@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_methods import METHODS, PADDING, TOP_K, Cached, Head, Loss
+from llm_methods import METHODS, TOP_K, Cached, Head, Loss
+from llm_tokens import PADDING
 
 # Where the benchmarks are, which measure resident memory.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

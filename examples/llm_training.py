@@ -15,10 +15,10 @@ from torch.nn import functional as F
 import fastkd
 from fastkd.facts import Backend
 from llm_cache import TopKCache
-from llm_methods import METHODS, PADDING, TOP_K, Cached, Head, Loss, cross_entropy
+from llm_methods import METHODS, TOP_K, Cached, Head, Loss, cross_entropy
 from llm_model import LanguageModel, Size
 from llm_text import Corpus
-from llm_tokens import Vocabulary, windows
+from llm_tokens import PADDING, Vocabulary, windows
 
 BETAS, WEIGHT_DECAY, LARGEST_GRADIENT = (0.9, 0.95), 0.1, 1.0
 WARM_UP = 0.1  # of all steps
