@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import Workload, keywords, linear_head
+from benchmarks.workloads import Workload, keywords, linear_head, top_k
 
 Statement = Callable[..., Tensor]
 
@@ -131,8 +131,8 @@ def refusal(name: str, workload: Workload, device: str) -> str | None:
         return "liger_linear is for linear heads, and the others are for logits"
     if workload.half_masked and name == "liger":
         return "Liger-Kernel's KL divergence takes no mask"
-    if workload.family == keywords.FAMILY:
-        return "Liger-Kernel's divergences have no such keyword"
+    if workload.family in (keywords.FAMILY, top_k.FAMILY):
+        return "Liger-Kernel's divergences have no such keyword and no such teacher"
     if workload.keywords.get("dim", -1) != -1:
         return "Liger-Kernel takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.liger import divergence_of
-from benchmarks.workloads import Workload, keywords, linear_head
+from benchmarks.workloads import Workload, keywords, linear_head, top_k
 
 Statement = Callable[..., Tensor]
 # The divergences that it has, by its beta; that of "jsd" is the workload's own.
@@ -72,8 +72,8 @@ def refusal(name: str, workload: Workload) -> str | None:
         return f"TRL has no {divergence_of(workload)}"
     if (workload.family == linear_head.FAMILY) != (name == "trl_linear"):
         return "trl_linear is for linear heads, and trl for logits"
-    if workload.family == keywords.FAMILY:
-        return "TRL's divergence has no such keyword"
+    if workload.family in (keywords.FAMILY, top_k.FAMILY):
+        return "TRL's divergence has no such keyword and no such teacher"
     if workload.keywords.get("dim", -1) != -1:
         return "TRL takes rows of logits, with the classes last"
     if len(workload.teacher) > len(workload.student):

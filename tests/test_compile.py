@@ -165,9 +165,10 @@ def test_operators_pass_opcheck(kernel_backend, name):
 
 def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
-    # Only compiled code calls the product, no leaf is overwritten, heads are no tensors, what has no
-    # gradient is no loss, and no sample has a group. Their own tests check these: test_product.py,
-    # test_inplace.py, test_linear_head_compiled.py, test_metrics_calls.py and test_ranks.py.
+    # Only compiled code calls the product, no leaf is overwritten, heads are no tensors, what has
+    # no gradient is no loss, and no sample has a group. Their own tests check these:
+    # test_product.py, test_inplace.py, test_linear_head_compiled.py, test_metrics_calls.py and
+    # test_ranks.py.
     seen |= {
         torch.ops.fastkd.linear_head_forward.default,
         torch.ops.fastkd.linear_head_backward.default,
