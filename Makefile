@@ -65,11 +65,13 @@ FUSED := hint or soft_target or distillation or divergence or mask or normalizer
     or linear_head or top_k or extreme or metrics or attention or rkd or similarity or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
-# What is about other backends; and rows of a whole vocabulary, which take the interpreter 15 seconds
-# a case. torch.compile is left out because it calls the same kernels; there it takes minutes.
+# What is about other backends; memory, of which the interpreter keeps its own; and rows of a whole
+# vocabulary, which take the interpreter 15 seconds a case. torch.compile is left out because it calls
+# the same kernels; there it takes minutes.
 NOT_TRITON := $(NOT_SHIM) \
     $(patsubst %,--ignore tests/test_%.py,soft_target_regimes soft_target_few_regimes \
-    soft_target_columns_regimes attention_regimes isa vocabulary schedules groups)
+    soft_target_columns_regimes attention_regimes isa vocabulary schedules groups \
+    linear_head_memory)
 
 # Tests run beside others: a thread that waits for work must not keep them from a core.
 test test-% sanitize-% fuzz crashes coverage: export OMP_WAIT_POLICY = passive
