@@ -167,6 +167,11 @@ def keeping(function, tail):
     def flat(student, teacher, **keywords):
         indices = torch.tensor(_KEPT).clamp(max=keywords.get("num_classes", 10) - 1)
         indices = indices.repeat(len(teacher) // len(_KEPT), 1)
+        if hasattr(teacher, "device_mesh"):
+            from torch.distributed.tensor import Replicate, distribute_tensor
+
+            rows = [p if p.is_shard(0) else Replicate() for p in teacher.placements]
+            indices = distribute_tensor(indices, teacher.device_mesh, rows)
         values = teacher.gather(-1, indices.clamp(min=0))
         lse = 2 + teacher.logsumexp(-1) if tail in ("zero", "bucket") else None
         return function(student, fastkd.TopK(values, indices, tail=tail, lse=lse), **keywords)

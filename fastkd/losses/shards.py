@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastkd.logits import TopK
+
 
 def local(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -30,7 +32,9 @@ def local(
     others = [placement.is_replicate() for placement in student.placements]
     if split.count(True) != 1 or others.count(False) != 1:
         return None
-    sides = pytree.tree_leaves(arguments.get("teacher_logits"))
+    teacher = arguments.get("teacher_logits")
+    # What a teacher kept is the same on every rank.
+    sides = [] if isinstance(teacher, TopK) else pytree.tree_leaves(teacher)
     given: list[Any] = [x for x in pytree.tree_leaves(dict(arguments)) if isinstance(x, Tensor)]
     if not all([isinstance(x, tensors.DTensor) for x in given]):
         return None
