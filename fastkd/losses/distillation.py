@@ -1,7 +1,7 @@
 """Soft targets and hard labels together (Hinton et al. 2014), of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from fastkd.losses import checks, linear_head, logits, over_ranks, rows, tempera
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
-from fastkd.ranks import Ranks
 from fastkd.reference import distillation as reference
 
 
@@ -237,7 +236,7 @@ def distillation_loss(
     teacher_is = "logits"
     if isinstance(teacher, SIDES):
         teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
-    ranks = cast("Ranks | None", group)  # which the decorator hands on
+    ranks: Any = group  # `Ranks` or None, which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
@@ -254,10 +253,10 @@ def distillation_loss(
     if mask is not None:
         rows.check_mask(student_logits, mask, axis)
         labels = labels.masked_fill(~mask, ignore_index)
+    every = num_classes if ranks is None else ranks.classes
     reduce = rows.reduction_of(
-        *(student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis),
-        num_classes if ranks is None else ranks.classes,
-        by_rows=heads is not None,
+        *(student_logits, reduction, normalizer, row_weight, labels, ignore_index, axis, every),
+        heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -270,8 +269,12 @@ def distillation_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = labels, row_weight, *heat, *linear_head.tensors_of(heads)
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, heads)
+    others = labels, row_weight, *heat
+    if heads is not None:
+        others += heads.tensors()
+    hindrance = None
+    if ranks is not None:
+        hindrance = over_ranks.obstacle(teachers, teacher_is, heads)
     chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):
@@ -301,8 +304,8 @@ def distillation_loss(
     loss, *parts = run(
         reference.distillation_loss,
         *(student_logits, target, labels, parameters, heat, reduce, in_place, return_parts),
-        heads=heads,
-        ranks=ranks,
+        heads,
+        ranks,
     )
     loss = logits.tied(loss, unused)
     if not return_parts:

@@ -75,14 +75,14 @@ def sides_of(
 
     All checks of logits then hold for heads, too.
     """
-    heads = [side if isinstance(side, LinearHead) else None for side in (student, teacher)]
-    if heads == [None, None]:
+    if not (isinstance(student, LinearHead) or isinstance(teacher, LinearHead)):
         if chunk_size is not None:
             raise ValueError(
                 "chunk_size is how many rows of a fastkd.LinearHead have logits at a time, and "
                 f"neither side is one: leave it out, got {chunk_size!r}"
             )
         return student, teacher, None
+    heads = [side if isinstance(side, LinearHead) else None for side in (student, teacher)]
     if chunk_size is not None and checks.integer("chunk_size", chunk_size) < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if inplace is not False and checks.flag("inplace", inplace):

@@ -97,15 +97,17 @@ def check_logits(
         raise ValueError(
             f"teacher_logits must hold 1 to {_MOST_TEACHERS} teachers, got {len(teachers)}"
         )
-    stored = [x.shape[dim] for x in (student, *to_compare)]
-    if ranks is not None:
-        if num_classes is not None:
-            num_classes = checks.integer("num_classes", num_classes)
-        ranks.split(stored[0], min(stored[1:], default=stored[0]), num_classes)
-        num_classes = None if ranks.here == max(stored) else ranks.here
-    elif num_classes is not None:
-        num_classes = check_num_classes(num_classes, stored)
-    classes = count_classes(student, dim, num_classes, ranks)
+    classes = student.shape[dim]
+    if ranks is not None or num_classes is not None:
+        stored = [x.shape[dim] for x in (student, *to_compare)]
+        if ranks is None:
+            num_classes = check_num_classes(num_classes, stored)
+        else:
+            if num_classes is not None:
+                num_classes = checks.integer("num_classes", num_classes)
+            ranks.split(stored[0], min(stored[1:], default=stored[0]), num_classes)
+            num_classes = None if ranks.here == max(stored) else ranks.here
+        classes = count_classes(student, dim, num_classes, ranks)
     if classes == 0:
         raise ValueError(
             f"logits must have at least one class along dim {dim}, got {tuple(student.shape)}"

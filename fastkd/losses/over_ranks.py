@@ -90,14 +90,11 @@ def _ranks_of(group: Any) -> Ranks:
 
 
 def obstacle(
-    ranks: Ranks | None,
-    teachers: Sequence[Tensor],
-    teacher_is: str,
-    heads: linear_head.Sides | None,
+    teachers: Sequence[Tensor], teacher_is: str, heads: linear_head.Sides | None
 ) -> str | None:
     """What keeps kernels from a call with a group."""
     has_kernels = len(teachers) == 1 and teacher_is == "logits" and heads is None
-    return None if ranks is None or has_kernels else ONE_TEACHER
+    return None if has_kernels else ONE_TEACHER
 
 
 def run(

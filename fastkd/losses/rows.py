@@ -125,8 +125,7 @@ def reduction_of(
     ignored: int,
     dim: int,
     num_classes: int | None,
-    *,
-    by_rows: bool = False,
+    by_rows: bool,
 ) -> Reduction:
     """Of a checked one. The labels are `ignored` for rows that do not count.
 

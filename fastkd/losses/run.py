@@ -26,10 +26,9 @@ def run(
     temperatures: Sequence[Tensor],
     reduce: Reduction,
     in_place: bool,
-    with_parts: bool = False,
-    *,
-    heads: linear_head.Sides | None = None,
-    ranks: Ranks | None = None,
+    with_parts: bool,
+    heads: linear_head.Sides | None,
+    ranks: Ranks | None,
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
     if ranks is not None:

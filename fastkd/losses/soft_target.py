@@ -1,7 +1,7 @@
 """Soft targets (Hinton et al. 2014) of one or several teachers."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from fastkd.losses import checks, linear_head, logits, over_ranks, rows, tempera
 from fastkd.losses.inplace import check_inplace
 from fastkd.losses.run import run
 from fastkd.parameters import SoftTarget
-from fastkd.ranks import Ranks
 from fastkd.reference import soft_target as reference
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -154,7 +153,7 @@ def soft_target_loss(
     teacher_is = "logits"
     if isinstance(teacher, SIDES):
         teacher, teacher_is, teacher_temperature = logits.teacher_of(teacher, teacher_temperature)
-    ranks = cast("Ranks | None", group)  # which the decorator hands on
+    ranks: Any = group  # `Ranks` or None, which the decorator hands on
     axis, num_classes, teachers, weights, unused = logits.check_logits(
         student_logits, teacher, teacher_weights, dim, num_classes, ranks
     )
@@ -165,10 +164,10 @@ def soft_target_loss(
     scale_t2 = checks.flag("scale_t2", scale_t2)
     checks.choice("reduction", reduction, _REDUCTIONS)
     marks = None if mask is None else rows.marks_of(student_logits, mask, axis)
+    every = num_classes if ranks is None else ranks.classes
     reduce = rows.reduction_of(
-        *(student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis),
-        num_classes if ranks is None else ranks.classes,
-        by_rows=heads is not None,
+        *(student_logits, reduction, normalizer, row_weight, marks, rows.MASKED, axis, every),
+        heads is not None,
     )
     # The gradient of a weight is the row's loss, also where the weight is 0.
     if row_weight is not None and not row_weight.requires_grad:
@@ -180,8 +179,12 @@ def soft_target_loss(
     in_place = inplace is not False and check_inplace(
         inplace, student_logits, teachers, heat, reduction, row_weight
     )
-    others = marks, row_weight, *heat, *linear_head.tensors_of(heads)
-    hindrance = over_ranks.obstacle(ranks, teachers, teacher_is, heads)
+    others = marks, row_weight, *heat
+    if heads is not None:
+        others += heads.tensors()
+    hindrance = None
+    if ranks is not None:
+        hindrance = over_ranks.obstacle(teachers, teacher_is, heads)
     chosen = select("soft_target_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):
@@ -206,8 +209,8 @@ def soft_target_loss(
     )
     loss, *_ = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),
-        *(student_logits, target, marks, parameters, heat, reduce, in_place),
-        heads=heads,
-        ranks=ranks,
+        *(student_logits, target, marks, parameters, heat, reduce, in_place, False),
+        heads,
+        ranks,
     )
     return logits.tied(loss, unused)
