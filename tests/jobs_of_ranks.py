@@ -59,23 +59,45 @@ def takes_a_part_of_the_group(rank, size):
 
 def learns_alike(rank, size):
     """A few steps of a head whose classes are split are those of the whole head."""
-    hidden, teacher, labels = torch.randn(16, 8), logits(16, 12), some_labels(16, classes=12)
-    whole_head = nn.Linear(8, 12)
-    head = nn.Linear(8, 12 // size)
+    teacher = logits(16, 12)
+    own = teacher.chunk(size, -1)[rank]
+    _learn(rank, size, lambda module, hidden: module(hidden), teacher, own)
+
+
+def learns_alike_without_logits(rank, size):
+    """The same of linear heads, whose teacher kept some of all classes."""
+    kept = fastkd.TopK(*logits(16, 12).topk(5))
+
+    def of(module, hidden):
+        return fastkd.LinearHead(hidden, module.weight, module.bias)
+
+    _learn(rank, size, of, kept, kept)
+
+
+def _learn(rank, size, student_of, teacher, own):
+    """The whole head learns from the teacher, and this process's part of it from its own."""
+    hidden, labels = torch.randn(16, 8), some_labels(16, classes=12)
+    whole_head, head = nn.Linear(8, 12), nn.Linear(8, 12 // size)
     with torch.no_grad():
         head.weight.copy_(whole_head.weight.chunk(size)[rank])
         head.bias.copy_(whole_head.bias.chunk(size)[rank])
-    own = teacher.chunk(size, -1)[rank]
+    inputs = []
     for module, target, keywords in (
         (whole_head, teacher, {}),
         (head, own, {"group": dist.group.WORLD}),
     ):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        optimizer, x = torch.optim.SGD(module.parameters(), lr=0.5), hidden.clone()
         for _ in range(5):
             optimizer.zero_grad()
-            fastkd.distillation_loss(module(hidden), target, labels, **keywords).backward()
+            loss = fastkd.distillation_loss(
+                student_of(module, x.requires_grad_()), target, labels, **keywords
+            )
+            loss.backward()
             optimizer.step()
+        inputs.append(x.grad)
     torch.testing.assert_close(head.weight, whole_head.weight.chunk(size)[rank])
+    if isinstance(student_of(head, hidden), fastkd.LinearHead):
+        torch.testing.assert_close(*inputs)
 
 
 def explains_alone(rank, size):

@@ -39,6 +39,7 @@ def test_the_loss_of_one_process(pool, backend, keywords, dtype):
     [
         "takes_a_part_of_the_group",
         "learns_alike",
+        "learns_alike_without_logits",
         "explains_alone",
         "raises_everywhere",
         "waits_no_longer_than_the_group",
