@@ -76,14 +76,14 @@ class _Call:
     ) -> None:
         """The losses of a chunk, their parts, and the gradient, if need be in the logits' place."""
         student, teachers, labels, temperatures = inputs
-        p, others = self.p, {"temperatures": temperatures, "grad_output": factor}
-        if p.teacher_is != "top_k":
-            outputs = losses, parts, None, gradient
+        p, outputs = self.p, (losses, parts, None, gradient)
+        others = {"temperatures": temperatures, "grad_output": factor}
+        if p.teacher_is == "top_k":
+            inputs_and_outputs = student, *_slots(teachers), labels, *outputs, self.listed_only
+            kernels(p.backend, "top_k").top_k_forward(*inputs_and_outputs, p, **others)
+        else:
             run = kernels(p.backend, "soft_target").soft_target_forward
-            return run(student, teachers, labels, *outputs, p, **others)
-        slots, outputs = _slots(teachers), (losses, parts, None, gradient)
-        run = kernels(p.backend, "top_k").top_k_forward
-        return run(student, *slots, labels, *outputs, self.listed_only, p, **others)
+            run(student, teachers, labels, *outputs, p, **others)
 
     def gradients(
         self,

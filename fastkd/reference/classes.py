@@ -1,5 +1,6 @@
 """Reductions over the classes, of which a process has all, or those of its rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,12 +100,12 @@ class Split(Classes):
 
     def spread(self, x: Tensor) -> Tensor:
         """A number that all ranks have, and whose gradient all of them make."""
-        found: Tensor = _Spread.apply(self.ranks, x)
+        found: Tensor = _Identity.apply(lambda of_rank: sum_over(self.ranks, of_rank), x)
         return found
 
     def share(self, x: Tensor) -> Tensor:
         """A result that all ranks have, of whose gradient each passes on its share."""
-        found: Tensor = _Share.apply(self.ranks, x)
+        found: Tensor = _Identity.apply(lambda of_all: of_all / self.ranks.size, x)
         return found
 
 
@@ -125,23 +126,14 @@ class _Sum(torch.autograd.Function):
         return None, sum_over(ctx.ranks, grad_output)
 
 
-class _Spread(torch.autograd.Function):
+class _Identity(torch.autograd.Function):
+    """The same tensor, whose gradient goes through a function."""
+
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, of_gradient: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.of_gradient = of_gradient
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, sum_over(ctx.ranks, grad_output)
-
-
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        return None, grad_output / ctx.ranks.size
+        return None, ctx.of_gradient(grad_output)
