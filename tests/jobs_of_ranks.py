@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import random
 import time
 import warnings
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from agreement_logits import check_distillation, check_soft_target, logits, some_labels
+from divergences import sides
 from split import LOSSES, Processes, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +23,6 @@ import fastkd
 @contextlib.contextmanager
 def split():
     """The losses that are checked are those of this process and the others."""
-    random.seed(torch.initial_seed())
     own = {name: getattr(fastkd, name) for name in LOSSES}
     try:
         for name in LOSSES:
@@ -35,16 +34,18 @@ def split():
 
 
 def agrees(rank, size, backend, dtype, keywords):
-    student, teacher = logits(9, 100, dtype=dtype), logits(9, 100, dtype=dtype)
     labels = some_labels(9, classes=100)
     mask, weight = torch.rand(9) < 0.7, torch.rand(9)
     heat = (1 + torch.rand(9)).to(torch.float64 if dtype == torch.float64 else torch.float32)
     with split():
-        check_soft_target(student, teacher, backend, temperature=2.0, mask=mask, **keywords)
-        check_distillation(student, teacher, labels, backend, label_smoothing=0.1, **keywords)
+        pair = sides(9, 100, dtype, dtype, temperature=2.0)
+        check_soft_target(*pair, backend, temperature=2.0, mask=mask, **keywords)
+        pair = sides(9, 100, dtype, dtype, temperature=4.0)
+        check_distillation(*pair, labels, backend, label_smoothing=0.1, **keywords)
         upstream, keywords = torch.randn(9), {**keywords, "reduction": "none"}
-        check_soft_target(student, teacher, backend, upstream, temperature=heat, **keywords)
-        check_distillation(student, teacher, labels, backend, row_weight=weight, **keywords)
+        check_distillation(*pair, labels, backend, row_weight=weight, **keywords)
+        pair = sides(9, 100, dtype, dtype, temperature=heat)
+        check_soft_target(*pair, backend, upstream, temperature=heat, **keywords)
 
 
 def takes_a_part_of_the_group(rank, size):

@@ -5,7 +5,6 @@ made of them is a function like the loss itself, so that all that checks a loss 
 """
 
 import functools
-import random
 import threading
 
 import torch
@@ -94,7 +93,7 @@ class Processes:
 
 def cuts_of(classes, parts):
     """How many classes each has: any number, also none."""
-    at = sorted(random.choices(range(classes + 1), k=parts - 1))
+    at = sorted(torch.randint(classes + 1, (parts - 1,)).tolist())
     return [end - begin for begin, end in zip([0, *at], [*at, classes], strict=True)]
 
 

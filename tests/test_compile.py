@@ -168,7 +168,7 @@ def test_every_operator_is_checked(kernel_backend):
     # Only compiled code calls the product, no leaf is overwritten, heads are no tensors, what has
     # no gradient is no loss, and no sample has a group. Their own tests check these:
     # test_product.py, test_inplace.py, test_linear_head_compiled.py, test_metrics_calls.py and
-    # test_ranks.py.
+    # test_ranks_calls.py.
     seen |= {
         torch.ops.fastkd.linear_head_forward.default,
         torch.ops.fastkd.linear_head_backward.default,

@@ -56,7 +56,7 @@ VALUES = {
     (nn.SimilarityPreservingLoss, "pair_weights"): ([2], ["2"]),
     (nn.FSPLoss, "pair_weights"): ([-1.5], [float("nan")]),
 }
-# A process group is not copied, pickled or compiled; tests/test_ranks.py has modules with one.
+# A process group is not copied, pickled or compiled: test_ranks_calls.py has modules with one.
 OF_GROUPS = {(module, "group") for module in (nn.SoftTargetLoss, nn.DistillationLoss)}
 BACKENDS = {(module, "backend"): ("reference", "cuda") for module in LOSSES}
 # What goes with a linear head alone: tests/test_linear_head_calls.py.

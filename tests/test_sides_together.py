@@ -4,8 +4,6 @@ Each alone is compared with an oracle in tests of its own. Together they must be
 makes of whole logits in float64.
 """
 
-import random
-
 import pytest
 import torch
 from linear_heads import NUMBERS, head
@@ -25,11 +23,6 @@ TAILS = [
 every_tail = pytest.mark.parametrize(("tail", "keywords"), TAILS, ids=str)
 every_loss = pytest.mark.parametrize("name", ["soft_target_loss", "distillation_loss"])
 every_reduction = pytest.mark.parametrize("reduction", ["batchmean", "none"])
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    random.seed(torch.initial_seed())
 
 
 def draw(temperature):

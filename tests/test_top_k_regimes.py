@@ -9,10 +9,10 @@ from agreement_logits import edge_labels
 from divergences import FEW, name_of
 from temperatures import of_kind
 from top_k import check_top_k, kept, sides, split
+from triton_calls import SUM
 
 import fastkd
 from fastkd.operators import kernels
-from fastkd.parameters import SoftTarget
 
 pytestmark = pytest.mark.gpu_sizes
 
@@ -201,20 +201,11 @@ def test_an_index_that_is_no_class(kernel_backend, classes, listed_only):
     student, log_p = torch.randn(3, classes), torch.randn(3, 4).log_softmax(-1)
     indices = torch.tensor([[-1, 2, 3, 4], [0, 1, 2, classes], [5, 6, 7, 2**31 - 1]]).int()
     loss, gradient = torch.full((3,), math.nan), torch.full_like(student, math.nan)
-    p = SoftTarget(
+    p = SUM._replace(
         temperature=1.0,
         teacher_temperature=1.0,
         soft_weight=1.0,
-        hard_weight=0.0,
-        label_smoothing=0.0,
-        ignore_index=-100,
-        labels_are_classes=True,
-        divergence="forward_kl",
-        beta=0.5,
         reduction="none",
-        dim=1,
-        weights=(1.0,),
-        num_classes=None,
         backend=kernel_backend,
         teacher_is="top_k",
     )

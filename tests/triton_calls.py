@@ -1,4 +1,4 @@
-"""Parameters and sizes with which Triton's kernels of soft targets are called by themselves."""
+"""Parameters and sizes with which kernels on logits are called by themselves, Triton's mostly."""
 
 from fastkd.parameters import SoftTarget
 
