@@ -137,3 +137,51 @@ def test_hidden_states_and_heads(backend, beta, items, chunked):
         results.append((loss, *torch.autograd.grad(loss, student)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("adds_tail", [False, True], ids=["renormalised", "tail"])
+@every_beta
+def test_the_student_s_own_classes(backend, beta, adds_tail):
+    """Of SDPO's trainer: both sides of the k classes that the student thinks likeliest."""
+    from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+
+    s, t = draw((B * L, K), (B * L, K))
+    indices = s.topk(4).indices
+
+    def call(s, t):
+        lse = t.logsumexp(-1) if adds_tail else None
+        tail = "bucket" if adds_tail else "renormalize_both"
+        kept = fastkd.TopK(t.gather(-1, indices), indices, tail=tail, lse=lse)
+        return fastkd.soft_target_loss(s, kept, divergence="jsd", beta=beta)
+
+    def theirs(s, t):
+        return compute_topk_self_distillation_loss(
+            s, t, distillation_topk=4, distillation_alpha=beta, distillation_add_tail=adds_tail
+        ).mean()
+
+    assert_same(backend, call, theirs, s, t)
+
+
+@pytest.mark.parametrize("adds_tail", [False, True], ids=["renormalised", "tail"])
+def test_a_teacher_on_a_server(backend, adds_tail):
+    """Its log-probabilities, padded with `-inf` and the class 0: ServerDistillationTrainer's."""
+    from trl.experimental.server_distillation import server_distillation_trainer as server
+
+    trainer = server.ServerDistillationTrainer.__new__(server.ServerDistillationTrainer)
+    trainer.loss_add_tail = adds_tail
+    s, t = draw((B, L, K), (B, L, K))
+    log_p, indices = t.log_softmax(-1).topk(4)
+    log_p[0, :, 3], indices[0, :, 3] = -torch.inf, 0
+
+    kind = (
+        {"values_are": "log_probs", "tail": "bucket"} if adds_tail else {"tail": "renormalize_both"}
+    )
+
+    def call(s):
+        return fastkd.soft_target_loss(s, fastkd.TopK(log_p, indices, **kind), mask=KEPT)
+
+    def theirs(s):
+        result = {"topk_logprobs": log_p, "topk_token_ids": indices}
+        return trainer._compute_server_forward_kl_loss(result, s.log_softmax(-1), LABELS)
+
+    assert_same(backend, call, theirs, s)
