@@ -1,10 +1,6 @@
-import json
-import os
-import shutil
-import subprocess
-import sys
+"""What is measured, and how."""
+
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +11,15 @@ from benchmark_records import (
     FLOAT,
     ROOT,
     SMALL,
-    full_record,
-    hide,
     measured,
     record_of,
 )
 from calls import public_losses
 
-from benchmarks import __main__ as cli
-from benchmarks import contenders, measure, readme, report
+from benchmarks import contenders, measure, report
 from benchmarks.cpu import Cpu
-from benchmarks.plot import plot
-from benchmarks.record import SCHEMA, Record
+from benchmarks.record import Record
 from benchmarks.workloads import WORKLOADS, linear_head
-from fastkd.dispatch import Explanation
 
 DEVICES = ("cpu", "cuda")
 
@@ -196,211 +187,3 @@ def test_peak_memory_sees_what_is_freed_again():
     if peak is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert size * 0.95 < peak < size * 1.3
-
-
-def test_derived_figures():
-    record = full_record()
-    case = record.cases[0]
-    assert case.speedup("native", "compile") == pytest.approx(2)
-    assert case.outcomes["native"].spread == pytest.approx(0.2)
-    assert record.share(case, "native") == pytest.approx(0.5)
-    groups = dict(record.groups("bfloat16"))
-    assert len(groups["all"]) == sum(dtype == torch.bfloat16 for _, dtype in CASES)
-    assert {case.loss for case in groups["hint_loss"]} == {"hint_loss"}
-
-
-def test_record_survives_the_file_and_refuses_another_schema(tmp_path):
-    record, path = full_record(), tmp_path / "cpu.json"
-    record.save(path)
-    assert Record.load(path) == record
-    path.write_text(json.dumps({"schema": SCHEMA + 1}))
-    with pytest.raises(ValueError, match=f"expected {SCHEMA}"):
-        Record.load(path)
-
-
-def documents(folder: Path) -> list[Path]:
-    paths = [folder / name for name in ("README.md", *readme.DOCUMENTS)]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        more = ("demo", "comparison") if path.name == "results.md" else ()
-        if path.name != "performance.md":
-            more = (*more, "language")
-        marks = [mark for section in ("benchmarks", *more) for mark in readme.markers(section)]
-        path.write_text("\n".join(["before", *marks, "after", ""]))
-    for results in (readme.DEMO, readme.COMPARISON, readme.LANGUAGE):
-        (folder / results).write_text((ROOT / results).read_text())
-    return paths
-
-
-def test_readme_is_filled_and_checked(tmp_path):
-    paths, results = documents(tmp_path), tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    assert "no complete record" in readme.update(tmp_path, results, check=True)[0]
-
-    full_record().save(results / "cpu.json")
-    full_record(complete=False).save(results / "cpu-partial.json")
-    shutil.copytree(ROOT / "benchmarks/results/h200", results / "h200")
-    assert len(readme.update(tmp_path, results, check=True)) == 7
-    assert readme.update(tmp_path, results, check=False) == []
-    assert readme.update(tmp_path, results, check=True) == []
-    texts = [path.read_text() for path in paths]
-    assert all(text.startswith("before\n") and text.endswith("\nafter\n") for text in texts)
-    assert [min(text.count("**2.00×**"), 5) for text in texts] == [3, 5, 5]
-    assert "| NVIDIA H200 |" in texts[0]
-    assert "| student alone | 9" in texts[1]
-    assert "| FitNet | " in texts[1]
-    assert "| linear heads | " in texts[1]
-    assert "bits per byte" in texts[0]
-    assert all("(../benchmarks/results/cpu.png)" in text for text in texts[1:])
-
-    paths[0].write_text(texts[0].replace("**2.00×**", "**3.00×**", 1))
-    assert readme.update(tmp_path, results, check=True) == [
-        "README.md, benchmarks: out of date; run python -m benchmarks.readme"
-    ]
-    paths[0].write_text("no markers")
-    paths[2].unlink()
-    assert len(readme.update(tmp_path, results, check=False)) == 3
-    assert paths[0].read_text() == "no markers"
-
-
-def test_plot_is_drawn_also_where_a_contender_is_wrong(tmp_path):
-    record = full_record()
-    wrong = replace(record.cases[0].outcomes["native"], status="wrong", seconds=None)
-    outcomes = record.cases[0].outcomes | {"native": wrong}
-    cases = [replace(record.cases[0], outcomes=outcomes), *record.cases[1:]]
-    plot(replace(record, cases=cases), tmp_path / "cpu.png")
-    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_only_a_whole_run_may_stand_in_the_documentation():
-    assert cli.is_complete(cli.parse([]))
-    for arguments in (["--quick"], ["--filter", "hint"], ["--dtype", "float32"]):
-        assert not cli.is_complete(cli.parse(arguments))
-    assert not cli.is_complete(cli.parse(["--contenders", "eager"]))
-
-
-def test_workloads_follow_the_options():
-    assert cli.chosen(cli.parse([])) == CASES
-    large = cli.chosen(cli.parse(["--device", "cuda", "--filter", "(8192,128256)"]))
-    assert [(w.loss, dtype) for w, dtype in large] == [
-        ("soft_target_loss", torch.bfloat16),
-        ("distillation_loss", torch.bfloat16),
-    ]
-    options = ["--filter", "REGRESSOR", "channels_last", "--dtype", "bfloat16"]
-    chosen = cli.chosen(cli.parse(options))
-    assert [(w.name, dtype) for w, dtype in chosen] == [
-        ("ResNet-18 ← ResNet-34, channels_last, batch 256", torch.bfloat16),
-        ("1×1 regressor to 128 channels, (64,64,16,16)", torch.bfloat16),
-    ]
-    system = ["--device", "cuda", "--allocator", "system"]
-    for bad in (["--seconds", "0"], ["--seconds", "nan"], ["--dtype", "int8"], system):
-        with pytest.raises(SystemExit):
-            cli.parse(bad)
-
-
-def test_a_backend_that_cannot_run_is_refused_by_name():
-    with pytest.raises(SystemExit, match="triton cannot run here: "):
-        cli.jobs(cli.parse(["--contenders", "eager", "triton", "--filter", "hint"]), Cpu())
-    assert "no workload" in bench("--filter", "no such workload", status=2)
-
-
-KERNELS_OF = {"hint_loss": {"native", "triton"}, "attention_map": {"triton"}}
-
-
-@pytest.fixture
-def some_kernels(monkeypatch):
-    """Losses have kernels as the table above says, and the reference."""
-
-    def explain(workload, dtype, device, name):
-        can = name == "reference" or name in KERNELS_OF.get(workload.loss, ())
-        return Explanation(workload.loss, name if can else None, {name: "no kernels"})
-
-    monkeypatch.setattr(contenders, "explain", explain)
-
-
-def test_all_kernels_take_part_and_the_reference_where_there_are_none(some_kernels, capsys):
-    jobs = {w.loss: names for w, _, names in cli.jobs(cli.parse([]), Cpu())}
-    assert jobs == {
-        **{loss: ["eager", "compile", "reference"] for loss in jobs},
-        "attention_map": ["eager", "compile", "triton"],
-        "hint_loss": ["eager", "compile", "native", "triton"],
-    }
-    assert capsys.readouterr().err == ""
-    wanted = cli.parse(["--contenders", "triton", "eager", "--filter", "map"])
-    jobs = {w.loss: names for w, _, names in cli.jobs(wanted, Cpu())}
-    assert jobs["attention_map"] == ["triton", "eager"]
-    cli.jobs(cli.parse(["--filter", "map"]), Cpu())
-    assert capsys.readouterr().err == "native is not measured: no kernels\n"
-
-
-def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
-    cases = iter([measured(["eager"])])
-
-    def one_and_no_more(*arguments):
-        if case := next(cases, None):
-            return case
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "measure", one_and_no_more)
-    options = ["--quick", "--filter", "(64,100)", "--contenders", "eager"]
-    assert cli.main([*options, "--output", str(tmp_path)]) == 1
-    record = Record.load(tmp_path / "cpu-partial.json")
-    assert (len(record.cases), record.complete) == (1, False)
-
-
-def test_every_workload_can_be_explained(monkeypatch):
-    hide(monkeypatch, "trl")
-    for workload in WORKLOADS:
-        names = contenders.lineup(workload, FLOAT, "cpu", None)
-        assert names == ["eager", "compile", str(contenders.explain(workload, FLOAT, "cpu").chosen)]
-
-
-def bench(*arguments: str, status: int = 0) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert result.returncode == status, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.mark.thorough
-def test_command_line_end_to_end(tmp_path):
-    output = bench(
-        *("--quick", "--filter", "(128,100)", "--dtype", "float32"),
-        *("--contenders", "eager", "reference", "--output", str(tmp_path)),
-    )
-    assert "reference: geometric means" in output
-    record = Record.load(tmp_path / "cpu-partial.json")
-    assert not record.complete
-    assert record.subject == "reference"
-    assert {"device", "cores", "threads", "instruction_set", "memory_bytes", "system"} <= set(
-        record.machine
-    )
-    assert {"fastkd", "torch", "python", "compiler"} == set(record.versions)
-    assert record.options["filter"] == ["(128,100)"]
-    assert record.copy_bandwidth["fresh"] > 0
-    assert [case.loss for case in record.cases] == ["soft_target_loss", "distillation_loss"]
-    for case in record.cases:
-        assert case.student == [[4, 100]]
-        assert set(case.outcomes) == {"eager", "reference"}
-        for outcome in case.outcomes.values():
-            assert outcome.repetitions >= 3
-            assert outcome.seconds_least <= outcome.seconds_q25 <= outcome.seconds
-            assert outcome.seconds <= outcome.seconds_q75
-    assert (tmp_path / "cpu-partial.png").exists()
-
-
-@pytest.mark.thorough
-def test_torch_compile_takes_part():
-    case = measured(["eager", "compile"])
-    compiled = case.outcomes["compile"]
-    if compiled.status == "failed":
-        pytest.skip(f"torch.compile does not work here: {compiled.message}")
-    assert compiled.status == "right"
-    assert case.speedup("compile", "eager") > 0
