@@ -126,7 +126,7 @@ def test_the_size_that_is_picked(kernel_backend, monkeypatch):
     student, teacher = sides("head")
     learn(student)
     monkeypatch.setattr(
-        "fastkd.ops.linear_head_operators.free_bytes", lambda device: 8 * 32 * 2 * CLASSES * 4
+        "fastkd.ops.linear_head_call.free_bytes", lambda device: 8 * 32 * 2 * CLASSES * 4
     )
     watch = Watch(lambda: call(student, teacher, chunk_size=None, backend=kernel_backend))
     rows = {shapes[-1][0] for shapes in watch.products if shapes[-1][1] == CLASSES}
