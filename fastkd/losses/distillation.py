@@ -231,7 +231,7 @@ def distillation_loss(
     other divergences.
     """
     student_logits, teacher, heads = linear_head.sides_of(
-        student_logits, teacher_logits, dim, chunk_size, inplace
+        student_logits, teacher_logits, dim, chunk_size, inplace, group is not None
     )
     teacher_is = "logits"
     if isinstance(teacher, SIDES):
@@ -274,7 +274,7 @@ def distillation_loss(
         others += heads.tensors()
     hindrance = None
     if ranks is not None:
-        hindrance = over_ranks.obstacle(teachers, teacher_is, heads)
+        hindrance = over_ranks.obstacle(teachers, teacher_is)
     chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):

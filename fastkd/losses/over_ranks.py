@@ -89,11 +89,9 @@ def _ranks_of(group: Any) -> Ranks:
     return Explained(group) if is_explaining() else Ranks(group)
 
 
-def obstacle(
-    teachers: Sequence[Tensor], teacher_is: str, heads: linear_head.Sides | None
-) -> str | None:
+def obstacle(teachers: Sequence[Tensor], teacher_is: str) -> str | None:
     """What keeps kernels from a call with a group."""
-    has_kernels = len(teachers) == 1 and teacher_is == "logits" and heads is None
+    has_kernels = len(teachers) == 1 and teacher_is == "logits"
     return None if has_kernels else ONE_TEACHER
 
 
@@ -107,6 +105,7 @@ def run(
     reduce: Reduction,
     ranks: Ranks,
     heads: linear_head.Sides | None,
+    with_parts: bool,
 ) -> tuple[Tensor, ...]:
     """The loss and its parts, as `losses.run` has them; the same on every rank."""
     sides = student, *teachers, *linear_head.tensors_of(heads)
@@ -120,6 +119,8 @@ def run(
         weights=(p.soft_weight, p.hard_weight, p.label_smoothing, p.weights),
         reduction=(p.reduction, p.ignore_index, *reduce.kind, labels is None),
         learning=(torch.is_grad_enabled(), learning),
+        heads=None if heads is None else heads.kind,
+        chunk_size=0 if heads is None else heads.parameters.chunk_size,
     )
     dtype = compute_dtype(student, *teachers)
     if p.backend == "reference":
@@ -131,6 +132,9 @@ def run(
             teachers = teachers.each(split.spread)
         loss, *parts = reference(student, teachers, labels, p, heat, split)
         return reduce.of(split.share(loss)), *parts
+    if heads is not None:
+        of_call = student, teachers, labels, p, temperatures, reduce, with_parts, ranks
+        return linear_head.run(reference, heads, *of_call)
     (teacher,) = teachers
     rows, parts_of_rows = soft_target_rows(student, teacher, labels, p, temperatures, ranks)
     divisor = divisor_of(rows.numel(), ranks.classes, rows, labels, p)

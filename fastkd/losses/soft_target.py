@@ -148,7 +148,7 @@ def soft_target_loss(
     Jensen-Shannon divergence; Ko et al., "DistiLLM", 2024, for the skew divergences.
     """
     student_logits, teacher, heads = linear_head.sides_of(
-        student_logits, teacher_logits, dim, chunk_size, inplace
+        student_logits, teacher_logits, dim, chunk_size, inplace, group is not None
     )
     teacher_is = "logits"
     if isinstance(teacher, SIDES):
@@ -184,7 +184,7 @@ def soft_target_loss(
         others += heads.tensors()
     hindrance = None
     if ranks is not None:
-        hindrance = over_ranks.obstacle(teachers, teacher_is, heads)
+        hindrance = over_ranks.obstacle(teachers, teacher_is)
     chosen = select("soft_target_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):
