@@ -12,7 +12,9 @@ import shim
 import shim_kernels
 import thresholds
 import torch
+from split import LOSSES, Threads, whole
 
+import fastkd
 from fastkd import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -163,6 +165,17 @@ def numbers():
     """Normal random numbers of a shape, as a float64 array."""
     rng = np.random.default_rng(torch.initial_seed())
     return lambda *shape: rng.normal(size=shape)
+
+
+@pytest.fixture(name="split")
+def losses_of_ranks(monkeypatch):
+    """`split(ranks, cuts)`: from then on the losses that are checked are those of ranks."""
+
+    def split(size, cuts=None):
+        for name in LOSSES:
+            monkeypatch.setattr(fastkd, name, whole(name, Threads(size), cuts))
+
+    return split
 
 
 @pytest.fixture(name="shim")

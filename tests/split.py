@@ -28,10 +28,12 @@ class Threads:
         self.slots, self.barrier = [None] * self.size, threading.Barrier(self.size)
         self.turn = threading.Lock()
         found, errors = [None] * self.size, [None] * self.size
-        device = torch.get_default_device()  # of this thread
+        # Of this thread.
+        device, dtype = torch.get_default_device(), torch.get_autocast_dtype("cpu")
+        autocasts = torch.is_autocast_enabled("cpu")
 
         def on_rank(rank):
-            with self.turn, device:
+            with self.turn, device, torch.autocast("cpu", dtype, autocasts):
                 try:
                     found[rank] = f(rank, _OfThread(self, rank))
                 except Exception as error:
@@ -77,6 +79,18 @@ class _OfThread(Ranks):
             self.world.barrier.wait(60)
         finally:
             self.world.turn.acquire()
+
+
+class Alike(Ranks):
+    """Ranks of which all have what this one has."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, size):
+        super().__init__(_Place(size, 0))
+
+    def gather(self, x):
+        return torch.stack([x.detach()] * self.size)
 
 
 class Processes:

@@ -127,7 +127,11 @@ def run(
         split = Split(ranks)
         heat = [split.spread(t) for t in temperatures]
         if heads is not None:
-            student, teachers = heads.materialized(student, teachers, labels, p, split.spread)
+            inputs = student, teachers, labels, p
+            # The ranks' gradients add up in float32 at least.
+            student, teachers = heads.materialized(
+                *inputs, lambda hidden: split.spread(hidden.to(compute_dtype(hidden)))
+            )
         if isinstance(teachers, Slots):
             teachers = teachers.each(split.spread)
         loss, *parts = reference(student, teachers, labels, p, heat, split)
