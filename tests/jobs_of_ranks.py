@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from agreement_logits import check_distillation, check_soft_target, logits, some_labels
 from divergences import sides
+from linear_heads import NUMBERS, check_loss, head, labels_and_mask
 from split import LOSSES, Processes, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,6 +47,18 @@ def agrees(rank, size, backend, dtype, keywords):
         check_distillation(*pair, labels, backend, row_weight=weight, **keywords)
         pair = sides(9, 100, dtype, dtype, temperature=heat)
         check_soft_target(*pair, backend, upstream, temperature=heat, **keywords)
+
+
+def agrees_without_logits(rank, size, backend, dtype, keywords):
+    """Linear heads, whose hidden states' gradients are the same on every process."""
+    student, teacher = head((9,), 100, 8, dtype=dtype, **NUMBERS), head((9,), 100, 6, dtype=dtype)
+    labels, mask = labels_and_mask((9,), 100)
+    with split():
+        of_call = {"chunk_size": 4, "mask": mask, **keywords}
+        check_loss("soft_target_loss", student, teacher, backend, grad_output=1.7, **of_call)
+        of_call = {**of_call, "labels": labels, "label_smoothing": 0.1, "reduction": "none"}
+        heat = (1 + torch.rand(9)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        check_loss("distillation_loss", student, teacher, backend, temperature=heat, **of_call)
 
 
 def takes_a_part_of_the_group(rank, size):
@@ -106,6 +119,10 @@ def explains_alone(rank, size):
     if rank == 0:
         call = fastkd.soft_target_loss, logits(4, 6), logits(4, 6)
         assert fastkd.explain(*call, group=dist.group.WORLD).chosen == "native"
+        side = fastkd.LinearHead(logits(4, 3), logits(6, 3))
+        explanation = fastkd.explain(call[0], side, side, group=dist.group.WORLD)
+        assert explanation.chosen == "native"
+        assert "the ranks take the least" in explanation.notes[0]
         call = fastkd.soft_target_loss, logits(4, 6), [logits(4, 6)] * 2
         explanation = fastkd.explain(*call, group=dist.group.WORLD)
         assert explanation.chosen == "reference"

@@ -34,6 +34,13 @@ def test_the_loss_of_one_process(pool, backend, keywords, dtype):
     pool.run("agrees", backend, dtype, keywords)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("keywords", [{}, FEW[2]], ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_heads_of_one_process(pool, backend, keywords, dtype):
+    pool.run("agrees_without_logits", backend, dtype, keywords)
+
+
 @pytest.mark.parametrize(
     "job",
     [
