@@ -4,6 +4,7 @@ The ranks are threads of this process, one of which runs at a time, or processes
 made of them is a function like the loss itself, so that all that checks a loss checks the ranks.
 """
 
+import copy
 import functools
 import threading
 
@@ -29,11 +30,12 @@ class Threads:
         self.turn = threading.Lock()
         found, errors = [None] * self.size, [None] * self.size
         # Of this thread.
-        device, dtype = torch.get_default_device(), torch.get_autocast_dtype("cpu")
-        autocasts = torch.is_autocast_enabled("cpu")
+        device = torch.get_default_device()
+        kind, is_on = device.type, torch.is_autocast_enabled(device.type)
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), is_on)
 
         def on_rank(rank):
-            with self.turn, device, torch.autocast("cpu", dtype, autocasts):
+            with self.turn, device, copy.copy(autocast):
                 try:
                     found[rank] = f(rank, _OfThread(self, rank))
                 except Exception as error:
