@@ -63,8 +63,8 @@ OBSTACLES = {
         "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
     ),
     ONE_TEACHER: Refusal(
-        "the kernels of shards take logits or a LinearHead as the student and as the one teacher; "
-        "ensembles and probabilities are for the reference",
+        "the kernels of shards take one teacher, of logits, a LinearHead or a TopK; ensembles and "
+        "probabilities are for the reference",
         USE_REFERENCE,
     ),
 }

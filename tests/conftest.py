@@ -161,14 +161,7 @@ def one_thread():
 
 
 @pytest.fixture
-def numbers():
-    """Normal random numbers of a shape, as a float64 array."""
-    rng = np.random.default_rng(torch.initial_seed())
-    return lambda *shape: rng.normal(size=shape)
-
-
-@pytest.fixture(name="split")
-def losses_of_ranks(monkeypatch):
+def split(monkeypatch):
     """`split(ranks, cuts)`: from then on the losses that are checked are those of ranks."""
 
     def split(size, cuts=None):
@@ -176,6 +169,13 @@ def losses_of_ranks(monkeypatch):
             monkeypatch.setattr(fastkd, name, whole(name, Threads(size), cuts))
 
     return split
+
+
+@pytest.fixture
+def numbers():
+    """Normal random numbers of a shape, as a float64 array."""
+    rng = np.random.default_rng(torch.initial_seed())
+    return lambda *shape: rng.normal(size=shape)
 
 
 @pytest.fixture(name="shim")

@@ -79,6 +79,18 @@ def test_forward(kernel_backend, keywords, teacher, group, masked, numbers):
     assert watch.peak <= WEIGHT + buffers + SMALL < LOGITS
 
 
+@pytest.mark.parametrize("numbers", [{}, NUMBERS], ids=str)
+@every_group
+def test_forward_of_what_a_teacher_kept(kernel_backend, group, numbers):
+    student, _ = sides("head", **numbers)
+    learn(student)
+    teacher = fastkd.TopK(*torch.randn(N, CLASSES).topk(8))
+    keywords = {"chunk_size": CHUNK, "backend": kernel_backend, "group": group}
+    watch = Watch(lambda: fastkd.soft_target_loss(student.of(student.tensors), teacher, **keywords))
+    assert WEIGHT <= watch.kept <= WEIGHT + SMALL
+    assert watch.peak <= WEIGHT + (2 if numbers else 1) * OF_CHUNK + 3 * SMALL < LOGITS
+
+
 @pytest.mark.parametrize("which", ["student", "all", "none", "hidden"])
 @every_group
 def test_what_is_saved(kernel_backend, group, which):

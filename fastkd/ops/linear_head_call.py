@@ -79,7 +79,7 @@ class Call:
         if p.teacher_is == "top_k":
             inputs_and_outputs = (
                 student,
-                *_slots(teachers),
+                *slots_in(teachers),
                 labels,
                 *outputs,
                 self.heads.listed_only,
@@ -102,7 +102,7 @@ class Call:
             has = soft_target.has_statistics(p)
             statistics = forward_of_rows(*inputs, None, False, has, False, p)[2] if has else None
             return soft_target.all_gradients(grad_output, *inputs, statistics, wanted, p)
-        of_rows = student, *_slots(teachers), labels, temperatures
+        of_rows = student, *slots_in(teachers), labels, temperatures
         log_q = None
         if any(wanted[1 : 1 + len(teachers)]):
             log_q = forward_of_slots(*of_rows, None, self.heads.listed_only, False, True, False, p)[
@@ -193,7 +193,7 @@ def loss_dtype(heads: Heads) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def _slots(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+def slots_in(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """The classes, their log-probabilities, and that of the rest if there is one."""
     indices, log_p, *rest = tensors
     return indices, log_p, rest[0] if rest else None

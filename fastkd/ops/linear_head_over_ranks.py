@@ -13,13 +13,15 @@ from torch import Tensor
 from fastkd.autograd import no_grad
 from fastkd.operators import kernels
 from fastkd.ops import ranks as rows_over_ranks
-from fastkd.ops.linear_head_call import Call, Inputs, picked
+from fastkd.ops import top_k_over_ranks
+from fastkd.ops.linear_head_call import Call, Inputs, picked, slots_in
 from fastkd.ops.linear_head_sides import Head
+from fastkd.ops.rows_over_ranks import labels_here, of_shard
 from fastkd.parameters import Heads, SoftTarget
-from fastkd.precision import compute_dtype
 from fastkd.product import no_autocast
 from fastkd.ranks import Ranks
 from fastkd.reference.scaled import LOGIT_SCALE
+from fastkd.reference.top_k import Slots
 
 
 def agreed(
@@ -92,35 +94,73 @@ class _Call(Call):
         gradient: Tensor | None,
     ) -> None:
         """The losses of a chunk on all ranks, and the gradient of the logits that are here."""
-        student, (teacher,), labels, temperatures = inputs
-        sides = gradient is not None, False
-        of_chunk = student, teacher, labels, self.p, temperatures, self.ranks
-        found, of_parts, here, statistics, *_ = rows_over_ranks.forward(*of_chunk, sides)
+        found, of_parts, *kept = self._losses(inputs, (gradient is not None, False))
         losses.copy_(found / LOGIT_SCALE)
         if parts is not None:
             parts.copy_(of_parts / LOGIT_SCALE)
-        if gradient is None or not self.ranks.here:
+        if gradient is not None and self.ranks.here:
+            upstream = torch.ones_like(losses) if factor is None else factor
+            self._fill(gradient, upstream, inputs, *kept)
+
+    def _losses(self, inputs: Inputs, wanted: Sequence[bool]) -> tuple[Any, ...]:
+        """Those of a chunk, scaled, their parts, and what gradients take.
+
+        `wanted` tells of which side there will be one.
+        """
+        student, teachers, labels, temperatures = inputs
+        if self.p.teacher_is != "top_k":
+            (teacher,) = teachers
+            of_rows = student, teacher, labels, self.p, temperatures, self.ranks
+            return rows_over_ranks.forward(*of_rows, wanted)
+        of_call = self._slots(teachers), labels, self.p, temperatures, self.ranks
+        return top_k_over_ranks.forward(student, *of_call, wanted[1])
+
+    def _fill(self, gradient: Tensor, upstream: Tensor, inputs: Inputs, *kept: Any) -> None:
+        """The student's gradient, which may take the logits' place."""
+        student, teachers, labels, temperatures = inputs
+        p = of_shard(self.p, self.ranks)
+        if p.teacher_is != "top_k":
+            here, statistics, *_ = kept
+            kernels(p.backend, "soft_target").soft_target_backward(
+                *(upstream, student, teachers, here, statistics.flatten(), gradient, None, p),
+                temperatures=temperatures,
+            )
             return
-        kernels(self.p.backend, "soft_target").soft_target_backward(
-            torch.ones_like(losses) if factor is None else factor,
-            *(student, [teacher], here, statistics.flatten(), gradient, None),
-            rows_over_ranks.of_shard(self.p, self.ranks),
+        sums, logits, *_ = kept
+        slots = *slots_in(teachers), labels_here(labels, self.p, self.ranks)
+        kernels(p.backend, "top_k").top_k_forward(
+            *(student, *slots, None, None, None, gradient, self.heads.listed_only, p),
             temperatures=temperatures,
+            grad_output=upstream,
+            first=self.ranks.first,
+            sums=sums,
+            logits=logits,
         )
 
     def gradients(
         self, inputs: Inputs, grad_output: Tensor, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Those that are wanted of a chunk, from its losses once more."""
-        student, (teacher,), labels, temperatures = inputs
-        of_temperatures = any(wanted[2:])
-        sides = wanted[0] or of_temperatures, wanted[1] or of_temperatures
-        of_chunk = student, teacher, labels, self.p, temperatures, self.ranks
-        _, _, here, *kept = rows_over_ranks.forward(*of_chunk, sides)
-        upstream = grad_output.to(compute_dtype(student, teacher))
-        shard = rows_over_ranks.of_shard(self.p, self.ranks)
-        of_rows: Any = student, teacher, here, temperatures, *kept, wanted, shard, self.ranks
-        return rows_over_ranks.gradients(upstream, *of_rows)
+        student, teachers, labels, temperatures = inputs
+        of_teachers, of_temperatures = wanted[1 : 1 + len(teachers)], wanted[1 + len(teachers) :]
+        by_temperature = any(of_temperatures)
+        sides = wanted[0] or by_temperature, any(of_teachers) or by_temperature
+        of_call: Any
+        if self.p.teacher_is != "top_k":
+            (teacher,) = teachers
+            _, _, here, *kept = self._losses(inputs, sides)
+            of_call = here, temperatures, *kept, wanted, of_shard(self.p, self.ranks), self.ranks
+            return rows_over_ranks.gradients(grad_output, student, teacher, *of_call)
+        _, _, *kept = self._losses(inputs, (wanted[0], any(of_teachers)))
+        of_call = self._slots(teachers), labels, self.p, temperatures, self.ranks, *kept
+        found = top_k_over_ranks.gradients(
+            *(grad_output, student, *of_call, (wanted[0], False, False, *of_temperatures))
+        )
+        to_student, *to_slots = found[:3]
+        return to_student, None, *to_slots[: len(teachers) - 1], *found[3:]
+
+    def _slots(self, teachers: Sequence[Tensor]) -> Slots:
+        return Slots(*slots_in(teachers), self.heads.listed_only)
 
     def finish(self) -> None:
         """Add up the hidden states' gradients, to which each rank's classes give a part.

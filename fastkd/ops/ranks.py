@@ -27,6 +27,7 @@ from fastkd.ops.rows_over_ranks import (
     cross_entropy,
     exchange,
     labels_here,
+    of_shard,
     whole_rows,
     wrong_labels,
 )
@@ -93,11 +94,6 @@ class _RanksLoss(Fused):
             )
         inputs = student, teacher, *temperatures
         return None, None, None, *differentiate_once("a loss on logits", found, inputs)
-
-
-def of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
-    """The parameters as kernels take them: of rows, whose labels are those of `labels_here`."""
-    return p._replace(reduction="none", ignore_index=IGNORED, all_classes=ranks.classes)
 
 
 def forward(
