@@ -325,15 +325,3 @@ def test_half_precision_adds_up_in_float32(backend, dtype, monkeypatch):
     for wanted, one in zip(*found, strict=True):
         assert one.dtype == dtype
         assert (one.double() - wanted).norm() <= tolerance * wanted.norm()
-
-
-def test_top_bits_of_a_float16_factor(backend, monkeypatch):
-    """What float16's gradients are multiplied by is the same on a rank without classes."""
-    monkeypatch.setattr(linear_head_sides, "product_dtype", lambda dtype, device: dtype)
-    pair = sides(dtypes=(torch.float16,) * 2)
-    name = "soft_target_loss"
-    loss = whole(name, Threads(2), [0, CLASSES])
-    leaves = leaves_of(pair, 3)
-    found = loss(pair[0].of(leaves[:3]), pair[1].of(leaves[3:]), row_weight=torch.rand(ROWS) / 1e4,
-                 chunk_size=4, backend=backend)  # fmt: skip
-    assert all(x.isfinite().all() for x in torch.autograd.grad(found, leaves[:3]))

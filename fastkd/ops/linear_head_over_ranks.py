@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd.autograd import no_grad
 from fastkd.operators import kernels
-from fastkd.ops import ranks as rows_over_ranks
+from fastkd.ops import ranks as soft_target_over_ranks
 from fastkd.ops import top_k_over_ranks
 from fastkd.ops.linear_head_call import Call, Inputs, picked, slots_in
 from fastkd.ops.linear_head_sides import Head
@@ -111,7 +111,7 @@ class _Call(Call):
         if self.p.teacher_is != "top_k":
             (teacher,) = teachers
             of_rows = student, teacher, labels, self.p, temperatures, self.ranks
-            return rows_over_ranks.forward(*of_rows, wanted)
+            return soft_target_over_ranks.forward(*of_rows, wanted)
         of_call = self._slots(teachers), labels, self.p, temperatures, self.ranks
         return top_k_over_ranks.forward(student, *of_call, wanted[1])
 
@@ -150,7 +150,7 @@ class _Call(Call):
             (teacher,) = teachers
             _, _, here, *kept = self._losses(inputs, sides)
             of_call = here, temperatures, *kept, wanted, of_shard(self.p, self.ranks), self.ranks
-            return rows_over_ranks.gradients(grad_output, student, teacher, *of_call)
+            return soft_target_over_ranks.gradients(grad_output, student, teacher, *of_call)
         _, _, *kept = self._losses(inputs, (wanted[0], any(of_teachers)))
         of_call = self._slots(teachers), labels, self.p, temperatures, self.ranks, *kept
         found = top_k_over_ranks.gradients(
