@@ -78,6 +78,9 @@ class LinearHead:
     them into their gradient at once, and that into the gradients of hidden, weight and bias: of the
     logits nothing is kept for backward. `dim` must be the last one; `inplace` is an error.
 
+    With `group` each rank has its rows of weight and bias, and the same hidden states, whose
+    gradient is then that of all classes on every rank.
+
     Under `torch.autocast` the products are computed in its dtype, otherwise in the dtype of
     `hidden`, or on a CPU in float32 where that is float16. What sums over rows, the gradients of
     weight and bias, is accumulated in float32 (float64 for float64).

@@ -1,14 +1,16 @@
-"""Losses on whole logits that are computed by ranks which have a part of the classes each.
+"""Losses on whole sides that are computed by ranks which have a part of the classes each.
 
 The ranks are threads of this process, one of which runs at a time, or processes of a group. What is
 made of them is a function like the loss itself, so that all that checks a loss checks the ranks.
 """
 
+import copy
 import functools
 import threading
 
 import torch
 import torch.distributed
+from torch.utils import _pytree as pytree
 
 import fastkd
 from fastkd.losses.distillation import DistillationParts
@@ -27,10 +29,13 @@ class Threads:
         self.slots, self.barrier = [None] * self.size, threading.Barrier(self.size)
         self.turn = threading.Lock()
         found, errors = [None] * self.size, [None] * self.size
-        device = torch.get_default_device()  # of this thread
+        # Of this thread.
+        device = torch.get_default_device()
+        kind, is_on = device.type, torch.is_autocast_enabled(device.type)
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), is_on)
 
         def on_rank(rank):
-            with self.turn, device:
+            with self.turn, device, copy.copy(autocast):
                 try:
                     found[rank] = f(rank, _OfThread(self, rank))
                 except Exception as error:
@@ -78,6 +83,18 @@ class _OfThread(Ranks):
             self.world.turn.acquire()
 
 
+class Alike(Ranks):
+    """Ranks of which all have what this one has."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, size):
+        super().__init__(_Place(size, 0))
+
+    def gather(self, x):
+        return torch.stack([x.detach()] * self.size)
+
+
 class Processes:
     """The processes of a group, of which this is one: each runs the same, and has all results."""
 
@@ -97,39 +114,52 @@ def cuts_of(classes, parts):
     return [end - begin for begin, end in zip([0, *at], [*at, classes], strict=True)]
 
 
+def dims_of(side, dim):
+    """By which dimension each tensor of a side is split; None where all ranks have all of it."""
+    count = len(pytree.tree_leaves(side))
+    if isinstance(side, fastkd.LinearHead):
+        return [None, 0, 0][:count]
+    return [None if isinstance(side, fastkd.TopK) else dim] * count
+
+
 def whole(name, world, cuts=None):
-    """The loss of this name as a function of whole logits; `cuts` are the classes of each rank.
+    """The loss of this name as a function of whole sides; `cuts` are the classes of each rank.
 
     Without them they are drawn, once for each number of classes.
     """
     drawn = functools.cache(functools.partial(cuts_of, parts=world.size))
 
     def loss(student, teacher, *labels, **keywords):
-        kind = type(teacher) if isinstance(teacher, fastkd.logits.STATED) else None
-        if kind is not None:
-            (field,) = vars(teacher).values()
-        teachers = [field] if kind else list(teacher) if isinstance(teacher, list) else [teacher]
+        tensors, sides = pytree.tree_flatten((student, teacher))
+        dim = keywords.get("dim", -1)
+        dims = [*dims_of(student, dim), *dims_of(teacher, dim)]
         names = [k for k, v in keywords.items() if torch.is_tensor(v) and v.requires_grad]
         heat = [keywords.pop(k) for k in names]
-        dim = keywords.get("dim", -1)
-        parts = cuts or drawn(min(x.shape[dim] for x in (student, *teachers)))
+        split = [(x, d) for x, d in zip(tensors, dims, strict=True) if d is not None]
+        parts = cuts or drawn(min(x.shape[d] for x, d in split))
 
         def of_rank(rank, group, tensors):
             first = sum(parts[:rank])
-            sides = []
-            for x in tensors[: 1 + len(teachers)]:
-                last = first + parts[rank] if rank + 1 < world.size else x.shape[dim]
-                sides.append(x.narrow(dim, first, last - first))
-            leaves = [x.detach().requires_grad_(x.requires_grad) for x in sides]
-            others = [x.detach().requires_grad_(x.requires_grad) for x in tensors[len(sides) :]]
-            of_teacher = leaves[1:] if isinstance(teacher, list) else leaves[1]
-            of_teacher = kind(of_teacher) if kind else of_teacher
-            given = {**keywords, **dict(zip(names, others, strict=True)), "group": group}
+            own = []
+            for x, d in zip(tensors, dims, strict=False):
+                if d is not None:
+                    last = first + parts[rank] if rank + 1 < world.size else x.shape[d]
+                    x = x.narrow(d, first, last - first)
+                own.append(x)
+            own += tensors[len(dims) :]
+            leaves = [
+                x.detach().requires_grad_(of_all.requires_grad)
+                for x, of_all in zip(own, tensors, strict=True)
+            ]
+            others = dict(zip(names, leaves[len(dims) :], strict=True))
             with torch.enable_grad():
-                function = getattr(_LOSSES, name)
-                return function(leaves[0], of_teacher, *labels, **given), [*leaves, *others]
+                found = getattr(_LOSSES, name)(
+                    *pytree.tree_unflatten(leaves[: len(dims)], sides), *labels,
+                    **keywords, **others, group=group,
+                )  # fmt: skip
+            return found, leaves
 
-        found = _Whole.apply(world, of_rank, 1 + len(teachers), dim, student, *teachers, *heat)
+        found = _Whole.apply(world, of_rank, [*dims, *[None] * len(heat)], *tensors, *heat)
         return DistillationParts(*found) if isinstance(found, tuple) else found
 
     return loss
@@ -142,8 +172,8 @@ class _LOSSES:
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, world, of_rank, sides, dim, *tensors):
-        ctx.world, ctx.sides, ctx.dim, ctx.kept = world, sides, dim, {}
+    def forward(ctx, world, of_rank, dims, *tensors):
+        ctx.world, ctx.dims, ctx.kept = world, dims, {}
 
         def run(rank, group):
             found, leaves = of_rank(rank, group, tensors)
@@ -160,7 +190,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        wanted = [i for i, x in enumerate(ctx.needs_input_grad[4:]) if x]
+        wanted = [i for i, x in enumerate(ctx.needs_input_grad[3:]) if x]
 
         def run(rank, group):
             loss, leaves = ctx.kept[rank]
@@ -168,13 +198,13 @@ class _Whole(torch.autograd.Function):
             return torch.autograd.grad(loss, chosen, grad_output, retain_graph=True)
 
         found = ctx.world.run(run)
-        gradients = [None] * len(ctx.needs_input_grad)
+        gradients = [None] * len(ctx.dims)
         for place, i in enumerate(wanted):
             parts = [of_rank[place] for of_rank in found]
-            if i < ctx.sides:
-                gradients[4 + i] = torch.cat(parts, ctx.dim)
+            if ctx.dims[i] is not None:
+                gradients[i] = torch.cat(parts, ctx.dims[i])
                 continue
             for other in parts[1:]:  # of what all ranks have, the same on each
                 torch.testing.assert_close(other, parts[0], rtol=0, atol=0, equal_nan=True)
-            gradients[4 + i] = parts[0]
-        return tuple(gradients)
+            gradients[i] = parts[0]
+        return None, None, None, *gradients

@@ -1,4 +1,9 @@
-"""Arguments at random: losses on linear heads, against float64 logits that exist as a whole."""
+"""Arguments at random: losses on linear heads, against float64 logits that exist as a whole.
+
+The classes are split over ranks now and then.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -16,8 +21,10 @@ from fuzzing import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from split import Threads, whole
 
 import fastkd
+from fastkd.logits import STATED
 from fastkd.reference.linear_head import logits as logits_of
 
 DTYPES = [torch.float32, torch.float64]
@@ -81,10 +88,16 @@ def test_linear_heads(backend, name, data):
         for i, x in enumerate(tensors_of_both)
     ]
 
+    function = getattr(fastkd, name)
+    if not isinstance(make_teacher(of_teacher), STATED) and draw(st.booleans()):
+        at = sorted(draw(st.lists(st.integers(0, classes), min_size=1, max_size=3)))
+        cuts = [end - begin for begin, end in itertools.pairwise([0, *at, classes])]
+        function = whole(name, Threads(len(cuts)), cuts)
+
     def loss(*tensors, **others):
         student = make_student(tensors[: len(of_student)])
         teacher = make_teacher(tensors[len(of_student) :])
-        return getattr(fastkd, name)(student, teacher, *labels, **others)
+        return function(student, teacher, *labels, **others)
 
     def of_logits(*tensors, **others):
         exact = [x.double() for x in tensors]

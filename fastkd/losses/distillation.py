@@ -181,11 +181,12 @@ def distillation_loss(
             A tensor is not waited for, and gets no gradient. Default: None, the rows that count.
         group: a `torch.distributed` process group over whose ranks the classes are split, in the
             order of ranks and in parts of any size. Each rank passes its part of either side's
-            logits, and all rows of the other tensors; labels and `num_classes` count the classes of
-            all ranks. Every rank gets the same loss, and its part of the gradient, after an
-            exchange of a few numbers a row. Every rank must make the call; where one raises, all
-            do. It takes no part in `inplace` and not in one compiled graph. DTensors that are
-            sharded on the classes need no group. Default: None, the logits have all classes.
+            logits, or of a head's weight and bias, and all of the other tensors; labels and
+            `num_classes` count the classes of all ranks. Every rank gets the same loss, and its
+            part of the gradient, after an exchange of a few numbers a row. Every rank must make the
+            call; where one raises, all do. It takes no part in `inplace` and not in one compiled
+            graph. DTensors that are sharded on the classes need no group. Default: None, the logits
+            have all classes.
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
@@ -231,7 +232,7 @@ def distillation_loss(
     other divergences.
     """
     student_logits, teacher, heads = linear_head.sides_of(
-        student_logits, teacher_logits, dim, chunk_size, inplace
+        student_logits, teacher_logits, dim, chunk_size, inplace, group is not None
     )
     teacher_is = "logits"
     if isinstance(teacher, SIDES):
@@ -274,7 +275,7 @@ def distillation_loss(
         others += heads.tensors()
     hindrance = None
     if ranks is not None:
-        hindrance = over_ranks.obstacle(teachers, teacher_is, heads)
+        hindrance = over_ranks.obstacle(teachers, teacher_is)
     chosen = select("distillation_loss", tensors, backend, others, hindrance, heads)
     target: Any = teachers
     if isinstance(teacher, TopK):

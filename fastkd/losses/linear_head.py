@@ -14,6 +14,7 @@ from fastkd.ops.linear_head import linear_head
 from fastkd.ops.linear_head_chunks import bytes_of_row, free_bytes, pick, product_dtype
 from fastkd.parameters import Heads, SoftTarget
 from fastkd.precision import compute_dtype
+from fastkd.ranks import Ranks
 from fastkd.reference.linear_head import logits as logits_of
 from fastkd.reference.top_k import Slots
 
@@ -21,11 +22,22 @@ from fastkd.reference.top_k import Slots
 # Not a NamedTuple: within compiled code torch 2.8 makes none that holds tensors.
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """The sides of a call of which one at least is a head; None stands for one that is none."""
+    """The sides of a call of which one at least is a head; None stands for one that is none.
+
+    Their classes may be split over ranks.
+    """
 
     student: LinearHead | None
     teacher: LinearHead | None
     parameters: Heads
+    are_split: bool
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is the same on all ranks, but for the chunk size."""
+        heads = self.student, self.teacher
+        widths = [None if head is None else head.hidden.shape[-1] for head in heads]
+        return self.parameters._replace(chunk_size=0), widths
 
     def tensors(self) -> tuple[Tensor, ...]:
         heads = [head for head in (self.student, self.teacher) if head is not None]
@@ -62,6 +74,7 @@ class Sides:
         if not size:
             measured = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
             size, how = pick(of_row, free, device), f"picked, free memory: {measured}"
+            how += "; the ranks take the least that one of them picks" if self.are_split else ""
         return [
             f"chunk_size={size} ({how}): kernels hold the logits of {size} rows at a time, "
             f"{size * of_row / 2**20:.1f} MiB; the reference holds all of them"
@@ -69,7 +82,7 @@ class Sides:
 
 
 def sides_of(
-    student: Any, teacher: Any, dim: Any, chunk_size: Any, inplace: Any
+    student: Any, teacher: Any, dim: Any, chunk_size: Any, inplace: Any, are_split: bool
 ) -> tuple[Tensor, Any, Sides | None]:
     """Both sides, with logits without memory in the place of heads, and the heads if there are any.
 
@@ -118,7 +131,7 @@ def sides_of(
         side if head is None else _stand_in(head)
         for side, head in zip((student, teacher), heads, strict=True)
     )
-    return student, teacher, Sides(heads[0], heads[1], parameters)
+    return student, teacher, Sides(heads[0], heads[1], parameters, are_split)
 
 
 def tensors_of(sides: Sides | None) -> tuple[Tensor, ...]:
@@ -186,6 +199,7 @@ def run(
     temperatures: Sequence[Tensor],
     reduce: Reduction,
     with_parts: bool,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss, and the parts of each row where they are wanted."""
     if p.backend == "reference":
@@ -208,5 +222,5 @@ def run(
     sums = reduce.sums and not (weight is not None and weight.requires_grad)
     factor = reduce.factor(compute_dtype(student, *teachers)) if sums else None
     inputs = of_student, of_teachers, labels, heads, p, temperatures
-    loss, *parts = linear_head(*inputs, with_parts, sums, factor)
+    loss, *parts = linear_head(*inputs, with_parts, sums, factor, ranks)
     return loss if sums else reduce.of(loss), *parts

@@ -32,7 +32,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """The loss, and its parts where they are wanted as kernels find them."""
     if ranks is not None:
-        inputs: Any = student, teachers, labels, p, temperatures, reduce, ranks, heads
+        inputs: Any = student, teachers, labels, p, temperatures, reduce, ranks, heads, with_parts
         return over_ranks.run(reference, *inputs)
     if heads is not None:
         sides = heads, student, teachers

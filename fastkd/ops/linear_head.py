@@ -20,24 +20,28 @@ from fastkd.autograd import (
     scales,
     wants_gradient,
 )
+from fastkd.ops import linear_head_over_ranks as over_ranks
 from fastkd.ops.linear_head_operators import backward, forward
 from fastkd.ops.soft_target_operators import times
 from fastkd.parameters import Heads, SoftTarget
+from fastkd.ranks import Ranks
 
 _NAME = "a loss on a linear head"
-_FIRST = 7  # of the tensors, in `apply`
+_FIRST = 8  # of the tensors, in `apply`
 
 
 class LinearHeadLoss(Fused):
-    """`apply(with_parts, sums, heads, p, labels, factor, sizes, *student, *teachers, *others)`.
+    """`apply(ranks, with_parts, sums, heads, p, labels, factor, sizes, *tensors)`.
 
-    `sizes` are the numbers of tensors of the student and of the teachers; the others are
+    The tensors are those of the student, of the teachers, whose numbers are the `sizes`, and
     temperatures. The loss is that of each row; if `sums` it is their sum, each times the factor.
+    The classes are split over the ranks, if there are any.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        ranks: Ranks | None,
         with_parts: bool,
         sums: bool,
         heads: Heads,
@@ -58,12 +62,12 @@ class LinearHeadLoss(Fused):
         )
         wanted = [with_gradients and want for want in needed[:count]]
         inputs = student, teachers, labels, temperatures
-        losses, parts, gradients = forward(*inputs, factor, with_parts, wanted, heads, p)
+        losses, parts, gradients = _forward(ranks, *inputs, factor, with_parts, wanted, heads, p)
         if with_gradients:
             ctx.save_for_backward(*savable(*gradients, *student))
         else:
             ctx.save_for_backward(*savable(labels, factor, *tensors))
-        ctx.parameters = sums, heads, p, sizes
+        ctx.parameters = ranks, sums, heads, p, sizes
         ctx.wanted = wanted
         loss = total(losses, factor) if sums else losses
         if not with_parts:
@@ -75,7 +79,7 @@ class LinearHeadLoss(Fused):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> Any:
         check_grad_output(_NAME, grad_output)
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[_FIRST:]
-        sums, heads, p, sizes = ctx.parameters
+        ranks, sums, heads, p, sizes = ctx.parameters
         inputs: Sequence[Tensor]
         with no_grad():
             if any(ctx.wanted):
@@ -92,7 +96,7 @@ class LinearHeadLoss(Fused):
                 student, teachers, temperatures = _split(inputs, sizes)
                 wanted = needed
                 sides = student, teachers, labels, temperatures
-                found = backward(grad_output, *sides, list(wanted), heads, p)
+                found = _backward(ranks, grad_output, *sides, list(wanted), heads, p)
             each = iter(found)
             gradients = [
                 next(each).to(x.dtype) if want else None
@@ -101,6 +105,14 @@ class LinearHeadLoss(Fused):
         others = (None,) * (len(needed) - len(gradients))
         guarded = differentiate_once(_NAME, tuple(gradients), tuple(inputs))
         return (*(None,) * _FIRST, *guarded, *others)
+
+
+def _forward(ranks: Ranks | None, *inputs: Any) -> Any:
+    return forward(*inputs) if ranks is None else over_ranks.forward(ranks, *inputs)
+
+
+def _backward(ranks: Ranks | None, *inputs: Any) -> Any:
+    return backward(*inputs) if ranks is None else over_ranks.backward(ranks, *inputs)
 
 
 def _never(*_: Any) -> None:
@@ -129,18 +141,22 @@ def linear_head(
     with_parts: bool = False,
     sums: bool = False,
     factor: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, ...]:
     """`(loss,)` or `(loss, hard, T² D)`, the latter of each row; the factor is no part of them."""
+    if ranks is not None:
+        heads = over_ranks.agreed(student, teachers, heads, ranks)
     parts: Any = None
     tensors = _distinct([*student, *teachers, *temperatures])
     sizes = len(student), len(teachers)
     if wants_gradient(*tensors):
         inputs = labels, factor, sizes, *tensors
-        found = LinearHeadLoss.record(with_parts, sums, heads, p, *inputs)
+        found = LinearHeadLoss.record(ranks, with_parts, sums, heads, p, *inputs)
         loss, parts = found if with_parts else (found, None)
     else:
         sides = student, teachers, labels, temperatures
-        losses, parts, _ = forward(*sides, None, with_parts, [False] * len(student), heads, p)
+        wanted = [False] * len(student)
+        losses, parts, _ = _forward(ranks, *sides, None, with_parts, wanted, heads, p)
         loss = total(losses, factor) if sums else losses
     return (loss, *parts.unbind()) if with_parts else (loss,)
 

@@ -86,7 +86,7 @@ class Logits:
         """Take the gradient of a chunk of logits."""
         if self.gradient is None:
             return
-        to = self.gradient.view(self.rows.total, -1)[:, : gradient.shape[-1]]
+        to = self.gradient.view(self.rows.total, self.stored.shape[-1])[:, : gradient.shape[-1]]
         if self.rows.index is None:
             to[at] = gradient
         else:

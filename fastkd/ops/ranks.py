@@ -27,6 +27,7 @@ from fastkd.ops.rows_over_ranks import (
     cross_entropy,
     exchange,
     labels_here,
+    of_shard,
     whole_rows,
     wrong_labels,
 )
@@ -54,7 +55,7 @@ def soft_target_rows(
     if wants_gradient(student, teacher, *temperatures):
         found = _RanksLoss.record(ranks, p, labels, student, teacher, *temperatures)
         return found[0], found[1]
-    loss, parts, *_ = _forward(student, teacher, labels, p, temperatures, ranks, (False, False))
+    loss, parts, *_ = forward(student, teacher, labels, p, temperatures, ranks, (False, False))
     return loss, parts
 
 
@@ -74,7 +75,7 @@ class _RanksLoss(Fused):
         wanted = ctx.needs_input_grad[3:]
         of_temperatures = any(wanted[2:])
         sides = wanted[0] or of_temperatures, wanted[1] or of_temperatures
-        loss, parts, *kept = _forward(student, teacher, labels, p, temperatures, ranks, sides)
+        loss, parts, *kept = forward(student, teacher, labels, p, temperatures, ranks, sides)
         ctx.save_for_backward(*savable(student, teacher, *kept, *temperatures))
         ctx.parameters, ctx.ranks = p, ranks
         ctx.mark_non_differentiable(parts)
@@ -86,21 +87,16 @@ class _RanksLoss(Fused):
         labels, statistics, of_mirrored, rows, *temperatures = others
         check_grad_output("a loss on logits", grad_output)
         with no_grad():
-            gradients = _gradients(
+            found = gradients(
                 (grad_output * LOGIT_SCALE).to(compute_dtype(student, teacher)),
                 *(student, teacher, labels, temperatures, statistics, of_mirrored, rows),
-                *(ctx.needs_input_grad[3:], _of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
+                *(ctx.needs_input_grad[3:], of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
             )
         inputs = student, teacher, *temperatures
-        return None, None, None, *differentiate_once("a loss on logits", gradients, inputs)
+        return None, None, None, *differentiate_once("a loss on logits", found, inputs)
 
 
-def _of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
-    """The parameters as kernels take them: of rows, whose labels are those of `labels_here`."""
-    return p._replace(reduction="none", ignore_index=IGNORED, all_classes=ranks.classes)
-
-
-def _forward(
+def forward(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -142,7 +138,7 @@ def _forward(
     of_rows, of_mirrored = statistics(divergence), None
     if p.divergence not in KL:
         inputs = student, teacher, here, temperatures, of_rows
-        totals = ranks.total(_terms(*inputs, wanted[1], _of_shard(p, ranks)))
+        totals = ranks.total(_terms(*inputs, wanted[1], of_shard(p, ranks)))
         totals = totals.masked_fill(~is_valid, torch.nan)
         # Rounding may leave a tiny negative number.
         divergence = totals[0].clamp(min=0) * LOGIT_SCALE
@@ -190,7 +186,7 @@ def _exchange_sides(statistics: Tensor) -> Tensor:
     return statistics[:, [2, 3, 0, 1, 4, 5, 6]].contiguous()
 
 
-def _gradients(
+def gradients(
     grad_output: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -283,11 +279,11 @@ def _of_temperatures(
         sides = sides[0].narrow(p.dim, 0, count), sides[1].narrow(p.dim, 0, count)
         q = q._replace(num_classes=None)
     inputs = grad_output, *sides, labels, temperatures, statistics, of_mirrored
-    gradients = _of_sides(*inputs, (True, True), q)
+    found = _of_sides(*inputs, (True, True), q)
     parts = []
-    for gradient, side, heat, column in zip(gradients, sides, temperatures, (0, 2), strict=False):
+    for gradient, side, heat, column in zip(found, sides, temperatures, (0, 2), strict=False):
         assert gradient is not None
         top = statistics[:, column].view(heat.shape).unsqueeze(p.dim)
         parts.append(by_temperature(gradient, side, heat, p.dim, top))
-    found = torch.stack(parts)
-    return found if labels is None else found.masked_fill(labels == p.ignore_index, 0)
+    total = torch.stack(parts)
+    return total if labels is None else total.masked_fill(labels == p.ignore_index, 0)
