@@ -98,7 +98,7 @@ struct ClassPasses {
   }
 
   // Maximum and sums of one tensor's row, in every thread that has a part in it. `left_out(i)` has
-  // a bit for each of the N classes from i on that does not belong to the sums.
+  // a bit for each of the N classes from i on that does not belong to the exponentials' sums.
   template <bool kIsStudent, class Reader, class Merge, class LeftOut = AllClasses>
   __device__ __forceinline__ RowState<A> sums_of(const Reader& reader, int phase,
                                                  const Rates<A>& rates, const Merge& lanes,
@@ -109,7 +109,11 @@ struct ClassPasses {
       reader(i, x);
       const unsigned out = left_out(i);
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = out >> k & 1 ? A(-INFINITY) : x[k];
+      for (int k = 0; k < N; ++k) {
+        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes)
+          row.logits += double(x[k] * A(kLogitScale));
+        if (out >> k & 1) x[k] = A(-INFINITY);
+      }
       A maximum = row.student_max;
 #pragma unroll
       for (int k = 0; k < N; ++k) maximum = x[k] > maximum ? x[k] : maximum;
@@ -121,8 +125,6 @@ struct ClassPasses {
         const A below = shifted(x[k], shift(maximum));
         sum += rates.exp_soft(below);
         if (kIsStudent && rates.has_hard) hard += rates.exp_hard(below);
-        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes && !(out >> k & 1))
-          row.logits += double(x[k] * A(kLogitScale));
       }
       row.student += sum;
       row.hard += hard;

@@ -113,7 +113,7 @@ __device__ double cross_entropy_of(const RowState<A>& row, const Rates<A>& rates
   // Multiplied by 1 / K, and what that is off by. The mean of equal logits is then their value, to
   // the last bit of a large one; beside an infinite mean there is no rest.
   double mean = row.logits * call.share;
-  const double rest = fma(-mean, double(call.classes), double(row.logits));
+  const double rest = fma(-mean, double(call.all_classes), double(row.logits));
   if (!isnan(rest)) mean = fma(rest, call.share, mean);
   return label == kWrongLabel
              ? double(NAN)
@@ -143,15 +143,8 @@ struct Weights {
     const double to_hard = call.labels == nullptr ? 0 : call.hard_weight * by;
     soft = A(call.soft_weight / call.temperature * by);
     hard = A(to_hard);
-    smoothing = A(to_hard * call.smoothing / double(call.classes));
+    smoothing = A(to_hard * call.smoothing / double(call.all_classes));
     label = A(to_hard * (1 - call.smoothing));
-  }
-
-  // With label smoothing over the classes of all shards.
-  __device__ __forceinline__ Weights of_shard(const Call& call) const {
-    Weights of = *this;
-    if (call.all_classes != 0) of.smoothing *= A(double(call.classes) / double(call.all_classes));
-    return of;
   }
 
   __device__ __forceinline__ Weights times(A by) const {
