@@ -27,13 +27,11 @@ struct Axis {
 struct Call {
   Tensor sides[kSides];
   int64_t classes;
-  int64_t all_classes;  // of a shard of them, those of all shards; otherwise these
-  double share;         // of each class, in an even distribution over all
-  bool is_shard;        // a label may be kElsewhere
-  bool is_dense;        // a row's classes are contiguous in every tensor,
-  bool is_aligned;      // and every row begins where an access of 16 bytes may
-  bool is_double;       // a tensor is of float64, and so is the arithmetic
-  bool has_hard;        // temperature 1 has exponentials of its own
+  double share;     // of each class, in an even distribution
+  bool is_dense;    // a row's classes are contiguous in every tensor,
+  bool is_aligned;  // and every row begins where an access of 16 bytes may
+  bool is_double;   // a tensor is of float64, and so is the arithmetic
+  bool has_hard;    // temperature 1 has exponentials of its own
   uint32_t rows;
   int axes;
   Axis axis[kMaxDims];
@@ -53,6 +51,8 @@ struct Call {
 
   const void* grad_output;  // of the losses of rows: one number, or one a row; absent for 1
   const void* in_place;     // or absent: a number, for which the gradient is there where it is 1
+
+  int64_t all_classes;  // of a shard, those of all shards; 0 where the tensors have all
 
   constexpr bool is_backward() const { return loss == nullptr; }
   // Whether the losses of rows are added up.
@@ -127,7 +127,7 @@ __device__ __forceinline__ int64_t label_of(const Call& call, uint32_t row) {
 __device__ __forceinline__ int64_t label_in_shard(const Call& call, uint32_t row) {
   const int64_t label = label_of(call, row);
   const bool is_wrong = label == kWrongLabel;
-  return is_wrong && call.is_shard && call.labels[row] == kElsewhere ? kOtherShard : label;
+  return is_wrong && call.all_classes != 0 && call.labels[row] == kElsewhere ? kOtherShard : label;
 }
 
 __device__ __forceinline__ bool ignores(const Call& call, uint32_t row) {

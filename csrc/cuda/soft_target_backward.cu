@@ -48,7 +48,8 @@ struct Row {
     const A* counted = static_cast<const A*>(call.statistics) + int64_t(call.rows) * kCount;
     const A* upstream = static_cast<const A*>(call.grad_output);
     const auto weights = Weights<A>(call, by_row ? 1 : divisor_of(call, double(*counted)),
-                                    double(upstream[by_row ? row : 0]));
+                                    double(upstream[by_row ? row : 0]))
+                             .of_shard(call);
     const double divergence = double(from[kKl]);
     const auto ratio = [&] {
       return log(double(state.student) / double(state.teacher)) * kLogitScale;

@@ -142,7 +142,7 @@ struct General : GeneralPasses<A, kIsColumns> {
         weighted(weighted(call.soft_weight, of.rates.squared / of.rates.temperature), of.weight) /
         divisor;
     weights.soft = A(soft * by);
-    return weights;
+    return weights.of_shard(call);
   }
 
   __device__ __forceinline__ void write_gradients(const Row& of) const {

@@ -23,9 +23,7 @@ class Plan {
        const fastkd::Tensor& to_teacher, const SoftTargetParameters& p, bool has_temperatures)
       : call_(call), mean_(mean), teachers_(teachers) {
     call.classes = student.sizes[p.dim];
-    call.is_shard = p.all_classes != 0;
-    call.all_classes = call.is_shard ? p.all_classes : call.classes;
-    call.share = 1 / double(call.all_classes);
+    call.share = 1 / double(call.classes);
     call.labels = labels.as<int64_t>();
     call.ignore_index = p.ignore_index;
     call.has_hard =
@@ -36,6 +34,7 @@ class Plan {
     call.soft_weight = p.soft_weight;
     call.hard_weight = p.hard_weight;
     call.smoothing = call.labels == nullptr ? 0 : p.label_smoothing;
+    call.all_classes = p.all_classes;
     // Where the largest logit alone counts, or all count the same, 0 · inf would be NaN.
     call.rate = float(
         std::min(std::max(kLog2E / p.temperature / kLogitScale, double(FLT_MIN)), double(FLT_MAX)));

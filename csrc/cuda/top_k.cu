@@ -38,7 +38,8 @@ struct TopK : TopKPasses<A, kIsColumns> {
     Gradient gradient;
     if (leads) gradient = with_rest(of, sums);
     if (leads && !call.is_backward()) {
-      Losses losses{sums[0], cross_entropy_of(of.all, of.rates, call, of.label, logit)};
+      Losses losses{sums[0],
+                    cross_entropy_of(of.all, of.rates, call, of.label, logit, top.all_classes)};
       losses.divergence *= of.squared;
       write_losses<A>(call, row, losses, total);
     }
@@ -112,7 +113,7 @@ struct TopK : TopKPasses<A, kIsColumns> {
     RowState<A> found;
     over_slots(of, [&](int64_t j) {
       const int64_t index = of.slots.indices[j];
-      if (index < 0 || index >= call.all_classes || !(top.listed_only || of.slots.is_first(j)))
+      if (index < 0 || index >= top.all_classes || !(top.listed_only || of.slots.is_first(j)))
         return;
       const A x = A(slot_logit(of, j));
       if (x > found.student_max) lanes.move(found, x);
@@ -131,7 +132,7 @@ struct TopK : TopKPasses<A, kIsColumns> {
   // Of a slot that is no padding. A class that does not exist makes its row NaN.
   __device__ __forceinline__ Found find(const Row& of, int64_t j) const {
     constexpr double kNone = NAN;
-    if (of.slots.indices[j] >= call.all_classes) return {kNone, kNone, {kNone, kNone}};
+    if (of.slots.indices[j] >= top.all_classes) return {kNone, kNone, {kNone, kNone}};
     const Slot slot(double(of.slots.log_p[j]) * kLogitScale, of.log_q(slot_logit(of, j)));
     return {slot.log_q, slot.q, terms_of(call.divergence, top.beta, slot)};
   }

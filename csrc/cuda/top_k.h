@@ -19,7 +19,8 @@ struct TopKCall {
   double beta;
   int64_t count;           // of a row's slots
   const int32_t* indices;  // of classes, ascending within a row; those of padding are negative
-  int64_t first;           // of the classes here, among those of all shards that indices are of
+  int64_t first;           // of the classes here, among those that indices are of,
+  int64_t all_classes;     // which all shards have
   const void* log_p;       // of slots
   const void* log_rest;    // of all other classes together, one a row; or absent
   void* log_q;             // of slots and, last, of all other classes; or absent

@@ -18,6 +18,8 @@ inline bool describe(TopKCall& of, const fastkd::Tensor& student, const fastkd::
   of.count = indices.sizes[1];
   of.indices = indices.as<int32_t>();
   of.first = first;
+  of.all_classes = p.all_classes != 0 ? p.all_classes : of.call.classes;
+  of.call.share = 1 / double(of.all_classes);
   of.listed_only = listed_only;
   of.has_classes = of.call.labels != nullptr && p.labels_are_classes;
   if (has_temperatures) {

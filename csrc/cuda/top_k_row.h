@@ -109,7 +109,7 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const TopKCall& of, const TopKRow<A>& row, double divisor,
                                          double psi, double psi_rest, double log_q_rest)
       : by(weights_of(of.call, row, divisor)), psi(psi) {
-    const bool is_wrong = row.slots.indices[row.slots.count - 1] >= of.call.all_classes;
+    const bool is_wrong = row.slots.indices[row.slots.count - 1] >= of.all_classes;
     nothing = is_wrong && by.soft != 0 ? A(NAN) : A(0);
     const A hard_sum = row.rates.has_hard ? row.all.hard : row.all.student;
     const double hard = by.hard == 0 ? 0 : double(by.hard) / double(hard_sum);
@@ -137,7 +137,7 @@ struct RowGradient {
     Weights<A> weights(call, divisor, by);
     weights.soft = A(weighted(call.soft_weight, row.squared / row.temperature) / divisor * by);
     if (row.label == kWrongLabel) weights.smoothing = A(NAN);
-    return weights;
+    return weights.of_shard(call);
   }
 };
 
