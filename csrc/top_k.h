@@ -8,6 +8,11 @@
 
 namespace fastkd {
 
+// What top_k_sums finds of a row.
+struct UnlistedSums {
+  double maximum, sum, hard, logits;
+};
+
 // One class that is compared, or all that no slot lists as one more.
 struct Slot {
   double log_p, log_q;  // scaled by kLogitScale

@@ -8,11 +8,6 @@
 
 namespace fastkd::cuda::logits {
 
-// What a shard adds to the classes that no slot lists, and its logits; see top_k_sums.
-struct UnlistedSums {
-  double maximum, sum, hard, logits;
-};
-
 // `call` is on the student alone. A slot is one of a row's k classes.
 struct TopKCall {
   Call call;

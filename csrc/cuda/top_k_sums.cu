@@ -38,14 +38,12 @@ void top_k_sums(const Place& place, const Tensor& student, const Tensor& indices
   const Tensors at_one;
   const Tensors& heat = listed_only ? at_one : temperatures;
   TopKCall of{};
-  Call& call = of.call;
-  call.is_double = !temperatures.empty() && temperatures[0].dtype == DType::f64;
   const bool are_columns =
       describe(of, student, indices, labels, {}, listed_only, first, own, heat);
   of.sums = sums.as<UnlistedSums>();
-  with_form(call, are_columns, [&](auto arithmetic, auto columns) {
+  with_form(of.call, are_columns, [&](auto arithmetic, auto columns) {
     using A = decltype(arithmetic);
-    launch_over_rows<A, columns.value>(top_k_sums_kernel<A, columns.value>, of, call, 0, {},
+    launch_over_rows<A, columns.value>(top_k_sums_kernel<A, columns.value>, of, of.call, 0, {},
                                        stream);
   });
 }
