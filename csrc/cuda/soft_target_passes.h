@@ -194,12 +194,10 @@ __device__ __forceinline__ void over_rows(const Call& call, const F& f) {
 }
 
 // Launches kernel(of, vectors, tickets), whose rows are those of `call`, with so many bytes of
-// shared memory for each row that a block has at a time.
+// shared memory for each row that a block has at a time. A row's threads share so many vectors.
 template <class A, bool kIsColumns, class Of>
 void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
-                      size_t bytes, const Scratch& scratch, const Stream& stream) {
-  constexpr int N = kClasses<A, Any, Any>;
-  const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
+                      int64_t vectors, size_t bytes, const Scratch& scratch, const Stream& stream) {
   const int threads =
       kIsColumns ? kColumnThreads
                  : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
@@ -208,6 +206,14 @@ void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const 
   grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
                           resident_clusters(kernel, grid, stream), kMostBlocks});
   launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));
+}
+// With as many vectors as hold a row's classes.
+template <class A, bool kIsColumns, class Of>
+void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
+                      size_t bytes, const Scratch& scratch, const Stream& stream) {
+  constexpr int N = kClasses<A, Any, Any>;
+  const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
+  launch_over_rows<A, kIsColumns>(kernel, of, call, vectors, bytes, scratch, stream);
 }
 
 }  // namespace fastkd::cuda::logits

@@ -133,7 +133,8 @@ struct TopK : TopKPasses<A, kIsColumns> {
   __device__ __forceinline__ Found find(const Row& of, int64_t j) const {
     constexpr double kNone = NAN;
     if (of.slots.indices[j] >= top.all_classes) return {kNone, kNone, {kNone, kNone}};
-    const Slot slot(double(of.slots.log_p[j]) * kLogitScale, of.log_q(slot_logit(of, j)));
+    const double log_p = static_cast<const A*>(top.log_p)[int64_t(of.row) * of.slots.count + j];
+    const Slot slot(log_p * kLogitScale, of.log_q(slot_logit(of, j)));
     return {slot.log_q, slot.q, terms_of(call.divergence, top.beta, slot)};
   }
 
@@ -182,7 +183,7 @@ struct TopK : TopKPasses<A, kIsColumns> {
     const Weights<A>& by = to.by;
     const bool reads = by.hard != 0 || (by.soft != 0 && !top.listed_only);
     const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
-    SlotCursor<A> cursor(of.slots);
+    SlotCursor cursor(of.slots);
     this->over_vectors(of.start.phase, [&](int64_t i) {
       A g[N];
       if (reads) reader(i, g);
@@ -262,6 +263,19 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   call.parts = parts.data;
   call.grad_output = grad_output.data;
   const Scratch own = prepare(call, scratch.data, stream);
+  if (sums && (loss || log_q)) {
+    // Every rank must find them to the last bit, so no shard may choose in which order slots are
+    // added up.
+    TopKCall losses = of;
+    losses.call.sides[kToStudent].data = nullptr;
+    with_form(call, false, [&](auto arithmetic, auto) {
+      using A = decltype(arithmetic);
+      launch_over_rows<A, false>(top_k_kernel<A, false>, losses, losses.call, of.count,
+                                 sizeof(RowGradient<A>), own, stream);
+    });
+    if (!gradient) return;
+    call.loss = call.parts = of.log_q = nullptr;
+  }
   with_form(call, are_columns, [&](auto arithmetic, auto columns) {
     using A = decltype(arithmetic);
     launch_over_rows<A, columns.value>(top_k_kernel<A, columns.value>, of, call,

@@ -31,17 +31,12 @@ struct TopKCall {
 };
 
 // One row's slots.
-template <class A>
 struct Slots {
   const int64_t count;
   const int32_t* const indices;
-  const A* const log_p;
 
   __device__ __forceinline__ Slots(const TopKCall& of, uint32_t row)
-      : count(of.count),
-        indices(of.indices + row * of.count),
-        log_p(static_cast<const A*>(of.log_p) + row * of.count),
-        first_(of.first) {}
+      : count(of.count), indices(of.indices + row * of.count), first_(of.first) {}
 
   // The class of a slot, counted from the first one here; beyond the last slot there is none.
   __device__ __forceinline__ int64_t at(int64_t j) const {
@@ -58,10 +53,9 @@ struct Slots {
 
 // Goes through a row's slots along with the classes here, both ascending. Most vectors of classes
 // have none, and cost a comparison.
-template <class A>
 class SlotCursor {
  public:
-  __device__ __forceinline__ explicit SlotCursor(const Slots<A>& slots)
+  __device__ __forceinline__ explicit SlotCursor(const Slots& slots)
       : slots_(slots), class_(slots.at(0)) {
     move_to(0);
   }
@@ -75,7 +69,7 @@ class SlotCursor {
   }
 
  private:
-  const Slots<A>& slots_;
+  const Slots& slots_;
   int64_t slot_ = 0, class_;
 
   // To the first slot of this class or a later one: ever longer steps, and then halves of the last.

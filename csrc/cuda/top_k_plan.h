@@ -7,8 +7,8 @@
 
 namespace fastkd::cuda::logits {
 
-// Says what both operators know of a call; whether its rows are contiguous, rather than its
-// classes.
+// Says what both operators know of a call. Whether its rows are contiguous, and not its classes, is
+// what it returns.
 inline bool describe(TopKCall& of, const fastkd::Tensor& student, const fastkd::Tensor& indices,
                      const fastkd::Tensor& labels, const fastkd::Tensor& gradient, bool listed_only,
                      int64_t first, const SoftTargetParameters& p, const Tensors& temperatures) {

@@ -11,7 +11,7 @@ namespace fastkd::cuda::logits {
 template <class A>
 struct TopKRow {
   const uint32_t row;
-  const Slots<A> slots;
+  const Slots slots;
   const int64_t label;
   Start<kSides> start;
   Rates<A> rates;
@@ -72,7 +72,7 @@ struct TopKPasses : ClassPasses<A, kIsColumns> {
   // Of the classes here that no slot lists, or of all where the student's softmax is one of the
   // slots; the logits are of all in either case.
   __device__ __forceinline__ RowState<A> unlisted_sums(const TopKRow<A>& of) const {
-    SlotCursor<A> cursor(of.slots);
+    SlotCursor cursor(of.slots);
     const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
     return this->template sums_of<true>(
         reader, of.start.phase, of.rates, lanes(of), [&](int64_t i) {
