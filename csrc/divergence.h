@@ -14,6 +14,8 @@
 #pragma once
 
 #include <array>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "anywhere.h"
@@ -139,6 +141,17 @@ struct Terms {
 template <class A>
 struct Shares {
   A beta, rest;
+};
+
+// What the divergences of mixtures ask for, of numbers; the CPU has the same of vectors.
+template <class A>
+struct LogOfShare {
+  // Of an x that is 1 + more: near 1 the latter has the digits. Finite also of 0.
+  FASTKD_ANYWHERE A operator()(A x, A more) const {
+    return std::fabs(more) < A(0.5) ? std::log1p(more) : x > 0 ? std::log(x) : x;
+  }
+  // Of a mixture; 0 where both sides underflow.
+  FASTKD_ANYWHERE static A inverse(A m) { return m < std::numeric_limits<A>::min() ? A(0) : 1 / m; }
 };
 
 // Divergences of mixtures m. `Log` is what has log(x / m), of x and of what x / m is more than 1:

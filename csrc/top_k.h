@@ -8,12 +8,9 @@
 
 namespace fastkd {
 
-// log(x) of an x that is 1 + more, and 1 / m, as the divergences of mixtures ask for them.
-struct LogOfSlot {
-  FASTKD_ANYWHERE double operator()(double x, double more) const {
-    return more > -0.5 && more < 0.5 ? std::log1p(more) : x > 0 ? std::log(x) : x;
-  }
-  FASTKD_ANYWHERE static double inverse(double m) { return m < 1e-300 ? 0 : 1 / m; }
+// What top_k_sums finds of a row.
+struct UnlistedSums {
+  double maximum, sum, hard, logits;
 };
 
 // One class that is compared, or all that no slot lists as one more.
@@ -44,19 +41,19 @@ FASTKD_ANYWHERE Terms<double> terms_of(Divergence which, double beta, const Slot
       return {phi, q + phi / kLogitScale};
     }
     case Divergence::tvd:
-      found = Tvd::terms(p, q, shares, LogOfSlot{});
+      found = Tvd::terms(p, q, shares, LogOfShare<double>{});
       break;
     // What is taken off a class sums to 0 where both sides sum to 1. Slots may not.
     case Divergence::skew_kl:
-      found = SkewKl::terms(p, q, shares, LogOfSlot{});
+      found = SkewKl::terms(p, q, shares, LogOfShare<double>{});
       found.phi += (p - q) * shares.rest;
       break;
     case Divergence::skew_reverse_kl:
-      found = SkewReverseKl::terms(p, q, shares, LogOfSlot{});
+      found = SkewReverseKl::terms(p, q, shares, LogOfShare<double>{});
       found.phi += (q - p) * shares.rest;
       break;
     default:
-      found = Jsd::terms(p, q, shares, LogOfSlot{});
+      found = Jsd::terms(p, q, shares, LogOfShare<double>{});
   }
   const double nan = 0 * (p * q);  // where one is, which a comparison does not show; otherwise 0
   return {(found.phi + nan) * kLogitScale, found.psi + nan};

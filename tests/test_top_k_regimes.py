@@ -6,9 +6,8 @@ import layouts
 import pytest
 import torch
 from agreement_logits import edge_labels
-from divergences import FEW, name_of
-from temperatures import of_kind
-from top_k import check_top_k, kept, sides, split
+from divergences import name_of
+from top_k import CALLS, check_both, check_top_k, draw, kept, split
 from triton_calls import SUM
 
 import fastkd
@@ -18,36 +17,8 @@ pytestmark = pytest.mark.gpu_sizes
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
-# Each tail, and two divergences and temperatures of rows with one of them.
-CALLS = [
-    *({"tail": tail} for tail in ("renormalize", "zero", "bucket", "renormalize_both")),
-    {"tail": "bucket", **FEW[0]},
-    {"tail": "renormalize_both", **FEW[1]},
-    {"tail": "bucket", "kind": "rows"},
-]
 every_call = pytest.mark.parametrize("call", CALLS, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
-
-
-def keywords_of(call, rows, dtype):
-    keywords = {**call}
-    kind = keywords.pop("kind", None)
-    precise = F64 if dtype == F64 else F32
-    heat = {"temperature": 2.0} if kind is None else of_kind(kind, (rows, 1), precise, -1)
-    return keywords | heat
-
-
-def draw(call, rows, classes, k, dtype=F32):
-    """The tensors, student first, and keywords."""
-    keywords = keywords_of(call, rows, dtype)
-    return sides(rows, classes, min(k, classes), (dtype, dtype), **keywords), keywords
-
-
-def check_both(tensors, backend, labels, **keywords):
-    """Both losses."""
-    check_top_k(*tensors, backend, 3.0, **keywords)
-    smoothing = {"label_smoothing": 0.1, **keywords}
-    check_top_k(*tensors, backend, labels=labels, **smoothing)
 
 
 @every_dtype

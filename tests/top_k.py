@@ -5,6 +5,7 @@ import torch
 from agreement import array, check
 from agreement_logits import logits
 from divergences import FEW
+from temperatures import of_kind
 
 import fastkd
 
@@ -14,6 +15,13 @@ FOR_ALL = ("bucket", "renormalize_both")
 # Each tail with each divergence that it goes with, once where that has a formula of its own.
 PAIRS = [{"tail": tail} for tail in TAILS] + [
     {"tail": tail, **keywords} for tail in FOR_ALL for keywords in FEW
+]
+# Each tail, and two divergences and temperatures of rows with one of them: for tests of many forms.
+CALLS = [
+    *({"tail": tail} for tail in TAILS),
+    {"tail": "bucket", **FEW[0]},
+    {"tail": "renormalize_both", **FEW[1]},
+    {"tail": "bucket", "kind": "rows"},
 ]
 _OF_TOP_K = ("tail", "values_are")
 
@@ -128,3 +136,20 @@ def check_top_k(
             *arrays, grad_output=abs(grad_output), magnitudes=True
         )[1],
     )
+
+
+def draw(call, rows, classes, k, dtype=torch.float32):
+    """The tensors of one of `CALLS`, student first, and its keywords."""
+    keywords = {"temperature": 2.0, **call}
+    kind = keywords.pop("kind", None)
+    if kind is not None:
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        keywords |= of_kind(kind, (rows, 1), precise, -1)
+    return sides(rows, classes, min(k, classes), (dtype, dtype), **keywords), keywords
+
+
+def check_both(tensors, backend, labels, **keywords):
+    """Both losses."""
+    check_top_k(*tensors, backend, 3.0, **keywords)
+    smoothing = {"label_smoothing": 0.1, **keywords}
+    check_top_k(*tensors, backend, labels=labels, **smoothing)

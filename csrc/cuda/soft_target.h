@@ -115,7 +115,7 @@ struct Rates {
 };
 
 // The class of a row's label, or what there is in its place.
-constexpr int64_t kNoLabels = -1, kWrongLabel = -2;
+constexpr int64_t kNoLabels = -1, kWrongLabel = -2, kOtherShard = -3;
 
 __device__ __forceinline__ int64_t label_of(const Call& call, uint32_t row) {
   if (call.labels == nullptr) return kNoLabels;
@@ -123,11 +123,11 @@ __device__ __forceinline__ int64_t label_of(const Call& call, uint32_t row) {
   return label >= 0 && label < call.classes ? label : kWrongLabel;
 }
 
-// The same of a shard of the classes, to which others' labels are none.
+// The same of what may be a shard of the classes.
 __device__ __forceinline__ int64_t label_in_shard(const Call& call, uint32_t row) {
   const int64_t label = label_of(call, row);
   const bool is_wrong = label == kWrongLabel;
-  return is_wrong && call.all_classes != 0 && call.labels[row] == kElsewhere ? kNoLabels : label;
+  return is_wrong && call.all_classes != 0 && call.labels[row] == kElsewhere ? kOtherShard : label;
 }
 
 __device__ __forceinline__ bool ignores(const Call& call, uint32_t row) {

@@ -106,16 +106,6 @@ __device__ __forceinline__ A at_student(A apart, A ratio) {
   return apart == A(-INFINITY) ? apart : by < lowest ? lowest : by;
 }
 
-template <class A>
-struct LogOfShare {
-  // Of an x that is 1 + more: near 1 the latter has the digits. Finite also of 0.
-  __device__ __forceinline__ A operator()(A x, A more) const {
-    return fabs(more) < A(0.5) ? log1p(more) : x > 0 ? log(x) : x;
-  }
-  // Of a mixture; 0 where both sides underflow.
-  __device__ __forceinline__ static A inverse(A m) { return m < kLeastNormal<A> ? A(0) : 1 / m; }
-};
-
 // What turns a row's exponentials into what a divergence takes.
 template <class A>
 struct RowTarget {

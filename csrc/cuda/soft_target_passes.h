@@ -98,7 +98,7 @@ struct ClassPasses {
   }
 
   // Maximum and sums of one tensor's row, in every thread that has a part in it. `left_out(i)` has
-  // a bit for each of the N classes from i on that does not belong to the sums.
+  // a bit for each of the N classes from i on that does not belong to the exponentials' sums.
   template <bool kIsStudent, class Reader, class Merge, class LeftOut = AllClasses>
   __device__ __forceinline__ RowState<A> sums_of(const Reader& reader, int phase,
                                                  const Rates<A>& rates, const Merge& lanes,
@@ -109,7 +109,11 @@ struct ClassPasses {
       reader(i, x);
       const unsigned out = left_out(i);
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = out >> k & 1 ? A(-INFINITY) : x[k];
+      for (int k = 0; k < N; ++k) {
+        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes)
+          row.logits += double(x[k] * A(kLogitScale));
+        if (out >> k & 1) x[k] = A(-INFINITY);
+      }
       A maximum = row.student_max;
 #pragma unroll
       for (int k = 0; k < N; ++k) maximum = x[k] > maximum ? x[k] : maximum;
@@ -121,8 +125,6 @@ struct ClassPasses {
         const A below = shifted(x[k], shift(maximum));
         sum += rates.exp_soft(below);
         if (kIsStudent && rates.has_hard) hard += rates.exp_hard(below);
-        if (kIsStudent && with_logits && i + k >= 0 && i + k < call.classes && !(out >> k & 1))
-          row.logits += double(x[k] * A(kLogitScale));
       }
       row.student += sum;
       row.hard += hard;
@@ -192,12 +194,10 @@ __device__ __forceinline__ void over_rows(const Call& call, const F& f) {
 }
 
 // Launches kernel(of, vectors, tickets), whose rows are those of `call`, with so many bytes of
-// shared memory for each row that a block has at a time.
+// shared memory for each row that a block has at a time. A row's threads share so many vectors.
 template <class A, bool kIsColumns, class Of>
 void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
-                      size_t bytes, const Scratch& scratch, const Stream& stream) {
-  constexpr int N = kClasses<A, Any, Any>;
-  const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
+                      int64_t vectors, size_t bytes, const Scratch& scratch, const Stream& stream) {
   const int threads =
       kIsColumns ? kColumnThreads
                  : int(std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kBlockRowThreads));
@@ -206,6 +206,14 @@ void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const 
   grid.blocks = std::min({(int64_t(call.rows) + at_once - 1) / at_once,
                           resident_clusters(kernel, grid, stream), kMostBlocks});
   launch(kernel, grid, stream, of, vectors, scratch.tickets(call, stream));
+}
+// With as many vectors as hold a row's classes.
+template <class A, bool kIsColumns, class Of>
+void launch_over_rows(void (*kernel)(Of, int64_t, Tickets), const Of& of, const Call& call,
+                      size_t bytes, const Scratch& scratch, const Stream& stream) {
+  constexpr int N = kClasses<A, Any, Any>;
+  const int64_t vectors = kIsColumns ? (call.classes + N - 1) / N : vectors_of(call, N);
+  launch_over_rows<A, kIsColumns>(kernel, of, call, vectors, bytes, scratch, stream);
 }
 
 }  // namespace fastkd::cuda::logits

@@ -105,21 +105,26 @@ __device__ __forceinline__ void add(RowState<A>& row, const A (&s)[N], const A (
   row.take(these);
 }
 
-// Of a row of which `label_logit` is known.
+// Of a row of which `label_logit` is known, and whose sum of logits is of so many classes.
 template <class A>
 __device__ double cross_entropy_of(const RowState<A>& row, const Rates<A>& rates, const Call& call,
-                                   int64_t label, double label_logit) {
+                                   int64_t label, double label_logit, int64_t classes) {
   if (label == kNoLabels) return 0;
   // Multiplied by 1 / K, and what that is off by. The mean of equal logits is then their value, to
   // the last bit of a large one; beside an infinite mean there is no rest.
   double mean = row.logits * call.share;
-  const double rest = fma(-mean, double(call.classes), double(row.logits));
+  const double rest = fma(-mean, double(classes), double(row.logits));
   if (!isnan(rest)) mean = fma(rest, call.share, mean);
   return label == kWrongLabel
              ? double(NAN)
              : cross_entropy(log(double(rates.has_hard ? row.hard : row.student)) * kLogitScale,
                              double(row.student_max) * kLogitScale, label_logit * kLogitScale, mean,
                              call.smoothing);
+}
+template <class A>
+__device__ double cross_entropy_of(const RowState<A>& row, const Rates<A>& rates, const Call& call,
+                                   int64_t label, double label_logit) {
+  return cross_entropy_of(row, rates, call, label, label_logit, call.classes);
 }
 template <class D, class A>
 __device__ Losses losses_of(RowState<A> row, const Rates<A>& rates, const Call& call, int64_t label,

@@ -1,6 +1,7 @@
 // Teachers that kept k classes of each row: rows of any length and strides, in one pass for the
-// sums of the classes that no slot lists, two over the slots, and one for the gradient.
-#include "soft_target_plan.h"
+// sums of the classes that no slot lists, two over the slots, and one for the gradient. Of a shard
+// of the classes the sums are given, and so are the slots' logits.
+#include "top_k_plan.h"
 #include "top_k_row.h"
 
 namespace fastkd::cuda {
@@ -8,39 +9,37 @@ namespace logits {
 namespace {
 
 template <class A, bool kIsColumns>
-struct TopK : ClassPasses<A, kIsColumns> {
-  using Base = ClassPasses<A, kIsColumns>;
-  using Base::call, Base::leads, Base::N, Base::shared, Base::with_logits;
+struct TopK : TopKPasses<A, kIsColumns> {
+  using Base = TopKPasses<A, kIsColumns>;
+  using Base::call, Base::leads, Base::N, Base::shared, Base::top;
   using Row = TopKRow<A>;
   using Gradient = RowGradient<A>;
 
-  const TopKCall& top;
   const double divisor;
   const bool writes;
 
   __device__ __forceinline__ TopK(const TopKCall& of, PassesShared<A>& shared, int64_t vectors,
                                   double counted)
-      : Base(of.call, shared, vectors),
-        top(of),
+      : Base(of, shared, vectors),
         divisor(divisor_of(of.call, counted)),
         writes(of.call.sides[kToStudent].data != nullptr) {}
 
   // One row, whose losses are added to the total.
   __device__ __forceinline__ void run(uint32_t row, Losses& total) const {
-    Row of(top, row);
-    of.start.phase = kIsColumns ? 0 : phase_of<N>(call, of.start.at[kStudent]);
+    Row of = this->row_of(row);
     of.start.is_aligned =
         writes && is_aligned(call.sides[kToStudent], of.start.at[kToStudent], of.start.phase);
     if (ignores(call, row)) return skip(of, total);
     // Before the barriers behind which the gradient may take the logits' place.
-    const double logit = leads ? logit_of<Any>(call, of.start.at[kStudent], of.label) : 0;
+    const double logit = leads ? label_logit(of) : 0;
     find_sums(of);
     double sums[2];  // Σφ, scaled, and Σψ
     add_slots(of, sums);
     Gradient gradient;
     if (leads) gradient = with_rest(of, sums);
     if (leads && !call.is_backward()) {
-      Losses losses{sums[0], cross_entropy_of(of.all, of.rates, call, of.label, logit)};
+      Losses losses{sums[0],
+                    cross_entropy_of(of.all, of.rates, call, of.label, logit, top.all_classes)};
       losses.divergence *= of.squared;
       write_losses<A>(call, row, losses, total);
     }
@@ -66,25 +65,36 @@ struct TopK : ClassPasses<A, kIsColumns> {
     for (int64_t j = kIsColumns ? 0 : threadIdx.x; j < of.slots.count; j += step) f(j);
   }
 
-  __device__ __forceinline__ double load(const Row& of, int64_t of_class) const {
+  // Of a slot that has a class.
+  __device__ __forceinline__ double slot_logit(const Row& of, int64_t j) const {
+    if (top.logits != nullptr) return given_logit(of, j);
     const Tensor& student = call.sides[kStudent];
-    return elements_of<Any>(student, of.start.at[kStudent]).load(of_class * student.class_stride);
+    return elements_of<Any>(student, of.start.at[kStudent])
+        .load(of.slots.at(j) * student.class_stride);
+  }
+  __device__ __forceinline__ double label_logit(const Row& of) const {
+    return top.logits != nullptr ? given_logit(of, of.slots.count)
+                                 : logit_of<Any>(call, of.start.at[kStudent], of.label);
+  }
+  __device__ __forceinline__ double given_logit(const Row& of, int64_t j) const {
+    return double(static_cast<const A*>(top.logits)[int64_t(of.row) * (of.slots.count + 1) + j]);
+  }
+
+  __device__ __forceinline__ RowState<A> given_sums(const Row& of) const {
+    const UnlistedSums sums = top.sums[of.row];
+    RowState<A> found;
+    found.student_max = A(sums.maximum);
+    found.student = A(sums.sum);
+    found.hard = A(sums.hard);
+    found.logits = sums.logits;
+    return found;
   }
 
   __device__ __forceinline__ void find_sums(Row& of) const {
-    const MergeStudentLanes<A> lanes{of.rates, with_logits};
+    const MergeStudentLanes<A> lanes = this->lanes(of);
     of.soft = sums_of_slots(of, lanes);
-    if (!top.listed_only || top.has_classes) {
-      SlotCursor<A> cursor(of.slots);
-      const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
-      of.rest =
-          this->template sums_of<true>(reader, of.start.phase, of.rates, lanes, [&](int64_t i) {
-            unsigned listed = 0;
-            if (!top.listed_only)
-              cursor.over(i, i + N, [&](int64_t, int64_t at) { listed |= 1u << int(at - i); });
-            return listed;
-          });
-    }
+    if (!top.listed_only || top.has_classes)
+      of.rest = top.sums != nullptr ? given_sums(of) : this->unlisted_sums(of);
     of.all = of.rest;
     if (!top.listed_only) {
       const A top_of_both =
@@ -102,14 +112,14 @@ struct TopK : ClassPasses<A, kIsColumns> {
                                                        const MergeStudentLanes<A>& lanes) const {
     RowState<A> found;
     over_slots(of, [&](int64_t j) {
-      const int64_t at = of.slots.at(j);
-      if (at < 0 || at >= call.classes || !(top.listed_only || of.slots.is_first(j))) return;
-      const A x = A(load(of, at));
+      const int64_t index = of.slots.indices[j];
+      if (index < 0 || index >= top.all_classes || !(top.listed_only || of.slots.is_first(j)))
+        return;
+      const A x = A(slot_logit(of, j));
       if (x > found.student_max) lanes.move(found, x);
       const A below = shifted(x, shift(found.student_max));
       found.student += of.rates.exp_soft(below);
       if (of.rates.has_hard) found.hard += of.rates.exp_hard(below);
-      found.logits += double(x * A(kLogitScale));
     });
     if constexpr (!kIsColumns) merge_over_block(found, shared.of_warps, lanes);
     return found;
@@ -120,10 +130,11 @@ struct TopK : ClassPasses<A, kIsColumns> {
     Terms<double> terms;
   };
   // Of a slot that is no padding. A class that does not exist makes its row NaN.
-  __device__ __forceinline__ Found find(const Row& of, int64_t j, int64_t at) const {
+  __device__ __forceinline__ Found find(const Row& of, int64_t j) const {
     constexpr double kNone = NAN;
-    if (at >= call.classes) return {kNone, kNone, {kNone, kNone}};
-    const Slot slot(double(of.slots.log_p[j]) * kLogitScale, of.log_q(load(of, at)));
+    if (of.slots.indices[j] >= top.all_classes) return {kNone, kNone, {kNone, kNone}};
+    const double log_p = static_cast<const A*>(top.log_p)[int64_t(of.row) * of.slots.count + j];
+    const Slot slot(log_p * kLogitScale, of.log_q(slot_logit(of, j)));
     return {slot.log_q, slot.q, terms_of(call.divergence, top.beta, slot)};
   }
 
@@ -135,9 +146,8 @@ struct TopK : ClassPasses<A, kIsColumns> {
   __device__ __forceinline__ void add_slots(const Row& of, double (&sums)[2]) const {
     sums[0] = sums[1] = 0;
     over_slots(of, [&](int64_t j) {
-      const int64_t at = of.slots.at(j);
       Found found{-INFINITY, 0, {0, 0}};
-      if (at >= 0) found = find(of, j, at);
+      if (of.slots.indices[j] >= 0) found = find(of, j);
       sums[0] += found.terms.phi;
       sums[1] += found.terms.psi;
       if (top.log_q != nullptr) write_log_q(of, j, found.log_q);
@@ -173,7 +183,7 @@ struct TopK : ClassPasses<A, kIsColumns> {
     const Weights<A>& by = to.by;
     const bool reads = by.hard != 0 || (by.soft != 0 && !top.listed_only);
     const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
-    SlotCursor<A> cursor(of.slots);
+    SlotCursor cursor(of.slots);
     this->over_vectors(of.start.phase, [&](int64_t i) {
       A g[N];
       if (reads) reader(i, g);
@@ -184,9 +194,9 @@ struct TopK : ClassPasses<A, kIsColumns> {
         cursor.over(i, min(i + N, call.classes), [&](int64_t j, int64_t at) {
           const bool is_first = of.slots.is_first(j);
           A found = 0;
-          if (reads && is_first) found = to.listed.of(A(load(of, at)), of.rates, by.smoothing);
+          if (reads && is_first) found = to.listed.of(A(slot_logit(of, j)), of.rates, by.smoothing);
           if (by.soft != 0) {
-            const Found slot = find(of, j, at);
+            const Found slot = find(of, j);
             const double off = top.listed_only ? slot.q * to.psi : 0;
             found += A(double(by.soft) * (slot.terms.psi - off));
           }
@@ -226,10 +236,9 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
 void top_k_forward(const Place& place, const Tensor& student, const Tensor& indices,
                    const Tensor& log_p, const Tensor& log_rest, const Tensor& labels,
                    const Tensor& loss, const Tensor& parts, const Tensor& log_q,
-                   const Tensor& gradient, const Tensor& scratch, bool listed_only, int64_t,
-                   const Tensor& sums, const Tensor&, const SoftTargetParameters& p,
+                   const Tensor& gradient, const Tensor& scratch, bool listed_only, int64_t first,
+                   const Tensor& sums, const Tensor& logits, const SoftTargetParameters& p,
                    const Tensors& temperatures, const Tensor& grad_output) {
-  if (sums) throw std::runtime_error("top-k of a shard is not here yet");
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) {
@@ -240,38 +249,38 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   TopKCall of{};
   Call& call = of.call;
   call.is_double = log_p.dtype == DType::f64;
-  const Tensors nobody;
-  const Plan plan(call, nullptr, student, nobody, labels, gradient, {}, p, !temperatures.empty());
+  const bool are_columns =
+      describe(of, student, indices, labels, gradient, listed_only, first, p, temperatures);
   of.beta = p.beta;
-  of.count = indices.sizes[1];
-  of.indices = indices.as<int32_t>();
   of.log_p = log_p.data;
   of.log_rest = log_rest.data;
   of.log_q = log_q.data;
-  of.listed_only = listed_only;
-  of.has_classes = call.labels != nullptr && p.labels_are_classes && (p.hard_weight != 0 || parts);
+  of.has_classes = of.has_classes && (p.hard_weight != 0 || parts);
   call.has_hard = call.has_hard && of.has_classes;
-  if (!temperatures.empty()) {
-    of.temperatures = temperatures[0].data;
-    of.roots = temperatures[2].data;
-  }
+  of.sums = sums.as<UnlistedSums>();
+  of.logits = logits.data;
   call.loss = loss.data;
   call.parts = parts.data;
   call.grad_output = grad_output.data;
   const Scratch own = prepare(call, scratch.data, stream);
-  const auto run = [&](auto arithmetic, auto are_columns) {
+  if (sums && (loss || log_q)) {
+    // Every rank must find them to the last bit, so no shard may choose in which order slots are
+    // added up.
+    TopKCall losses = of;
+    losses.call.sides[kToStudent].data = nullptr;
+    with_form(call, false, [&](auto arithmetic, auto) {
+      using A = decltype(arithmetic);
+      launch_over_rows<A, false>(top_k_kernel<A, false>, losses, losses.call, of.count,
+                                 sizeof(RowGradient<A>), own, stream);
+    });
+    if (!gradient) return;
+    call.loss = call.parts = of.log_q = nullptr;
+  }
+  with_form(call, are_columns, [&](auto arithmetic, auto columns) {
     using A = decltype(arithmetic);
-    launch_over_rows<A, are_columns.value>(top_k_kernel<A, are_columns.value>, of, call,
-                                           are_columns.value ? 0 : sizeof(RowGradient<A>), own,
-                                           stream);
-  };
-  if (call.is_double) return run(double{}, std::false_type{});
-  plan.are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
-}
-
-void top_k_sums(const Place&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&, bool, int64_t, const SoftTargetParameters&, const Tensors&) {
-  throw std::runtime_error("top-k of a shard is not here yet");
+    launch_over_rows<A, columns.value>(top_k_kernel<A, columns.value>, of, call,
+                                       columns.value ? 0 : sizeof(RowGradient<A>), own, stream);
+  });
 }
 
 }  // namespace fastkd::cuda

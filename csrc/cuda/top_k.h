@@ -1,4 +1,4 @@
-// A call whose teacher kept k classes of each row: what its kernel knows of it, and how a thread
+// A call whose teacher kept k classes of each row: what its kernels know of it, and how a thread
 // finds these classes among its own.
 #pragma once
 
@@ -14,6 +14,8 @@ struct TopKCall {
   double beta;
   int64_t count;           // of a row's slots
   const int32_t* indices;  // of classes, ascending within a row; those of padding are negative
+  int64_t first;           // of the classes here, among those that indices are of,
+  int64_t all_classes;     // which all shards have
   const void* log_p;       // of slots
   const void* log_rest;    // of all other classes together, one a row; or absent
   void* log_q;             // of slots and, last, of all other classes; or absent
@@ -21,36 +23,39 @@ struct TopKCall {
   bool has_classes;        // whether labels are classes, and compared with
   // Of rows, or absent: temperatures, and those whose squares multiply the divergence.
   const void *temperatures, *roots;
+  // Of a shard, or absent. Sums are what one kernel finds of the classes here, and what another one
+  // has of those of all shards; logits are of slots and, last, of the label, whatever shard they
+  // are in.
+  UnlistedSums* sums;
+  const void* logits;
 };
 
 // One row's slots.
-template <class A>
 struct Slots {
   const int64_t count;
   const int32_t* const indices;
-  const A* const log_p;
 
   __device__ __forceinline__ Slots(const TopKCall& of, uint32_t row)
-      : count(of.count),
-        indices(of.indices + row * of.count),
-        log_p(static_cast<const A*>(of.log_p) + row * of.count) {}
+      : count(of.count), indices(of.indices + row * of.count), first_(of.first) {}
 
-  // The class of a slot; beyond the last slot there is none.
+  // The class of a slot, counted from the first one here; beyond the last slot there is none.
   __device__ __forceinline__ int64_t at(int64_t j) const {
-    return j < count ? int64_t(indices[j]) : INT64_MAX;
+    return j < count ? int64_t(indices[j]) - first_ : INT64_MAX;
   }
   // Whether no earlier slot has the same class.
   __device__ __forceinline__ bool is_first(int64_t j) const {
     return j == 0 || indices[j - 1] != indices[j];
   }
+
+ private:
+  const int64_t first_;
 };
 
-// Goes through a row's slots along with its classes, both ascending. Most vectors of classes have
-// none, and cost a comparison.
-template <class A>
+// Goes through a row's slots along with the classes here, both ascending. Most vectors of classes
+// have none, and cost a comparison.
 class SlotCursor {
  public:
-  __device__ __forceinline__ explicit SlotCursor(const Slots<A>& slots)
+  __device__ __forceinline__ explicit SlotCursor(const Slots& slots)
       : slots_(slots), class_(slots.at(0)) {
     move_to(0);
   }
@@ -64,7 +69,7 @@ class SlotCursor {
   }
 
  private:
-  const Slots<A>& slots_;
+  const Slots& slots_;
   int64_t slot_ = 0, class_;
 
   // To the first slot of this class or a later one: ever longer steps, and then halves of the last.

@@ -1,6 +1,6 @@
-// One row of a call whose teacher kept k classes: its sums, and what follows from them for the
-// gradient. The classes that no slot lists have a maximum of their own: relative to that of all
-// they may underflow, and what they lack of 1 is no measure of them.
+// One row of a call whose teacher kept k classes: how its sums are found, and what follows from
+// them for the gradient. The classes that no slot lists have a maximum of their own: relative to
+// that of all they may underflow, and what they lack of 1 is no measure of them.
 #pragma once
 
 #include "top_k.h"
@@ -11,7 +11,7 @@ namespace fastkd::cuda::logits {
 template <class A>
 struct TopKRow {
   const uint32_t row;
-  const Slots<A> slots;
+  const Slots slots;
   const int64_t label;
   Start<kSides> start;
   Rates<A> rates;
@@ -24,7 +24,7 @@ struct TopKRow {
   __device__ __forceinline__ TopKRow(const TopKCall& of, uint32_t row)
       : row(row),
         slots(of, row),
-        label(of.has_classes ? label_of(of.call, row) : kNoLabels),
+        label(of.has_classes ? label_in_shard(of.call, row) : kNoLabels),
         rates(of.call),
         temperature(of.call.temperature),
         inverse(of.call.inverse) {
@@ -44,6 +44,43 @@ struct TopKRow {
   __device__ __forceinline__ double log_q_of_rest() const {
     const double apart = double(shift(rest.student_max)) - double(shift(soft.student_max));
     return apart * inverse + (log(double(rest.student)) * kLogitScale - log_sum);
+  }
+};
+
+// A thread's part in a row.
+template <class A, bool kIsColumns>
+struct TopKPasses : ClassPasses<A, kIsColumns> {
+  using Base = ClassPasses<A, kIsColumns>;
+  using Base::call, Base::N;
+
+  const TopKCall& top;
+
+  __device__ __forceinline__ TopKPasses(const TopKCall& of, PassesShared<A>& shared,
+                                        int64_t vectors)
+      : Base(of.call, shared, vectors), top(of) {}
+
+  __device__ __forceinline__ TopKRow<A> row_of(uint32_t row) const {
+    TopKRow<A> of(top, row);
+    of.start.phase = kIsColumns ? 0 : phase_of<N>(call, of.start.at[kStudent]);
+    return of;
+  }
+
+  __device__ __forceinline__ MergeStudentLanes<A> lanes(const TopKRow<A>& of) const {
+    return {of.rates, this->with_logits};
+  }
+
+  // Of the classes here that no slot lists, or of all where the student's softmax is one of the
+  // slots; the logits are of all in either case.
+  __device__ __forceinline__ RowState<A> unlisted_sums(const TopKRow<A>& of) const {
+    SlotCursor cursor(of.slots);
+    const auto reader = this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
+    return this->template sums_of<true>(
+        reader, of.start.phase, of.rates, lanes(of), [&](int64_t i) {
+          unsigned listed = 0;
+          if (!top.listed_only)
+            cursor.over(i, i + N, [&](int64_t, int64_t at) { listed |= 1u << int(at - i); });
+          return listed;
+        });
   }
 };
 
@@ -72,7 +109,7 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const TopKCall& of, const TopKRow<A>& row, double divisor,
                                          double psi, double psi_rest, double log_q_rest)
       : by(weights_of(of.call, row, divisor)), psi(psi) {
-    const bool is_wrong = row.slots.at(row.slots.count - 1) >= of.call.classes;
+    const bool is_wrong = row.slots.indices[row.slots.count - 1] >= of.all_classes;
     nothing = is_wrong && by.soft != 0 ? A(NAN) : A(0);
     const A hard_sum = row.rates.has_hard ? row.all.hard : row.all.student;
     const double hard = by.hard == 0 ? 0 : double(by.hard) / double(hard_sum);
@@ -100,7 +137,7 @@ struct RowGradient {
     Weights<A> weights(call, divisor, by);
     weights.soft = A(weighted(call.soft_weight, row.squared / row.temperature) / divisor * by);
     if (row.label == kWrongLabel) weights.smoothing = A(NAN);
-    return weights;
+    return weights.of_shard(call);
   }
 };
 

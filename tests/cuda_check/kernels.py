@@ -111,6 +111,10 @@ DEMANDS = {
         Demand("top_k_kernel<double"),
         Demand("top_k_kernel<", loads=8, stores=4, most_registers=128),
     ],
+    "top_k_sums": [
+        Demand("top_k_sums_kernel<double"),
+        Demand("top_k_sums_kernel<", loads=4, most_registers=64),
+    ],
     "soft_target_teachers_short_rows": [
         Demand("soft_target_teachers_short_rows_kernel<", loads=12, stores=12)
     ],

@@ -45,8 +45,9 @@ ON_THE_DEVICE = tuple(
         *("soft_target_teachers", "soft_target_teachers_regimes"),
         *("linear_head", "top_k", "top_k_edges", "top_k_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
-        *("metrics", "metrics_edges", "metrics_calls"),
-        *("ranks", "ranks_calls", "ranks_linear_head", "ranks_linear_head_calls"),
+        *("metrics", "metrics_edges", "metrics_calls", "ranks", "ranks_calls"),
+        *("ranks_linear_head", "ranks_linear_head_calls"),
+        *("ranks_top_k", "ranks_top_k_calls", "ranks_top_k_regimes"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
