@@ -54,6 +54,7 @@ inline void bind_operators(pybind11::module_& m) {
   FASTKD_BIND(soft_target_backward);
   FASTKD_BIND(soft_target_terms);
   FASTKD_BIND(top_k_forward);
+  FASTKD_BIND(top_k_sums);
   FASTKD_BIND(distillation_metrics);
   FASTKD_BIND(attention_map_forward);
   FASTKD_BIND(attention_transfer_forward);

@@ -63,7 +63,9 @@ OBSTACLES = {
         "Where each rank has whole samples, pass `x.to_local()`. " + USE_REFERENCE,
     ),
     ONE_TEACHER: Refusal(
-        "the kernels of shards take the logits of a student and of one teacher", USE_REFERENCE
+        "the kernels of shards take the logits of a student and of one teacher, or the classes "
+        "that it kept",
+        USE_REFERENCE,
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FACTS = 8  # at most, in a header, besides its state
+_FACTS = 9  # at most, in a header, besides its state
 _READY, _FAILED = 0, 1
 
 

@@ -12,7 +12,9 @@ import shim
 import shim_kernels
 import thresholds
 import torch
+from split import LOSSES, Threads, whole
 
+import fastkd
 from fastkd import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -156,6 +158,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """`split(ranks, cuts)`: from then on the losses that are checked are those of ranks."""
+
+    def split(size, cuts=None):
+        for name in LOSSES:
+            monkeypatch.setattr(fastkd, name, whole(name, Threads(size), cuts))
+
+    return split
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ The ranks are threads of this process, one of which runs at a time, or processes
 made of them is a function like the loss itself, so that all that checks a loss checks the ranks.
 """
 
+import dataclasses
 import functools
 import threading
 
@@ -105,10 +106,7 @@ def whole(name, world, cuts=None):
     drawn = functools.cache(functools.partial(cuts_of, parts=world.size))
 
     def loss(student, teacher, *labels, **keywords):
-        kind = type(teacher) if isinstance(teacher, fastkd.logits.STATED) else None
-        if kind is not None:
-            (field,) = vars(teacher).values()
-        teachers = [field] if kind else list(teacher) if isinstance(teacher, list) else [teacher]
+        teachers, kept, put_together = _teachers(teacher)
         names = [k for k, v in keywords.items() if torch.is_tensor(v) and v.requires_grad]
         heat = [keywords.pop(k) for k in names]
         dim = keywords.get("dim", -1)
@@ -122,17 +120,35 @@ def whole(name, world, cuts=None):
                 sides.append(x.narrow(dim, first, last - first))
             leaves = [x.detach().requires_grad_(x.requires_grad) for x in sides]
             others = [x.detach().requires_grad_(x.requires_grad) for x in tensors[len(sides) :]]
-            of_teacher = leaves[1:] if isinstance(teacher, list) else leaves[1]
-            of_teacher = kind(of_teacher) if kind else of_teacher
-            given = {**keywords, **dict(zip(names, others, strict=True)), "group": group}
+            of_heat = dict(zip(names, others[len(kept) :], strict=True))
+            given = {**keywords, **of_heat, "group": group}
             with torch.enable_grad():
                 function = getattr(_LOSSES, name)
+                of_teacher = put_together([*leaves[1:], *others[: len(kept)]])
                 return function(leaves[0], of_teacher, *labels, **given), [*leaves, *others]
 
-        found = _Whole.apply(world, of_rank, 1 + len(teachers), dim, student, *teachers, *heat)
+        tensors = student, *teachers, *kept, *heat
+        found = _Whole.apply(world, of_rank, 1 + len(teachers), dim, *tensors)
         return DistillationParts(*found) if isinstance(found, tuple) else found
 
     return loss
+
+
+def _teachers(teacher):
+    """The tensors that are split, those that every rank has whole, and what both make."""
+    if isinstance(teacher, list):
+        return teacher, [], lambda tensors: tensors
+    if isinstance(teacher, fastkd.logits.STATED):
+        return [*vars(teacher).values()], [], lambda tensors: type(teacher)(*tensors)
+    if isinstance(teacher, fastkd.TopK):
+        kept = [teacher.values] if teacher.lse is None else [teacher.values, teacher.lse]
+
+        def put_together(tensors):
+            values, lse = tensors if len(tensors) == 2 else (*tensors, None)
+            return dataclasses.replace(teacher, values=values, lse=lse)
+
+        return [], kept, put_together
+    return [teacher], [], lambda tensors: tensors[0]
 
 
 class _LOSSES:

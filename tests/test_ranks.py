@@ -10,7 +10,7 @@ from agreement_logits import check_distillation, check_soft_target, edge_labels,
 from divergences import DIVERGENCES, FEW, name_of
 from divergences import sides as apart
 from probabilities import KINDS, sides
-from split import LOSSES, Threads, whole
+from split import Threads, whole
 from temperatures import of_kind
 
 import fastkd
@@ -18,17 +18,6 @@ import fastkd
 every_divergence = pytest.mark.parametrize("keywords", [{}, *DIVERGENCES], ids=name_of)
 some_divergences = pytest.mark.parametrize("keywords", [{}, *FEW], ids=name_of)
 SIZES = [1, 2, 3, 4]
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """`split(ranks, cuts)`: from then on the losses that are checked are those of ranks."""
-
-    def split(size, cuts=None):
-        for name in LOSSES:
-            monkeypatch.setattr(fastkd, name, whole(name, Threads(size), cuts))
-
-    return split
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -95,13 +95,24 @@ struct MetricsKernels {
                   int threads);
 };
 
-// Teachers that kept k classes: see ../operators.inc. All outputs may be absent.
+// Of rows whose classes are split over shards, what whole rows have; absent where they are not.
+struct WholeRows {
+  int64_t first;  // class of the shard
+  const double* sums;
+  const void* logits;  // in the loss's dtype
+};
+
+// Teachers that kept k classes: see ../operators.inc. All outputs of `forward` may be absent.
 struct TopKKernels {
   void (*forward)(const Tensor& student, const Tensor& indices, const Tensor& log_p,
                   const Tensor& log_rest, const Labels& labels, const Tensors& temperatures,
                   void* loss, void* parts, const Tensor& log_q, const Tensor& gradient,
-                  const Tensor& grad_output, bool listed_only, const SoftTargetParameters& p,
-                  int threads);
+                  const Tensor& grad_output, bool listed_only, const WholeRows& whole,
+                  const SoftTargetParameters& p, int threads);
+  // The arithmetic is that of the student's dtype.
+  void (*sum)(const Tensor& student, const Tensor& indices, const Labels& labels,
+              const Tensors& temperatures, double* sums, bool listed_only, int64_t first,
+              const SoftTargetParameters& p, int threads);
 };
 
 struct Kernels {

@@ -140,14 +140,23 @@ void soft_target_terms(const Place& place, const Tensor& student, const Tensors&
 void top_k_forward(const Place& place, const Tensor& student, const Tensor& indices,
                    const Tensor& log_p, const Tensor& log_rest, const Tensor& labels,
                    const Tensor& loss, const Tensor& parts, const Tensor& log_q,
-                   const Tensor& gradient, const Tensor&, bool listed_only,
-                   const SoftTargetParameters& p, const Tensors& temperatures,
-                   const Tensor& grad_output) {
+                   const Tensor& gradient, const Tensor&, bool listed_only, int64_t first,
+                   const Tensor& sums, const Tensor& logits, const SoftTargetParameters& p,
+                   const Tensors& temperatures, const Tensor& grad_output) {
   const Labels checked = check_labels(labels, student, place, p);
   Tensor to = gradient;
   expect_writing(to, bytes_of(to));
   kernels().top_k.forward(student, indices, log_p, log_rest, checked, temperatures, loss.data,
-                          parts.data, log_q, to, grad_output, listed_only, p, place.threads());
+                          parts.data, log_q, to, grad_output, listed_only,
+                          {first, sums.as<double>(), logits.data}, p, place.threads());
+}
+
+void top_k_sums(const Place& place, const Tensor& student, const Tensor& indices,
+                const Tensor& labels, const Tensor& sums, const Tensor&, bool listed_only,
+                int64_t first, const SoftTargetParameters& p, const Tensors& temperatures) {
+  const Labels checked = check_labels(labels, student, place, p);
+  kernels().top_k.sum(student, indices, checked, temperatures, sums.as<double>(), listed_only,
+                      first, p, place.threads());
 }
 
 void distillation_metrics(const Place& place, const Tensor& student, const Tensor& teacher,

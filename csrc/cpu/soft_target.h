@@ -138,6 +138,9 @@ struct Arguments {
     return {weights.soft * by, weights.hard * by};
   }
 
+  // How many a row has; a shard has some of them.
+  int64_t all_classes() const { return p.all_classes != 0 ? p.all_classes : classes; }
+
   // The sum of exponentials at temperature 1.
   double hard_sum(double student, double hard) const {
     return labels == nullptr ? 0 : rates.has_hard ? hard : student;
@@ -148,7 +151,7 @@ struct Arguments {
     return {rates.has_hard ? soft.student : soft.student + hard,
             soft.teacher,
             hard,
-            A(by.hard * p.label_smoothing / double(p.all_classes != 0 ? p.all_classes : classes)),
+            A(by.hard * p.label_smoothing / double(all_classes())),
             A(by.hard * (1 - p.label_smoothing)),
             by.soft != 0,
             rates.has_hard};

@@ -27,14 +27,22 @@ void run_rows(const Arguments<A>& a, const Slots<A>& slots, const Wanted& wanted
 void forward(const Tensor& student, const Tensor& indices, const Tensor& log_p,
              const Tensor& log_rest, const Labels& labels, const Tensors& temperatures, void* loss,
              void* parts, const Tensor& log_q, const Tensor& gradient, const Tensor& grad_output,
-             bool listed_only, const SoftTargetParameters& p, int available) {
+             bool listed_only, const WholeRows& whole, const SoftTargetParameters& p,
+             int available) {
   const Rows rows({&student, gradient ? &gradient : &student, &student}, p.dim);
   const auto with = [&](auto number) {
     using A = decltype(number);
     Arguments<A> a(p, rows, labels, temperatures, gradient, Tensor{}, grad_output);
-    const Slots<A> slots{indices.sizes[1], indices.as<int32_t>(), log_p.as<A>(),
-                         log_rest.as<A>(), log_q.as<A>(),         listed_only};
-    const Wanted wanted(a, listed_only, parts != nullptr);
+    const Slots<A> slots{indices.sizes[1],
+                         indices.as<int32_t>(),
+                         listed_only,
+                         whole.first,
+                         log_p.as<A>(),
+                         log_rest.as<A>(),
+                         log_q.as<A>(),
+                         whole.sums,
+                         static_cast<const A*>(whole.logits)};
+    const Wanted wanted(a, slots, parts != nullptr);
     Array<A> losses(loss ? 2 * rows.count : 0);
     if (loss) a.losses = losses.data();
     run_rows(a, slots, wanted, available);
@@ -43,8 +51,33 @@ void forward(const Tensor& student, const Tensor& indices, const Tensor& log_p,
   log_p.dtype == DType::f64 ? with(double()) : with(float());
 }
 
+void sum(const Tensor& student, const Tensor& indices, const Labels& labels,
+         const Tensors& temperatures, double* sums, bool listed_only, int64_t first,
+         const SoftTargetParameters& p, int available) {
+  const Rows rows({&student, &student, &student}, p.dim);
+  const auto with = [&](auto number) {
+    using A = decltype(number);
+    const Arguments<A> a(p, rows, labels, temperatures, Tensor{}, Tensor{}, Tensor{});
+    // All classes are those of no slots.
+    const int64_t k = listed_only ? 0 : indices.sizes[1];
+    const Slots<A> slots{k, indices.as<int32_t>(), listed_only, first};
+    const Wanted wanted(a, slots, true);
+    parallel_for(rows.count, threads_for(rows.count * rows.classes, available), [&](int64_t row) {
+      double* const to = sums + row * kSums;
+      if (a.ignores(row)) {
+        to[kMaximum] = -INFINITY;
+        to[kSum] = to[kSumAt1] = to[kLogits] = 0;
+      } else {
+        const Arguments<A> of_row = a.of_row(row);
+        Row<A>(of_row, slots, wanted, row).sum(to);
+      }
+    });
+  };
+  student.dtype == DType::f64 ? with(double()) : with(float());
+}
+
 }  // namespace
 
-extern const TopKKernels top_k_kernels{forward};
+extern const TopKKernels top_k_kernels{forward, sum};
 
 }  // namespace fastkd::FASTKD_ISA

@@ -7,27 +7,33 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// The slots of all rows.
+// The slots of all rows, and what whole rows have if the classes are a shard.
 template <class A>
 struct Slots {
   int64_t k;
   const int32_t* indices;
-  const A *log_p, *log_rest;
-  A* log_q;
   bool listed_only;
+  int64_t first;  // class of the shard
+  const A *log_p = nullptr, *log_rest = nullptr;
+  A* log_q = nullptr;
+  const double* sums = nullptr;
+  const A* logits = nullptr;
 };
+
+// Where the sums of a row are: see ../operators.inc.
+enum { kMaximum, kSum, kSumAt1, kLogits, kSums };
 
 // What a call asks of a row.
 struct Wanted {
   bool hard;      // the cross-entropy
-  bool reads;     // any class that no slot lists
+  bool reads;     // any class that no slot lists; of whole rows the sums are there
   bool own_hard;  // exponentials at temperature 1 beside those at T
 
   template <class A>
-  Wanted(const Arguments<A>& a, bool listed_only, bool parts)
+  Wanted(const Arguments<A>& a, const Slots<A>& slots, bool parts)
       : hard(a.labels && a.p.labels_are_classes && (a.p.hard_weight != 0 || parts)),
-        reads(hard || !listed_only),
-        own_hard(hard && a.rates.has_hard && !listed_only) {}
+        reads((hard || !slots.listed_only) && (!slots.sums || a.to_student)),
+        own_hard(hard && a.rates.has_hard && !slots.listed_only) {}
 };
 
 // Of a row: its blocks' exponentials of classes that no slot lists, each relative to the block's

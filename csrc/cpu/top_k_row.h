@@ -4,6 +4,8 @@
 // whatever the listed classes leave of it.
 #pragma once
 
+#include <algorithm>
+
 #include "top_k.h"
 #include "top_k_block.h"
 
@@ -20,34 +22,66 @@ class Row {
         row_(row),
         k_(slots.k),
         indices_(slots.indices + row * slots.k),
-        memory_(a.classes, slots.k, wanted) {}
+        memory_(a.classes, slots.k, wanted),
+        offset_(a.rows.offset(a.rows.sides[kStudent], row)) {
+    while (padding_ < k_ && indices_[padding_] < 0) ++padding_;
+    here_ = padding_;
+    while (here_ < k_ && class_of(here_) < 0) ++here_;
+  }
 
   void run() {
-    while (padding_ < k_ && indices_[padding_] < 0) ++padding_;
-    const Side& student = a_.rows.sides[kStudent];
-    offset_ = a_.rows.offset(student, row_);
     A label = 0;
-    if (wanted_.hard)
-      gather(*student.tensor, offset_ + a_.labels[row_] * student.class_stride,
-             student.class_stride, 1, &label);
-    wanted_.reads ? read_blocks() : read_slots();
+    if (slots_.sums) {
+      if (wanted_.reads) read_blocks();
+      label = take_whole_row();
+    } else {
+      const Side& student = a_.rows.sides[kStudent];
+      if (wanted_.hard)
+        gather(*student.tensor, offset_ + a_.labels[row_] * student.class_stride,
+               student.class_stride, 1, &label);
+      wanted_.reads ? read_blocks() : read_slots();
+    }
     add_up();
     compare();
     if (a_.losses) {
       const double cross_entropy_found =
-          wanted_.hard ? cross_entropy(std::log(hard_.value) * kLogitScale, shift(hard_.maximum),
-                                       double(label) * kLogitScale,
-                                       sum_of_logits_ / double(a_.classes), a_.p.label_smoothing)
-                       : 0;
+          wanted_.hard
+              ? cross_entropy(std::log(hard_.value) * kLogitScale, shift(hard_.maximum),
+                              double(label) * kLogitScale,
+                              sum_of_logits_ / double(a_.all_classes()), a_.p.label_smoothing)
+              : 0;
       a_.write(row_, {0, 0, 0, 0, 0, 0, 0}, {total_.phi, cross_entropy_found});
     }
     if (a_.to_student) wanted_.reads ? write_gradient() : write_slots();
   }
 
+  // Of the classes here.
+  void sum(double* to) {
+    read_blocks();
+    to[kMaximum] = rest_.maximum;
+    to[kSum] = rest_.value;
+    to[kSumAt1] = wanted_.own_hard ? rest_hard_.value : rest_.value;
+    to[kLogits] = sum_of_logits_;
+  }
+
  private:
+  // The class of a slot, counted from the first one here.
+  int64_t class_of(int64_t slot) const { return indices_[slot] - slots_.first; }
+
   // Whether a slot has a class that the one before it has not.
   bool is_first(int64_t slot) const {
     return slot == padding_ || indices_[slot] != indices_[slot - 1];
+  }
+
+  // In the place of what is here. The label's logit is what it returns.
+  A take_whole_row() {
+    const double* const sums = slots_.sums + row_ * kSums;
+    const A* const logits = slots_.logits + row_ * (k_ + 1);
+    rest_ = {sums[kMaximum], sums[kSum]};
+    rest_hard_ = {sums[kMaximum], sums[kSumAt1]};
+    sum_of_logits_ = sums[kLogits];
+    std::copy(logits, logits + k_, memory_.logits);
+    return logits[k_];
   }
 
   void read_slots() {
@@ -72,14 +106,14 @@ class Row {
     const int64_t stride = student.class_stride, bytes = size_of(student.tensor->dtype);
     const int step = stride == 1 ? int(bytes) * Simd<A>::width : 0;
     alignas(64) A x[kMostBlock];
-    int64_t slot = padding_;
+    int64_t slot = here_;
     for (int64_t b = 0; b < memory_.blocks; ++b) {
       const int64_t first = b * memory_.width;
       const int n = size_of_block(b);
       bring(student, offset_ + first * stride, n, x);
       if (a_.p.label_smoothing > 0 && wanted_.hard) sum_of_logits_ += sum_of_logits(x, n);
-      for (; slot < k_ && indices_[slot] < first + n; ++slot) {
-        A& logit = x[indices_[slot] - first];
+      for (; slot < k_ && class_of(slot) < first + n; ++slot) {
+        A& logit = x[class_of(slot) - first];
         memory_.logits[slot] = is_first(slot) ? logit : memory_.logits[slot - 1];
         logit = A(-INFINITY);
       }
@@ -117,7 +151,8 @@ class Row {
     const double inverse = a_.rates.inverse;
     if (slots_.listed_only) {
       soft_ = with_slots(nullptr, inverse, true);
-      if (wanted_.hard) hard_ = with_slots(&rest_, 1, false);
+      // The sums of whole rows are of all classes then.
+      if (wanted_.hard) hard_ = slots_.sums ? rest_ : with_slots(&rest_, 1, false);
     } else {
       soft_ = with_slots(&rest_, inverse, false);
       if (wanted_.hard) hard_ = wanted_.own_hard ? with_slots(&rest_hard_, 1, false) : soft_;
@@ -167,17 +202,18 @@ class Row {
     const Side& side = a_.rows.sides[kToStudent];
     const int64_t to = a_.rows.offset(side, row_), stride = side.class_stride;
     const Weights by = a_.weights_of(row_);
-    const A smoothing = A(wanted_.hard ? by.hard * a_.p.label_smoothing / double(a_.classes) : 0);
+    const A smoothing =
+        A(wanted_.hard ? by.hard * a_.p.label_smoothing / double(a_.all_classes()) : 0);
     const double of_label = wanted_.hard ? by.hard * (1 - a_.p.label_smoothing) : 0;
     const int64_t label = wanted_.hard ? a_.labels[row_] : -1;
     alignas(64) A g[kMostBlock];
-    int64_t slot = padding_;
+    int64_t slot = here_;
     for (int64_t b = 0; b < memory_.blocks; ++b) {
       const int64_t first = b * memory_.width;
       const int n = size_of_block(b);
       write_rest(b, n, by, smoothing, g);
-      while (slot < k_ && indices_[slot] < first + n) {
-        const int64_t c = indices_[slot];
+      while (slot < k_ && class_of(slot) < first + n) {
+        const int64_t c = class_of(slot);
         g[c - first] = A(of_listed(slot, by) - smoothing);
       }
       if (label >= first && label < first + n) g[label - first] -= A(of_label);
@@ -196,8 +232,8 @@ class Row {
     else
       a_.write_zeros(row_);
     const Weights by = a_.weights_of(row_);
-    for (int64_t slot = padding_; slot < k_;) {
-      const int64_t c = indices_[slot];
+    for (int64_t slot = here_; slot < k_ && class_of(slot) < a_.classes;) {
+      const int64_t c = class_of(slot);
       const A g = A(of_listed(slot, by));
       scatter(&g, 1, gradient, to + c * stride, 1);
     }
@@ -246,7 +282,9 @@ class Row {
   const int64_t row_, k_;
   const int32_t* const indices_;
   const Memory<A> memory_;
-  int64_t offset_ = 0, padding_ = 0;  // how many slots are padding
+  const int64_t offset_;
+  int64_t padding_ = 0,
+          here_ = 0;  // how many slots are padding, and how many come before the shard
   Sum rest_, rest_hard_, soft_, hard_;
   Terms<double> total_{0, 0};
   double psi_rest_ = 0, sum_of_logits_ = 0;

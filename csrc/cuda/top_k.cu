@@ -226,9 +226,10 @@ __global__ void __launch_bounds__(kIsColumns ? kColumnThreads : kBlockRowThreads
 void top_k_forward(const Place& place, const Tensor& student, const Tensor& indices,
                    const Tensor& log_p, const Tensor& log_rest, const Tensor& labels,
                    const Tensor& loss, const Tensor& parts, const Tensor& log_q,
-                   const Tensor& gradient, const Tensor& scratch, bool listed_only,
-                   const SoftTargetParameters& p, const Tensors& temperatures,
-                   const Tensor& grad_output) {
+                   const Tensor& gradient, const Tensor& scratch, bool listed_only, int64_t,
+                   const Tensor& sums, const Tensor&, const SoftTargetParameters& p,
+                   const Tensors& temperatures, const Tensor& grad_output) {
+  if (sums) throw std::runtime_error("top-k of a shard is not here yet");
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) {
@@ -266,6 +267,11 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   };
   if (call.is_double) return run(double{}, std::false_type{});
   plan.are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
+}
+
+void top_k_sums(const Place&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&, bool, int64_t, const SoftTargetParameters&, const Tensors&) {
+  throw std::runtime_error("top-k of a shard is not here yet");
 }
 
 }  // namespace fastkd::cuda

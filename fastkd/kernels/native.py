@@ -122,10 +122,14 @@ def top_k_forward(
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
     grad_output: Tensor | None = None,
+    first: int = 0,
+    sums: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> None:
     """Fill what is wanted of the loss, its parts, the student's log-probabilities and its gradient.
 
     The gradient is that for `grad_output`, one number or one a row; it may be the student itself.
+    The sums and logits are those of whole rows, where the student has a shard of the classes.
     """
     place = place_of(student)
     labels = labels if labels is None else labels.contiguous()
@@ -136,8 +140,26 @@ def top_k_forward(
     loaded().top_k_forward(
         place,
         *(student, indices, log_p, log_rest, labels, *outputs, memory),
-        *(listed_only, struct_of(p), temperatures, grad_output),
+        *(listed_only, first, sums, logits, struct_of(p), temperatures, grad_output),
     )
+
+
+def top_k_sums(
+    student: Tensor,
+    indices: Tensor,
+    labels: Tensor | None,
+    sums: Tensor,
+    listed_only: bool,
+    first: int,
+    p: SoftTarget,
+    temperatures: Sequence[Tensor] = (),
+) -> None:
+    """Fill what rows have of the classes of a shard, of which `first` is the first one."""
+    place = place_of(student)
+    labels = labels if labels is None else labels.contiguous()
+    memory = scratch(place, student, "top_k")
+    inputs = student, indices, labels, sums, memory, listed_only, first
+    loaded().top_k_sums(place, *inputs, struct_of(p), temperatures)
 
 
 def distillation_metrics(

@@ -14,6 +14,7 @@ from fastkd.facts import ONE_TEACHER
 from fastkd.losses import checks, linear_head, shards
 from fastkd.losses.rows import Reduction, shape_of
 from fastkd.ops.ranks import soft_target_rows
+from fastkd.ops.top_k_over_ranks import top_k_rows
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype
 from fastkd.ranks import Explained, Ranks
@@ -93,8 +94,8 @@ def obstacle(
     teachers: Sequence[Tensor], teacher_is: str, heads: linear_head.Sides | None
 ) -> str | None:
     """What keeps kernels from a call with a group."""
-    has_kernels = len(teachers) == 1 and teacher_is == "logits" and heads is None
-    return None if has_kernels else ONE_TEACHER
+    is_served = teacher_is == "top_k" or (teacher_is == "logits" and len(teachers) == 1)
+    return None if is_served and heads is None else ONE_TEACHER
 
 
 def run(
@@ -119,6 +120,7 @@ def run(
         temperatures=(p.temperature, p.teacher_temperature, len(temperatures)),
         weights=(p.soft_weight, p.hard_weight, p.label_smoothing, p.weights),
         reduction=(p.reduction, p.ignore_index, *reduce.kind, labels is None),
+        slots=_kept(teachers),
         learning=(torch.is_grad_enabled(), learning),
     )
     dtype = compute_dtype(student, *teachers)
@@ -129,14 +131,24 @@ def run(
             student, teachers = heads.materialized(student, teachers, labels, p, split.spread)
         if isinstance(teachers, Slots):
             teachers = teachers.each(split.spread)
-        loss, *parts = reference(student, teachers, labels, p, heat, split)
-        return reduce.of(split.share(loss)), *parts
-    (teacher,) = teachers
-    rows, parts_of_rows = soft_target_rows(student, teacher, labels, p, temperatures, ranks)
+        loss, *of_parts = reference(student, teachers, labels, p, heat, split)
+        return reduce.of(split.share(loss)), *of_parts
+    if isinstance(teachers, Slots):
+        rows, parts = top_k_rows(student, teachers, labels, p, temperatures, ranks)
+    else:
+        (teacher,) = teachers
+        rows, parts = soft_target_rows(student, teacher, labels, p, temperatures, ranks)
     divisor = divisor_of(rows.numel(), ranks.classes, rows, labels, p)
 
     def reduced(x: Tensor) -> Tensor:
         found = x / divisor / LOGIT_SCALE
         return found if p.reduction == "none" else found.sum()
 
-    return reduce.of(reduced(rows)).to(dtype), *(reduced(x).to(dtype) for x in parts_of_rows)
+    return reduce.of(reduced(rows)).to(dtype), *(reduced(x).to(dtype) for x in parts)
+
+
+def _kept(teachers: Sequence[Tensor] | Slots) -> tuple[int, bool]:
+    """How many classes a teacher kept of each row, and whether the student has only these."""
+    if isinstance(teachers, Slots):
+        return teachers.indices.shape[-1], teachers.listed_only
+    return 0, False

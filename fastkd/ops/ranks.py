@@ -27,6 +27,7 @@ from fastkd.ops.rows_over_ranks import (
     cross_entropy,
     exchange,
     labels_here,
+    of_shard,
     whole_rows,
     wrong_labels,
 )
@@ -89,15 +90,10 @@ class _RanksLoss(Fused):
             gradients = _gradients(
                 (grad_output * LOGIT_SCALE).to(compute_dtype(student, teacher)),
                 *(student, teacher, labels, temperatures, statistics, of_mirrored, rows),
-                *(ctx.needs_input_grad[3:], _of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
+                *(ctx.needs_input_grad[3:], of_shard(ctx.parameters, ctx.ranks), ctx.ranks),
             )
         inputs = student, teacher, *temperatures
         return None, None, None, *differentiate_once("a loss on logits", gradients, inputs)
-
-
-def _of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
-    """The parameters as kernels take them: of rows, whose labels are those of `labels_here`."""
-    return p._replace(reduction="none", ignore_index=IGNORED, all_classes=ranks.classes)
 
 
 def _forward(
@@ -142,7 +138,7 @@ def _forward(
     of_rows, of_mirrored = statistics(divergence), None
     if p.divergence not in KL:
         inputs = student, teacher, here, temperatures, of_rows
-        totals = ranks.total(_terms(*inputs, wanted[1], _of_shard(p, ranks)))
+        totals = ranks.total(_terms(*inputs, wanted[1], of_shard(p, ranks)))
         totals = totals.masked_fill(~is_valid, torch.nan)
         # Rounding may leave a tiny negative number.
         divergence = totals[0].clamp(min=0) * LOGIT_SCALE

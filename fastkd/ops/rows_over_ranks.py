@@ -127,6 +127,11 @@ def labels_here(labels: Tensor | None, p: SoftTarget, ranks: Ranks) -> Tensor | 
     return local.masked_fill(elsewhere, ELSEWHERE).masked_fill(ignored, IGNORED)
 
 
+def of_shard(p: SoftTarget, ranks: Ranks) -> SoftTarget:
+    """The parameters as kernels take them: of rows, whose labels are those of `labels_here`."""
+    return p._replace(reduction="none", ignore_index=IGNORED, all_classes=ranks.classes)
+
+
 def wrong_labels(
     labels: Tensor | None, ignored: Tensor | None, p: SoftTarget, ranks: Ranks
 ) -> Tensor | None:

@@ -140,12 +140,12 @@ def all_gradients(
     inputs = student, indices, log_p, log_rest, labels, temperatures, listed_only
     return (
         backward(grad_output, *inputs, p) if to_student else None,
-        _to_slots(grad_output, student, log_p, log_rest, log_q, labels, temperatures, p),
+        to_slots(grad_output, student, log_p, log_rest, log_q, labels, temperatures, p),
         _to_temperatures(to_temperatures, p, grad_output, *inputs),
     )
 
 
-def _to_slots(
+def to_slots(
     grad_output: Tensor,
     student: Tensor,
     log_p: Tensor,
@@ -226,7 +226,7 @@ def _classes(student: Tensor, p: SoftTarget) -> int:
     return student.shape[p.dim] if p.num_classes is None else p.num_classes
 
 
-def _in_rows(slots: Slots) -> tuple[Tensor, Tensor, Tensor | None]:
+def in_rows(slots: Slots) -> tuple[Tensor, Tensor, Tensor | None]:
     """One row after another, as kernels take them."""
     shape = -1, slots.indices.shape[-1]
     rest = slots.log_rest
@@ -248,7 +248,7 @@ def top_k(
 ) -> tuple[Tensor, ...]:
     """As `soft_target`."""
     parts: Any = None
-    indices, *logs = _in_rows(slots)
+    indices, *logs = in_rows(slots)
     inputs: Any
     if wants_gradient(student, *slots, *temperatures):
         inputs = with_parts, p, slots.listed_only, indices, labels, factor
@@ -273,7 +273,7 @@ def top_k_(
     reference: Any,
 ) -> tuple[Tensor, ...]:
     """As `soft_target_`."""
-    others = *_in_rows(slots), labels, temperatures, factor, slots.listed_only
+    others = *in_rows(slots), labels, temperatures, factor, slots.listed_only
 
     def by_kernels(student: Tensor) -> tuple[Tensor, Tensor | None]:
         loss, parts = forward_(student, *others, with_parts, p)

@@ -178,3 +178,119 @@ rescale = define(
     lambda *_: None,
     SoftTarget,
 )(_fill)
+
+
+# What top_k_sums finds of each row: a maximum, the sums of exponentials relative to it at the
+# student's temperature and at 1, and the scaled sum of logits.
+SUMS = 4
+
+
+@define(
+    "top_k_sums(Tensor student, Tensor indices, Tensor? labels, Tensor[] temperatures, "
+    f"bool listed_only, int first, {_PARAMETERS}) -> Tensor",
+    lambda student, indices, *_: student.new_empty((len(indices), SUMS), dtype=torch.float64),
+    SoftTarget,
+)
+def sums_of_shard(
+    student: Tensor,
+    indices: Tensor,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    listed_only: bool,
+    first: int,
+    p: SoftTarget,
+) -> Tensor:
+    """Of the classes of a shard that no slot lists, or of all if `listed_only`.
+
+    Then the softmax at T is over the slots, and all that is summed is at temperature 1.
+    """
+    sums = student.new_empty((len(indices), SUMS), dtype=torch.float64)
+    logits, _ = existing(p, student, ())
+    kernels(p.backend, "top_k").top_k_sums(
+        logits, indices, labels, sums, listed_only, first, p, temperatures
+    )
+    return sums
+
+
+def _of_shard(
+    student: Tensor,
+    indices: Tensor,
+    log_p: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    sums: Tensor,
+    logits: Tensor,
+    listed_only: bool,
+    with_log_q: bool,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    inputs = student, indices, log_p, log_rest, labels, temperatures, None, listed_only
+    return _outputs(*inputs, True, with_log_q, False, p)[:3]
+
+
+@define(
+    f"top_k_shard_forward(Tensor student, {_SLOTS}, Tensor sums, Tensor logits, bool listed_only, "
+    f"bool with_log_q, {_PARAMETERS}) -> (Tensor loss, Tensor parts, Tensor log_q)",
+    _of_shard,
+    SoftTarget,
+)
+def forward_of_shard(
+    student: Tensor,
+    indices: Tensor,
+    log_p: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    sums: Tensor,
+    logits: Tensor,
+    listed_only: bool,
+    with_log_q: bool,
+    p: SoftTarget,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `forward`, from the sums of whole rows and the logits of slots and labels alone."""
+    slots = indices, log_p, log_rest, labels
+    found = _of_shard(student, *slots, temperatures, sums, logits, listed_only, with_log_q, p)
+    shard, _ = existing(p, student, ())
+    kernels(p.backend, "top_k").top_k_forward(
+        *(shard, *slots, *found, None, listed_only, p),
+        temperatures=temperatures,
+        sums=sums,
+        logits=logits,
+    )
+    return found
+
+
+@define(
+    f"top_k_shard_backward(Tensor grad_output, Tensor student, {_SLOTS}, Tensor sums, "
+    f"Tensor logits, bool listed_only, int first, {_PARAMETERS}) -> Tensor",
+    lambda grad_output, student, *_: torch.empty_like(student),
+    SoftTarget,
+)
+def backward_of_shard(
+    grad_output: Tensor,
+    student: Tensor,
+    indices: Tensor,
+    log_p: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    temperatures: Sequence[Tensor],
+    sums: Tensor,
+    logits: Tensor,
+    listed_only: bool,
+    first: int,
+    p: SoftTarget,
+) -> Tensor:
+    """The gradient of the classes of a shard, of which `first` is the first one."""
+    gradient = torch.empty_like(student)
+    shard, _, to = existing(p, student, (), gradient)
+    kernels(p.backend, "top_k").top_k_forward(
+        *(shard, indices, log_p, log_rest, labels, None, None, None, to, listed_only, p),
+        temperatures=temperatures,
+        grad_output=grad_output,
+        first=first,
+        sums=sums,
+        logits=logits,
+    )
+    fill_padding(p, gradient)
+    return gradient
