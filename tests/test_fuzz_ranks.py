@@ -83,7 +83,7 @@ def of_oracle(name, keywords, labels):
 
 
 @both_losses
-@examples(100)
+@examples(60)
 @given(st.data())
 def test_logits(backend, name, data):
     draw = started(data)
@@ -139,7 +139,7 @@ def slots_of(draw, rows, classes, heat, learns):
 
 
 @both_losses
-@examples(100)
+@examples(60)
 @given(st.data())
 def test_top_k(backend, name, data):
     draw = started(data)

@@ -246,12 +246,12 @@ def top_k_forward(
     The gradient is that for `grad_output`, one number or one a row; it may be the student itself.
     With `sums` and `logits` the student is a shard of `p.all_classes`, from the class `first` on.
     Those are of whole rows: what `top_k_sums` finds in all shards, and the logits of slots and
-    labels. Only the gradient takes a look at the student then. Without one the losses of all shards
-    are equal to the last bit.
+    labels. Only a gradient takes a look at the student then. Without one all shards have the same
+    losses, parts and log q, to the last bit.
     """
     dtype = log_p.dtype
-    # Programs that read no student go over the slots: as many classes would be added up in another
-    # order for each shard.
+    # Programs that read no student go over the slots. By the student's classes they would differ
+    # from shard to shard in the order in which they add up, and so would the last bits.
     reads = sums is None or gradient is not None
     walked, dim = (student, p.dim) if reads else (log_p, 1)
     strides = walked.stride(), (walked if gradient is None else gradient).stride()
