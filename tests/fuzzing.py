@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 # What all tests of test_fuzz*.py do together with one backend, and what is asked of them: by
 # `make fuzz` more, which `--hypothesis-seed` alone then decides.
-USUAL = 6 * 150 + 4 * 60 + 60 + 3 * 50 + 60
+USUAL = 6 * 150 + 100 + 11 * 60 + 3 * 50
 WANTED = int(os.environ.get("FASTKD_TEST_EXAMPLES") or USUAL)
 
 

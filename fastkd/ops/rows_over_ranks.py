@@ -75,8 +75,8 @@ def whole_rows(side: Side, temperature: Any) -> tuple[Side, Tensor]:
     top = side.top.amax(0)
     origin = top.masked_fill(top == -torch.inf, 0)
     apart = (side.top * LOGIT_SCALE - origin * LOGIT_SCALE) / temperature
-    masses = (apart / LOGIT_SCALE).exp() * side.sum
-    total = masses.masked_fill(side.top == -torch.inf, 0).sum(0)
+    # A rank without a class has the sum 0. Where it has NaN alone it has no maximum either.
+    total = ((apart / LOGIT_SCALE).exp() * side.sum).sum(0)
     return Side(top, total), apart + (side.sum.log() - total.log()) * LOGIT_SCALE
 
 

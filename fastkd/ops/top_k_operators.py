@@ -206,7 +206,7 @@ def sums_of_shard(
     """
     sums = student.new_empty((len(indices), SUMS), dtype=torch.float64)
     logits, _ = existing(p, student, ())
-    kernels(p.backend, "top_k").top_k_sums(
+    kernels(p.backend, "top_k_sums").top_k_sums(
         logits, indices, labels, sums, listed_only, first, p, temperatures
     )
     return sums

@@ -21,7 +21,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastkd.kernels.triton import attention, hint, metrics, multiply, shards, soft_target, top_k
+from fastkd.kernels.triton import (
+    attention,
+    hint,
+    metrics,
+    multiply,
+    shards,
+    soft_target,
+    top_k,
+    top_k_sums,
+)
 
 from .triton_regimes import Narrow, Regime, regimes
 
@@ -50,6 +59,7 @@ _ELEMENTWISE = {
     soft_target.logits_forward,
     soft_target.logits_backward,
     top_k.top_k,
+    top_k_sums.shard_sums,
 }
 
 

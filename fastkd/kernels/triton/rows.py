@@ -148,13 +148,20 @@ def locate(inner, outer, sizes, strides, UNIT: tl.constexpr):
 
 
 @triton.jit
-def look_up(labels, row, is_row, ignore_index, classes):
-    """The rows' labels, which of the rows count, and which labels are classes."""
+def look_up(labels, row, is_row, ignore_index, classes, all_classes=None):
+    """The rows' labels, which of the rows count, and which labels are classes.
+
+    With `all_classes` these are a shard of them, and every label that counts is a class of a shard.
+    """
     if labels is None:
         return row, is_row, is_row
     else:
         label = tl.load(labels + row, mask=is_row, other=ignore_index)
-        return label, is_row & (label != ignore_index), (label >= 0) & (label < classes)
+        counts = is_row & (label != ignore_index)
+        if all_classes is None:
+            return label, counts, (label >= 0) & (label < classes)
+        else:
+            return label, counts, counts
 
 
 @triton.jit

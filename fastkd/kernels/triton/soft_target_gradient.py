@@ -8,9 +8,6 @@ from fastkd.kernels.triton.divergence import INFINITY, LN_2, SCALE
 from fastkd.kernels.triton.rows import load, locate, look_up, store, tile_of_rows
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, target
 from fastkd.kernels.triton.temperatures import product, store_gradients, temperatures_of
-from fastkd.parameters import ELSEWHERE
-
-_ELSEWHERE = tl.constexpr(ELSEWHERE)
 
 # Statistics of a row, in the order in which all backends have them.
 STATISTICS = tl.constexpr(7)
@@ -152,9 +149,7 @@ def logits_backward(
     classes = units * UNIT
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)
     column = tl.arange(0, CLASSES)[None, :]
-    label, counts, is_class = look_up(labels, row, is_row, ignore_index, classes)
-    if all_classes is not None:
-        is_class = is_class | (label == _ELSEWHERE)
+    label, counts, is_class = look_up(labels, row, is_row, ignore_index, classes, all_classes)
     rates, soft, _ = temperatures_of(rate, soft, temperatures, row, counts, COMPUTE)
     hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
     lives = counts & ((soft != 0) | (hard != 0))

@@ -1,7 +1,8 @@
 """Teachers that kept k classes of each row: loss and gradient from one read of the student.
 
 A slot is one of the k. Rows that fit are held in registers, longer ones are read in blocks, and
-once more for the gradient. Slots are read one by one.
+once more for the gradient. Slots are read one by one. Of a shard of the classes the gradient alone
+is read for: all else of a row comes from sums and logits that the shards have exchanged.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,17 @@ from fastkd.kernels.triton.soft_target_rows import cross_entropy, store_losses
 from fastkd.kernels.triton.softmax import HARD_RATE, shift
 from fastkd.kernels.triton.temperatures import temperatures_of
 from fastkd.kernels.triton.tiles import launch, power_of_2
-from fastkd.kernels.triton.top_k_rows import factors_of_classes, first_pass, with_rest
+from fastkd.kernels.triton.top_k_rows import (
+    are_many,
+    factors_of_classes,
+    first_pass,
+    load_sums,
+    with_rest,
+)
 from fastkd.kernels.triton.top_k_slots import (
+    first_cursor,
     gradients_of_slots,
+    in_all,
     rest_of,
     slot_terms,
     sums_of_slots,
@@ -37,16 +46,12 @@ from fastkd.kernels.triton.top_k_slots import (
 )
 from fastkd.parameters import SoftTarget
 
-# Of slots in a block on the average: looking at one more costs each thread of a program some
-# instructions for each of its classes, and bisection takes as many as some 20 slots.
-_MOST_IN_TURN = 20
-
 
 @triton.jit(
-    do_not_specialize=["ignore_index", "rows", "slots"],
+    do_not_specialize=["ignore_index", "rows", "slots", "first_class", "all_classes"],
     do_not_specialize_on_alignment=[
         *("indices", "log_p", "log_rest", "log_q", "labels", "losses", "parts", "sums", "kept"),
-        "grad_output",
+        *("grad_output", "row_sums", "row_logits"),
     ],
 )
 def top_k(
@@ -63,6 +68,10 @@ def top_k(
     sums,  # of cross-entropies, divergences and rows that count, one a program each; or None
     kept,  # the number by which the gradient is divided, or None
     grad_output,  # or None
+    row_sums,  # of a shard the sums of whole rows (see top_k_sums.py), or None
+    row_logits,  # and the logits of slots and, last, of the label
+    first_class,  # and the number of the first class among all
+    all_classes,  # and how many all shards have
     soft_weight: tl.float64,
     hard_weight: tl.float64,
     t2: tl.float64,
@@ -95,11 +104,13 @@ def top_k(
 ):
     """Loss, log q and gradient of a tile of rows."""
     READS: tl.constexpr = HAS_CLASSES or not LISTED_ONLY
+    IS_SHARD: tl.constexpr = row_sums is not None
     classes = units * UNIT
+    every_class = all_classes if IS_SHARD else classes
     inner, outer, row, is_row = tile_of_rows(rows, sizes, ROWS, SIDE_BY_SIDE)
     column = tl.arange(0, CLASSES)[None, :]
     hard, smoothing = tl.full([1, 1], hard, COMPUTE), tl.full([1, 1], smoothing, COMPUTE)
-    labelled = look_up(labels, row, is_row, ignore_index, classes)
+    labelled = look_up(labels, row, is_row, ignore_index, classes, all_classes)
     label, counts, is_class = labelled
     rates, soft, root = temperatures_of(rate, soft, temperatures, row, counts, COMPUTE)
     rate = rates[0]
@@ -110,32 +121,43 @@ def top_k(
     slots_at, log_p_at = indices + of_row * slots, log_p + of_row * slots
     log_q_at = log_q + of_row * (slots + 1)
     shares = tl.full([1, 1], beta, COMPUTE), tl.full([1, 1], 1 - beta, COMPUTE)
+    if IS_SHARD:
+        logits_at, apart = row_logits + of_row * (slots + 1), None
+        label_at = logits_at + slots
+    else:
+        logits_at, apart = s_at, stride
+        label_at = s_at + label.to(tl.int64) * stride
     if HAS_CLASSES:
         # Before the barrier behind which the gradient may take the logits' place.
-        at = s_at + label.to(tl.int64) * stride
-        logit = tl.load(at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
+        logit = tl.load(label_at, mask=counts & is_class, other=float("nan")).to(COMPUTE)
 
     every = sums_of_slots(
-        *(slots_at, s_at, stride, slots, counts, classes, rate, HAS_HARD, LISTED_ONLY, SLOTS)
+        *(slots_at, logits_at, apart, slots, counts, classes, rate, HAS_HARD, LISTED_ONLY, SLOTS)
     )
     softmax, rest, to_rest, hard_to_rest = every, every, every[1], every[1]
     held = ()
     if READS:
-        if WHOLE:
-            held = (load(s_at, column, stride, counts & (column < classes), COMPUTE),)  # type: ignore[assignment]
-        pivot = shift(tl.load(s_at, mask=counts, other=0).to(COMPUTE))
-        rest, pivoted = first_pass(
-            *(held, s_at, stride, counts, column, classes, pivot, slots_at, slots, rate),
-            *(HAS_HARD, SMOOTHS, LISTED_ONLY, ARE_MANY),
-        )
+        if IS_SHARD:
+            rest, of_logits = load_sums(row_sums, row, counts, COMPUTE)
+        else:
+            if WHOLE:
+                held = (load(s_at, column, stride, counts & (column < classes), COMPUTE),)  # type: ignore[assignment]
+            pivot = shift(tl.load(s_at, mask=counts, other=0).to(COMPUTE))
+            rest, pivoted = first_pass(
+                *(held, s_at, stride, counts, column, classes, pivot, slots_at, slots, None),
+                *(rate, HAS_HARD, SMOOTHS, LISTED_ONLY, ARE_MANY),
+            )
         if LISTED_ONLY:
             every = rest
         else:
             every, to_rest, hard_to_rest = with_rest(every, rest, rate, HAS_HARD)
             softmax = every
+        if IS_SHARD:
+            pivot = shift(every[0])
+            pivoted = (of_logits - pivot.to(tl.float64) * every_class).to(COMPUTE)
     softmax = softmax[0], tl.log2(softmax[1]) * (LN_2 * SCALE), rate * (SCALE * LN_2)
     kl, psi = terms_of_slots(
-        *(slots_at, log_p_at, log_q_at, s_at, stride, slots, is_row, counts, classes),
+        *(slots_at, log_p_at, log_q_at, logits_at, apart, slots, is_row, counts, classes),
         *(softmax, shares, DIVERGENCE, SLOTS),
     )
     log_q_rest, psi_rest = tl.zeros_like(kl) - INFINITY, tl.zeros_like(kl)
@@ -150,7 +172,7 @@ def top_k(
     kl, ce = tl.where(counts, kl, 0), tl.zeros_like(kl)
     if HAS_CLASSES:
         ce = cross_entropy(
-            logit, labelled, every[0], every[2], pivot, pivoted, classes, smoothing, SMOOTHS
+            logit, labelled, every[0], every[2], pivot, pivoted, every_class, smoothing, SMOOTHS
         )
     store_losses(
         *(losses, parts, sums, rows, row, is_row, counts, root, kl, ce),
@@ -166,22 +188,24 @@ def top_k(
         soft, hard = soft * by, hard * by
         # A label that is no class leaves nothing right.
         hard = tl.where(is_class | (hard == 0), hard, float("nan"))
-        of_class = hard * smoothing / classes
+        of_class = hard * smoothing / every_class
         moves = to_rest, hard_to_rest, psi_rest
         of_listed, of_rest = factors_of_classes(
             every, rest, moves, soft, hard, psi, HAS_HARD, LISTED_ONLY
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
-        cursor = tl.zeros(s_at.shape, tl.int32)
+        cursor = first_cursor(slots_at, slots, counts, first_class)
         # A class that does not exist makes its row NaN. The last slot has the largest.
         largest = tl.load(slots_at + slots - 1, mask=lives, other=0)
-        nothing = tl.where((largest >= classes) & (soft != 0), float("nan"), 0)
+        nothing = tl.where((largest >= every_class) & (soft != 0), float("nan"), 0)
         # All threads have read the slots' logits, and see what was written of log q.
         tl.debug_barrier()
         for first in range(0, classes, CLASSES):
             k = first + column
+            last = tl.minimum(first + CLASSES, classes)
             listed, g, cursor = gradients_of_slots(
-                *(k, tl.minimum(first + CLASSES, classes), cursor, slots_at, log_p_at, log_q_at),
+                *(in_all(k, first_class), in_all(last, first_class), cursor),
+                *(slots_at, log_p_at, log_q_at),
                 *(slots, lives, soft, psi, shares, DIVERGENCE, LISTED_ONLY, ARE_MANY),
             )
             g += nothing
@@ -213,20 +237,31 @@ def top_k_forward(
     p: SoftTarget,
     temperatures: Sequence[Tensor] = (),
     grad_output: Tensor | None = None,
+    first: int = 0,
+    sums: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> None:
     """Fill those that are wanted of the loss, its parts, log q of slots and rest, and the gradient.
 
     The gradient is that for `grad_output`, one number or one a row; it may be the student itself.
+    With `sums` and `logits` the student is a shard of `p.all_classes`, from the class `first` on.
+    Those are of whole rows: what `top_k_sums` finds in all shards, and the logits of slots and
+    labels. Only a gradient takes a look at the student then. Without one all shards have the same
+    losses, parts and log q, to the last bit.
     """
     dtype = log_p.dtype
-    strides = student.stride(), (student if gradient is None else gradient).stride()
-    upstream = upstream_of(grad_output, student)
-    plan = plan_rows(student.shape, strides, upstream, p.dim, dtype)
+    # Programs that read no student go over the slots. By the student's classes they would differ
+    # from shard to shard in the order in which they add up, and so would the last bits.
+    reads = sums is None or gradient is not None
+    walked, dim = (student, p.dim) if reads else (log_p, 1)
+    strides = walked.stride(), (walked if gradient is None else gradient).stride()
+    upstream = upstream_of(grad_output, walked)
+    plan = plan_rows(walked.shape, strides, upstream, dim, dtype)
     labels = labels if labels is None else labels.contiguous()
     by_row = p.reduction == "none"
-    sums = kept = None
+    of_programs = kept = None
     if loss is not None and not by_row:
-        sums = student.new_empty(3 * plan.programs, dtype=torch.float64)
+        of_programs = student.new_empty(3 * plan.programs, dtype=torch.float64)
     if labels is not None and gradient is not None and p.reduction in BY_ROWS:
         kept = count_kept(labels, student.new_empty(1, dtype=dtype), p.ignore_index)
     slots = indices.shape[1]
@@ -242,17 +277,18 @@ def top_k_forward(
         plan.programs,
         student,
         *(student, gradient, indices, log_p, log_rest, log_q, labels, tuple(temperatures)),
-        *(*of_rows, sums, kept, grad_output),
+        *(*of_rows, of_programs, kept, grad_output),
+        *((None,) * 4 if sums is None else (sums, logits, first, p.all_classes)),
         *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta, slots),
         *arguments(plan, labels, p),
         () if grad_output is None else plan.upstream_strides,
         HAS_CLASSES=has_classes,
         SMOOTHS=p.label_smoothing > 0,
         LISTED_ONLY=listed_only,
-        ARE_MANY=slots * known["CLASSES"] > _MOST_IN_TURN * student.shape[p.dim],
-        WHOLE=student.shape[p.dim] <= known["CLASSES"],
+        ARE_MANY=are_many(slots, known["CLASSES"], student, p),
+        WHOLE=walked.shape[dim] <= known["CLASSES"],
         SLOTS=max(min(power_of_2(slots), most), 1),
         **{**known, "HAS_HARD": known["HAS_HARD"] and has_classes},
     )
-    if sums is not None and loss is not None:
-        reduce(plan, sums, loss, parts, None, p)
+    if of_programs is not None and loss is not None:
+        reduce(plan, of_programs, loss, parts, None, p)

@@ -6,11 +6,26 @@ underflow, and what the others lack of 1 has no digits.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkd.kernels.triton.divergence import INFINITY, SCALE
 from fastkd.kernels.triton.rows import load
 from fastkd.kernels.triton.softmax import HARD_RATE, grow, shift
-from fastkd.kernels.triton.top_k_slots import listed_in
+from fastkd.kernels.triton.top_k_slots import first_cursor, in_all, listed_in
+from fastkd.parameters import SoftTarget
+
+# Of slots in a block on the average: looking at one more costs each thread of a program some
+# instructions for each of its classes, and bisection takes as many as some 20 slots.
+_MOST_IN_TURN = 20
+
+# Of a row whose classes are split over ranks: a maximum and two sums of exponentials as
+# `first_pass` has them, and the sum of logits.
+SUMS = tl.constexpr(4)
+
+
+def are_many(slots: int, block: int, student: Tensor, p: SoftTarget) -> bool:
+    """Whether each class of a block looks for its slots by itself."""
+    return slots * block > _MOST_IN_TURN * (p.all_classes or student.shape[p.dim])
 
 
 @triton.jit
@@ -24,6 +39,7 @@ def first_pass(
     pivot,
     slots_at,
     slots,
+    first_class,  # of a shard, or None
     rate,
     HAS_HARD: tl.constexpr,
     SMOOTHS: tl.constexpr,
@@ -37,7 +53,7 @@ def first_pass(
     maximum = tl.full(s_at.shape, -INFINITY, rate.dtype)
     total = tl.zeros([s_at.shape[0], column.shape[1]], rate.dtype)
     hard, pivoted = total, total
-    cursor = tl.zeros(s_at.shape, tl.int32)
+    cursor = first_cursor(slots_at, slots, counts, first_class)
     for first in range(0, classes, column.shape[1]):
         k = first + column
         if len(held) == 0:
@@ -48,7 +64,8 @@ def first_pass(
             pivoted += tl.where(k < classes, s * SCALE - pivot, 0)
         if not LISTED_ONLY:
             last = tl.minimum(first + column.shape[1], classes)
-            listed, cursor = listed_in(k, last, cursor, slots_at, slots, counts, ARE_MANY)
+            ends = in_all(k, first_class), in_all(last, first_class)
+            listed, cursor = listed_in(*ends, cursor, slots_at, slots, counts, ARE_MANY)
             s = tl.where(listed, -INFINITY, s)
         higher = tl.maximum(maximum, tl.max(s, 1, keep_dims=True))
         total, hard, _, _, _ = grow(total, hard, s, maximum, higher, rate, HAS_HARD)
@@ -56,6 +73,16 @@ def first_pass(
     total = tl.sum(total, 1, keep_dims=True)
     hard = tl.sum(hard, 1, keep_dims=True) if HAS_HARD else total
     return (maximum, total, hard), pivoted
+
+
+@triton.jit
+def load_sums(sums, row, counts, COMPUTE: tl.constexpr):
+    """What `first_pass` finds, of all shards together; the sum of logits is in float64."""
+    at = sums + row.to(tl.int64) * SUMS
+    maximum = tl.load(at, mask=counts, other=-INFINITY).to(COMPUTE)
+    total = tl.load(at + 1, mask=counts, other=0).to(COMPUTE)
+    hard = tl.load(at + 2, mask=counts, other=0).to(COMPUTE)
+    return (maximum, total, hard), tl.load(at + 3, mask=counts, other=0)
 
 
 @triton.jit

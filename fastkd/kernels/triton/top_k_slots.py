@@ -39,14 +39,18 @@ def slot_terms(log_p, log_q, shares, DIVERGENCE: tl.constexpr):
 def load_slots(slots_at, s_at, stride, j, slots, counts, classes, COMPUTE: tl.constexpr):
     """Logits of slots, which of these are no padding, and which list a class first.
 
-    A class that does not exist has NaN.
+    A class that does not exist has NaN. Without a stride there are logits of slots in the place of
+    those of classes.
     """
     of_row = counts & (j < slots)
     index = tl.load(slots_at + j, mask=of_row, other=-1)
     before = tl.load(slots_at + j - 1, mask=of_row & (j > 0), other=-1)
     is_slot = index >= 0
-    at = s_at + index.to(tl.int64) * stride
-    s = tl.load(at, mask=is_slot & (index < classes), other=float("nan")).to(COMPUTE)
+    if stride is None:
+        at, exists = s_at + j, is_slot
+    else:
+        at, exists = s_at + index.to(tl.int64) * stride, is_slot & (index < classes)
+    s = tl.load(at, mask=exists, other=float("nan")).to(COMPUTE)
     return tl.where(is_slot, s, -INFINITY), is_slot, is_slot & (index != before)
 
 
@@ -138,6 +142,24 @@ def first_slots(k, slots_at, slots, counts):
         first = tl.where(before, first + half, first)
         left -= half
     return first
+
+
+@triton.jit
+def in_all(k, first_class):
+    """The number that a class has among those of all shards, of which slots are."""
+    if first_class is None:
+        return k
+    else:
+        return k + first_class
+
+
+@triton.jit
+def first_cursor(slots_at, slots, counts, first_class):
+    """The slot from which those of the first block's classes are looked for."""
+    if first_class is None:
+        return tl.zeros(counts.shape, tl.int32)
+    else:
+        return first_slots(tl.full([1, 1], first_class, tl.int32), slots_at, slots, counts)
 
 
 @triton.jit
