@@ -1,6 +1,7 @@
 """Calls with linear heads: errors, derivatives, modules, what is picked."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 import fastkd
 from fastkd.ops import linear_head_chunks
 from fastkd.ops.linear_head_chunks import pick
+from fastkd.ops.linear_head_sides import Rows
 
 
 def test_a_head_is_a_pytree():
@@ -90,7 +92,7 @@ def test_explain(backend, monkeypatch):
     side = fastkd.LinearHead(torch.randn(4, 3), torch.randn(2**15, 3))
     call = fastkd.soft_target_loss, side, side
     gib = 2**30
-    for free, size in ((64 * gib, 512), (2 * gib, 512), (gib, 512), (gib - 1, 256), (1, 16)):
+    for free, size in ((64 * gib, 768), (2 * gib, 768), (gib, 512), (gib - 1, 256), (1, 16)):
         monkeypatch.setattr("fastkd.losses.linear_head.free_bytes", lambda device, n=free: n)
         answer = fastkd.explain(*call, backend=backend)
         assert answer.chosen == backend
@@ -103,11 +105,25 @@ def test_explain(backend, monkeypatch):
     assert fastkd.explain(fastkd.soft_target_loss, logits, logits).notes == ()
 
 
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 768, 769, 2048, 5000])
+@pytest.mark.parametrize("size", [1, 7, 64, 100, 768, 2048])
+def test_chunks_are_even(count, size):
+    """They are as few as with the whole size, and go through all rows once."""
+    rows = Rows(torch.Size([count]), None, -100)
+    even = rows.evened(size)
+    chunks = [range(count)[at] for at in rows.chunks(even)]
+    assert 1 <= even <= size
+    assert len(chunks) == math.ceil(count / size)
+    assert [i for chunk in chunks for i in chunk] == [*range(count)]
+    if len(chunks) > 1:
+        assert even < math.ceil(count / len(chunks)) + 64
+
+
 def test_free_memory(monkeypatch):
     """It is measured, or where nothing tells, enough is taken to be there."""
     assert 2**20 < linear_head_chunks.free_bytes(torch.device("cpu")) < 2**50
     assert linear_head_chunks.free_bytes(torch.device("meta")) is None
-    assert pick(4, None, torch.device("cpu")) == 512
+    assert pick(4, None, torch.device("cpu")) == 768
     assert pick(4, None, torch.device("cuda")) == 2048
 
     def missing(*_):

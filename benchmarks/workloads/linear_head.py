@@ -35,7 +35,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, other: Tensor) -> Any:
-        size = 512
+        size = 704
         logits = [x.new_empty(size, len(weight)) for x in (student, teacher)]
         to_student, to_weight = torch.empty_like(student), torch.empty_like(weight)
         for start in range(0, len(student), size):

@@ -38,7 +38,7 @@ class Call:
         self.labels = None if labels is None else rows.of(labels)
         self.temperatures = [OfRows(t, rows) for t in temperatures]
         self.p = p._replace(dim=1, num_classes=None, reduction="none")
-        size = self.size = heads.chunk_size or picked(student, teachers, heads)
+        size = self.size = rows.evened(heads.chunk_size or picked(student, teachers, heads))
         self.student: Head | Logits
         if heads.student_is_head:
             dtype = getattr(torch, heads.dtype)
@@ -77,14 +77,9 @@ class Call:
         p, outputs = self.p, (losses, parts, None, gradient)
         others = {"temperatures": temperatures, "grad_output": factor}
         if p.teacher_is == "top_k":
-            inputs_and_outputs = (
-                student,
-                *slots_in(teachers),
-                labels,
-                *outputs,
-                self.heads.listed_only,
-            )
-            kernels(p.backend, "top_k").top_k_forward(*inputs_and_outputs, p, **others)
+            run = kernels(p.backend, "top_k").top_k_forward
+            slots = slots_in(teachers)
+            run(student, *slots, labels, *outputs, self.heads.listed_only, p, **others)
         else:
             run = kernels(p.backend, "soft_target").soft_target_forward
             run(student, teachers, labels, *outputs, p, **others)
@@ -105,9 +100,8 @@ class Call:
         of_rows = student, *slots_in(teachers), labels, temperatures
         log_q = None
         if any(wanted[1 : 1 + len(teachers)]):
-            log_q = forward_of_slots(*of_rows, None, self.heads.listed_only, False, True, False, p)[
-                2
-            ]
+            flags = self.heads.listed_only, False, True, False
+            log_q = forward_of_slots(*of_rows, None, *flags, p)[2]
         to_student, to_slots, to_temperatures = top_k.all_gradients(
             grad_output,
             *of_rows,

@@ -7,9 +7,9 @@ import torch
 
 from fastkd.parameters import Heads
 
-# More rows make a CPU's products no faster. On a GPU each chunk reads and writes the weight's whole
-# gradient in float32, which takes less time than the product only if the chunk has many rows.
-_MOST = {"cpu": 512, "cuda": 2048}
+# More rows make a CPU's products hardly faster. On a GPU each chunk reads and writes the weight's
+# whole gradient in float32, which takes less time than the product only if it has many rows.
+_MOST = {"cpu": 768, "cuda": 2048}
 _LEAST = 16
 # The logits of a chunk take at most this part of the memory that is free.
 _SHARE = 8
@@ -62,7 +62,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def pick(bytes_of_row: int, free: int | None, device: torch.device) -> int:
-    """A power of 2, the same for all amounts of free memory between two powers of 2."""
+    """The same for all amounts of free memory between two powers of 2."""
     most = _MOST.get(device.type, _MOST["cuda"])
     if free is None:
         return most

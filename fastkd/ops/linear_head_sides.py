@@ -10,6 +10,8 @@ from fastkd.precision import compute_dtype
 
 # Rows of a product that is added to float32: its block, and the block in float32, stay in cache.
 _BLOCK = 1024
+# Rows that a vendor's product takes at a time, or a multiple of them.
+_TILE = 64
 
 
 class Rows:
@@ -47,6 +49,15 @@ class Rows:
             found = packed.new_zeros(self.total, *packed.shape[1:])
             packed = found.index_copy_(0, self.index, packed)
         return packed.view(self.shape + packed.shape[1:])
+
+    def evened(self, size: int) -> int:
+        """The rows of a chunk where no more chunks are needed than with so many in each.
+
+        Products of few rows are slow, and so is a last chunk that has but the rest of the rows.
+        """
+        chunks = max(-(-self.count // size), 1)
+        even = -(-self.count // chunks)
+        return min(size, max(-(-even // _TILE), 1) * _TILE)
 
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.count, size):
