@@ -77,8 +77,8 @@ def of_oracle(name, keywords, labels):
     """What the oracles take of a call; a row that is masked is one that is ignored."""
     found = arrays_of(keywords)
     if name == "distillation_loss":
-        kept = found.pop("mask", True)
-        found["labels"] = np.where(kept, array(labels[0]), -100)
+        kept = found.pop("mask", None)
+        found["labels"] = np.where(True if kept is None else kept, array(labels[0]), -100)
     return found
 
 
