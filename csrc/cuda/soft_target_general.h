@@ -13,6 +13,7 @@ namespace fastkd::cuda::logits {
 struct GeneralCall {
   MeanCall mean;
   double beta, teacher_temperature;
+  double softcap, teacher_softcap;  // of logits that were capped, or 0
   TeacherIs teacher_is;
   // The temperatures of rows, or none: of the student, of the teachers, and the one whose square
   // multiplies the divergence. Their gradients, if they are wanted, come one kind after another.

@@ -2,6 +2,7 @@
 // of one, and the sums of one tensor's row.
 #pragma once
 
+#include "../softcap.h"
 #include "soft_target_forms.h"
 #include "soft_target_mean.h"
 
@@ -95,6 +96,19 @@ struct ClassPasses {
   __device__ __forceinline__ auto reader(const Tensor& from, int64_t at, int phase) const {
     const bool by_vectors = is_aligned(from, at, phase);
     return [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
+  }
+
+  // Makes of gradients those of what the logits were before they were capped, if they were. Behind
+  // this they may take the place of the logits, which are read once more.
+  template <class Reader>
+  __device__ __forceinline__ static void uncap(double cap, const Reader& reader, int64_t i,
+                                               A (&gradient)[N]) {
+    if (cap == 0) return;
+    const Softcap<A> softcap(cap);
+    A z[N];
+    reader(i, z);
+#pragma unroll
+    for (int k = 0; k < N; ++k) gradient[k] *= softcap.slope(z[k]);
   }
 
   // Maximum and sums of one tensor's row, in every thread that has a part in it. `left_out(i)` has

@@ -197,6 +197,7 @@ struct TopK : ClassPasses<A, kIsColumns> {
       if (by.hard != 0)
 #pragma unroll
         for (int k = 0; k < N; ++k) g[k] -= i + k == of.label ? by.label : A(0);
+      this->uncap(top.softcap, reader, i, g);
       store(g, of, i);
     });
   }
@@ -242,6 +243,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   const Tensors nobody;
   const Plan plan(call, nullptr, student, nobody, labels, gradient, {}, p, !temperatures.empty());
   of.beta = p.beta;
+  of.softcap = p.softcap;
   of.count = indices.sizes[1];
   of.indices = indices.as<int32_t>();
   of.log_p = log_p.data;
