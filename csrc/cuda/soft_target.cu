@@ -64,7 +64,7 @@ void with_call(const Tensors& teachers, const SoftTargetParameters& p, const Ten
 
 void run(const GeneralCall& general, const Plan& plan, const Scratch& scratch,
          const Stream& stream) {
-  launch_general(general, plan.are_columns, scratch, stream);
+  launch_general(general, plan.are_columns && !general.is_capped(), scratch, stream);
 }
 void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const Stream& stream) {
   if (plan.are_columns || mean.call.is_double ||

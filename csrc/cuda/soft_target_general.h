@@ -23,6 +23,7 @@ struct GeneralCall {
   // Σψ) of each row.
   double* terms;
 
+  constexpr bool is_capped() const { return softcap != 0 || teacher_softcap != 0; }
   __device__ __forceinline__ bool is_stated() const { return teacher_is != TeacherIs::logits; }
   __device__ __forceinline__ bool has_one_teacher() const { return mean.count == 1; }
   // Whether this is a backward call that has what forward found of its rows.

@@ -103,6 +103,7 @@ struct GeneralPasses : RowPasses<A, kIsColumns> {
     }
   }
 
+ private:
   __device__ __forceinline__ auto student_reader(const Row& of) const {
     return this->reader(call.sides[kStudent], of.start.at[kStudent], of.start.phase);
   }
@@ -119,7 +120,6 @@ struct GeneralPasses : RowPasses<A, kIsColumns> {
     };
   }
 
- private:
   // T log p, of the mean p of several teachers. Where it underflows its logarithm counts if the
   // student's exponentials weigh that.
   __device__ __forceinline__ void find_logits(const Row& of, int64_t i, Classes& to) const {

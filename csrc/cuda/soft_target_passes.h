@@ -99,14 +99,14 @@ struct ClassPasses {
   }
 
   // Makes of gradients those of what the logits were before they were capped, if they were. Behind
-  // this they may take the place of the logits, which are read once more.
-  template <class Reader>
-  __device__ __forceinline__ static void uncap(double cap, const Reader& reader, int64_t i,
-                                               A (&gradient)[N]) {
-    if (cap == 0) return;
-    const Softcap<A> softcap(cap);
+  // this they may take the place of the logits, which are read once more. A call with a softcap is
+  // none in columns, whose kernels have no registers for it.
+  __device__ __forceinline__ void uncap(double cap, const Tensor& from, int64_t at, int phase,
+                                        int64_t i, A (&gradient)[N]) const {
+    if (kIsColumns || cap == 0) return;
     A z[N];
-    reader(i, z);
+    reader(from, at, phase)(i, z);
+    const Softcap<A> softcap(cap);
 #pragma unroll
     for (int k = 0; k < N; ++k) gradient[k] *= softcap.slope(z[k]);
   }

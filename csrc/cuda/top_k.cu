@@ -197,7 +197,7 @@ struct TopK : ClassPasses<A, kIsColumns> {
       if (by.hard != 0)
 #pragma unroll
         for (int k = 0; k < N; ++k) g[k] -= i + k == of.label ? by.label : A(0);
-      this->uncap(top.softcap, reader, i, g);
+      this->uncap(top.softcap, call.sides[kStudent], of.start.at[kStudent], of.start.phase, i, g);
       store(g, of, i);
     });
   }
@@ -267,7 +267,8 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
                                            stream);
   };
   if (call.is_double) return run(double{}, std::false_type{});
-  plan.are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
+  const bool are_columns = plan.are_columns && of.softcap == 0;
+  are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
 }
 
 }  // namespace fastkd::cuda
