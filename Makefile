@@ -62,7 +62,8 @@ test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(
 # What the tests of losses that have CUDA and Triton kernels are known by.
 FUSED := hint or soft_target or distillation or divergence or mask or normalizer \
     or row_weight or weighted or num_classes or inplace or temperature or probabilities or ranks \
-    or linear_head or softcap or top_k or extreme or metrics or attention or rkd or similarity or relation or fsp
+    or linear_head or softcap or top_k or extreme or metrics or attention or rkd or similarity \
+    or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
 # What is about other backends; memory, of which the interpreter keeps its own; and rows of a whole
