@@ -207,6 +207,7 @@ struct TopK : TopKPasses<A, kIsColumns> {
       if (by.hard != 0)
 #pragma unroll
         for (int k = 0; k < N; ++k) g[k] -= i + k == of.label ? by.label : A(0);
+      this->uncap(top.softcap, call.sides[kStudent], of.start.at[kStudent], of.start.phase, i, g);
       store(g, of, i);
     });
   }
@@ -252,6 +253,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   const bool are_columns =
       describe(of, student, indices, labels, gradient, listed_only, first, p, temperatures);
   of.beta = p.beta;
+  of.softcap = p.softcap;
   of.log_p = log_p.data;
   of.log_rest = log_rest.data;
   of.log_q = log_q.data;
@@ -276,7 +278,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
     if (!gradient) return;
     call.loss = call.parts = of.log_q = nullptr;
   }
-  with_form(call, are_columns, [&](auto arithmetic, auto columns) {
+  with_form(call, are_columns && of.softcap == 0, [&](auto arithmetic, auto columns) {
     using A = decltype(arithmetic);
     launch_over_rows<A, columns.value>(top_k_kernel<A, columns.value>, of, call,
                                        columns.value ? 0 : sizeof(RowGradient<A>), own, stream);
