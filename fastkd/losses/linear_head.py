@@ -34,10 +34,9 @@ class Sides:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What is the same on all ranks, but for the chunk size."""
+        """What is the same on all ranks of the heads, besides dtypes and the chunk size."""
         heads = self.student, self.teacher
-        widths = [None if head is None else head.hidden.shape[-1] for head in heads]
-        return self.parameters._replace(chunk_size=0), widths, [_softcap(head) for head in heads]
+        return tuple([h and (h.hidden.shape[-1], h.scale, h.softcap) for h in heads])
 
     def tensors(self) -> tuple[Tensor, ...]:
         heads = [head for head in (self.student, self.teacher) if head is not None]

@@ -31,6 +31,7 @@ class Call:
     ) -> None:
         self.heads, self.tensors = heads, (*student, *teachers, *temperatures)
         self.sizes = len(student), len(teachers)
+        self.listed_only = heads.listed_only
         self.rows = rows = Rows(student[0].shape[:-1], labels, p.ignore_index)
         # Where the rows that count are packed, marks say nothing more.
         if labels is not None and rows.cleared is None and not p.labels_are_classes:
@@ -77,9 +78,8 @@ class Call:
         p, outputs = self.p, (losses, parts, None, gradient)
         others = {"temperatures": temperatures, "grad_output": factor}
         if p.teacher_is == "top_k":
-            run = kernels(p.backend, "top_k").top_k_forward
-            slots = slots_in(teachers)
-            run(student, *slots, labels, *outputs, self.heads.listed_only, p, **others)
+            inputs_and_outputs = student, *slots_in(teachers), labels, *outputs, self.listed_only
+            kernels(p.backend, "top_k").top_k_forward(*inputs_and_outputs, p, **others)
         else:
             run = kernels(p.backend, "soft_target").soft_target_forward
             run(student, teachers, labels, *outputs, p, **others)
@@ -100,12 +100,11 @@ class Call:
         of_rows = student, *slots_in(teachers), labels, temperatures
         log_q = None
         if any(wanted[1 : 1 + len(teachers)]):
-            flags = self.heads.listed_only, False, True, False
-            log_q = forward_of_slots(*of_rows, None, *flags, p)[2]
+            log_q = forward_of_slots(*of_rows, None, self.listed_only, False, True, False, p)[2]
         to_student, to_slots, to_temperatures = top_k.all_gradients(
             grad_output,
             *of_rows,
-            self.heads.listed_only,
+            self.listed_only,
             log_q,
             wanted[0],
             wanted[1 + len(teachers) :],

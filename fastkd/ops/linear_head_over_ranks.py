@@ -129,7 +129,7 @@ class _Call(Call):
         sums, logits, *_ = kept
         slots = *slots_in(teachers), labels_here(labels, self.p, self.ranks)
         kernels(p.backend, "top_k").top_k_forward(
-            *(student, *slots, None, None, None, gradient, self.heads.listed_only, p),
+            *(student, *slots, None, None, None, gradient, self.listed_only, p),
             temperatures=temperatures,
             grad_output=upstream,
             first=self.ranks.first,
@@ -160,7 +160,7 @@ class _Call(Call):
         return to_student, None, *to_slots[: len(teachers) - 1], *found[3:]
 
     def _slots(self, teachers: Sequence[Tensor]) -> Slots:
-        return Slots(*slots_in(teachers), self.heads.listed_only)
+        return Slots(*slots_in(teachers), self.listed_only)
 
     def finish(self) -> None:
         """Add up the hidden states' gradients, to which each rank's classes give a part.
