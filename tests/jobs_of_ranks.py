@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import functools
 import time
 import warnings
 
 import pytest
+import top_k
 import torch
 import torch.distributed as dist
 from agreement_logits import check_distillation, check_soft_target, logits, some_labels
@@ -18,6 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
+
+F32 = torch.float32
 
 
 @contextlib.contextmanager
@@ -46,6 +50,19 @@ def agrees(rank, size, backend, dtype, keywords):
         check_distillation(*pair, labels, backend, row_weight=weight, **keywords)
         pair = sides(9, 100, dtype, dtype, temperature=heat)
         check_soft_target(*pair, backend, upstream, temperature=heat, **keywords)
+
+
+def agrees_on_kept_classes(rank, size, backend, dtype, keywords):
+    labels, heat = (
+        some_labels(9, classes=100),
+        1 + torch.rand(9).to(torch.promote_types(dtype, F32)),
+    )
+    keywords = {**keywords, "temperature": heat, "reduction": "none"}
+    with split():
+        tensors = top_k.sides(9, 100, 7, (dtype, dtype), **keywords)
+        top_k.check_top_k(*tensors, backend, torch.randn(9), **keywords)
+        check = functools.partial(top_k.check_top_k, *tensors, backend, torch.randn(9), labels)
+        check(label_smoothing=0.1, mask=torch.rand(9) < 0.7, **keywords)
 
 
 def takes_a_part_of_the_group(rank, size):
@@ -192,6 +209,32 @@ def takes_dtensors(rank, size, name, dim, classes, keywords):
     torch.testing.assert_close(of_ranks.grad.full_tensor(), heat.grad)
     explanation = fastkd.explain(call, *leaves, dim=dim, **given)
     assert explanation.chosen == "native"
+
+
+def takes_dtensors_of_kept_classes(rank, size, tail):
+    """The student's are sharded on the classes, and the slots the same on every rank."""
+    mesh = init_device_mesh("cpu", (size,))
+    student, values, indices, lse = top_k.sides(4, 10, 3, (F32, F32), tail=tail)
+    labels = some_labels(4, classes=10)
+    plain = [x.clone().requires_grad_() for x in (student, values)]
+    teacher = fastkd.TopK(plain[1], indices, tail=tail, lse=lse)
+    expected = fastkd.distillation_loss(plain[0], teacher, labels)
+    expected.backward()
+    same = [Replicate()]
+    placed = [(student, [Shard(1)]), (values, same)]
+    leaves = [distribute_tensor(x, mesh, at).requires_grad_() for x, at in placed]
+    indices, labels = (distribute_tensor(x, mesh, same) for x in (indices, labels))
+    lse = None if lse is None else distribute_tensor(lse, mesh, same)
+    teacher = fastkd.TopK(leaves[1], indices, tail=tail, lse=lse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastkd.FallbackWarning)
+        loss = fastkd.distillation_loss(leaves[0], teacher, labels)
+    loss.backward()
+    torch.testing.assert_close(loss.full_tensor(), expected)
+    for x, y in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(x.grad.full_tensor(), y.grad)
+    call = fastkd.distillation_loss, leaves[0], teacher, labels
+    assert fastkd.explain(*call).chosen == "native"
 
 
 def takes_a_mesh_of_two_dimensions(rank, size):

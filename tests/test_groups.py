@@ -4,6 +4,7 @@ import pytest
 import torch
 from divergences import FEW, name_of
 from processes import Pool
+from top_k import PAIRS, TAILS
 
 BACKENDS = ["native", "reference"]
 
@@ -32,6 +33,13 @@ def pool(request):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_loss_of_one_process(pool, backend, keywords, dtype):
     pool.run("agrees", backend, dtype, keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keywords", PAIRS, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kept_classes(pool, backend, keywords, dtype):
+    pool.run("agrees_on_kept_classes", backend, dtype, keywords)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,11 @@ def test_compiled_code(pair):
 def test_dtensors(pool, name, dim, classes, keywords):
     """10 classes leave the last of 4 ranks one, and 9 none."""
     pool.run("takes_dtensors", name, dim, classes, keywords)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_dtensors_of_kept_classes(pool, tail):
+    pool.run("takes_dtensors_of_kept_classes", tail)
 
 
 def test_a_mesh_of_two_dimensions(four):

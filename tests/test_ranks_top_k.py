@@ -167,6 +167,20 @@ def test_excluded_classes(backend, split, keywords):
     check_top_k(student, values, indices, lse, backend, torch.randn(4), **keywords)
 
 
+@every_dtype
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
+def test_large_logits(backend, split, tail, dtype):
+    """A constant of a row, of either side, is no part of the loss; nor is its size."""
+    split(3)
+    student, values, indices, _ = sides(6, 300, 6, (dtype, dtype), tail=tail)
+    labels = some_labels(6, classes=300)
+    check_top_k(student + 1000, values - 2000, indices, None, backend, 3.0, labels, tail=tail)
+    if dtype in (torch.float32, torch.float64):
+        student[0], student[1], values[2, 1] = -3e38, 3e38, 1e38
+        student[3, indices[3].max() + 1 :] = torch.finfo(torch.float32).min
+        check_top_k(student, values, indices, None, backend, temperature=4.0, tail=tail)
+
+
 @pytest.mark.parametrize("has_labels", [False, True])
 @every_pair
 def test_infinite_rows(backend, split, keywords, has_labels):

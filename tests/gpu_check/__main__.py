@@ -46,6 +46,7 @@ ON_THE_DEVICE = tuple(
         *("linear_head", "top_k", "top_k_edges", "top_k_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
         *("metrics", "metrics_edges", "metrics_calls", "ranks", "ranks_calls"),
+        *("ranks_top_k", "ranks_top_k_calls"),
         *("checks", "compile", "fuzz", "nn", "reference", "registry", "wrapped"),
     )
 )
