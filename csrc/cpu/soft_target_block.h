@@ -48,6 +48,14 @@ struct Accumulators {
   vec_t<A> student, teacher, hard;
   vec_t<A> difference;  // of the divergence's terms, scaled
   vec_t<A> shifted;     // Σ s, shifted and scaled, for label smoothing
+
+  void operator+=(const Accumulators& other) {
+    student += other.student;
+    teacher += other.teacher;
+    hard += other.hard;
+    difference += other.difference;
+    shifted += other.shifted;
+  }
 };
 
 // The exponentials of a block relative to the origins, and their sums. Logits are scaled in these
@@ -68,6 +76,9 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
   const bool has_hard = a.rates.has_hard, smooths = a.p.label_smoothing > 0;
   const S *student = block.student, *teacher = block.teacher;
   vec s_sum = {}, t_sum = {}, hard_sum = {}, difference = {}, shifted = {};
+  const auto found = [&] {
+    return Accumulators<A>{s_sum, t_sum, hard_sum, difference * scale, shifted * scale};
+  };
   const auto step = [&](int i, auto lanes) {
     fetch(student + i, W, kAhead);
     fetch(teacher + i, W, kAhead);
@@ -107,8 +118,13 @@ Accumulators<A> exponentiate(const Block<S>& block, A s_origin, A t_origin, cons
     wanted = maxima;
   };
   (both(of_next), ...);
-  over_vectors<A>(block.size - done, [&](int i, auto lanes) { step(done + i, lanes); });
-  return {s_sum, t_sum, hard_sum, difference * scale, shifted * scale};
+  Accumulators<A> total = found();
+  over_pieces<A>(block.size - done, [&](int first, int n) {
+    s_sum = t_sum = hard_sum = difference = shifted = vec{};
+    over_vectors<A>(n, [&](int i, auto lanes) { step(done + first + i, lanes); });
+    total += found();
+  });
+  return total;
 }
 
 // Σ s, shifted and scaled: -inf where the student excludes a class.

@@ -28,16 +28,21 @@ template <class T, class A>
 RowTerms add_terms(const Exponentials<A>& from, int n, A of_student, A of_teacher,
                    Shares<A> shares) {
   const Exponentials<A> of = from;
-  vec_t<A> phi = {}, psi = {};
-  over_vectors<A>(n, [&](int i, auto lanes) {
-    const vec_t<A> q = load_lanes<A>(of.student + i, lanes, A(0)) * of_student;
-    const vec_t<A> p = load_lanes<A>(of.kept + i, lanes, A(0)) * of_teacher;
-    const Terms<vec_t<A>> found = T::terms(p, q, shares, LogOfShare<A>{});
-    phi += found.phi;
-    psi += found.psi;
-    store(found.psi, of.kept + i);
+  RowTerms total{};
+  over_pieces<A>(n, [&](int first, int size) {
+    vec_t<A> phi = {}, psi = {};
+    over_vectors<A>(size, [&](int i, auto lanes) {
+      const vec_t<A> q = load_lanes<A>(of.student + first + i, lanes, A(0)) * of_student;
+      const vec_t<A> p = load_lanes<A>(of.kept + first + i, lanes, A(0)) * of_teacher;
+      const Terms<vec_t<A>> found = T::terms(p, q, shares, LogOfShare<A>{});
+      phi += found.phi;
+      psi += found.psi;
+      store(found.psi, of.kept + first + i);
+    });
+    total.phi += sum<A>(phi);
+    total.psi += sum<A>(psi);
   });
-  return {sum<A>(phi), sum<A>(psi)};
+  return total;
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -279,6 +279,18 @@ inline void over_vectors(I n, const F& f) {
   if (i < n) f(i, int(n - i));
 }
 
+// How many numbers a lane adds up one after another. Each addition rounds to the digits of the sum
+// so far, and one class may make that as large as it will ever be: n numbers have up to n such
+// errors, and sums of kAddedUp of them kAddedUp + n / kAddedUp.
+constexpr int kAddedUp = 32;
+
+// f(first, size) for pieces of n elements, of which a lane has kAddedUp.
+template <class A, class F>
+inline void over_pieces(int n, const F& f) {
+  constexpr int most = kAddedUp * All<A>::value;
+  for (int first = 0; first < n; first += most) f(first, n - first < most ? n - first : most);
+}
+
 // Writes n elements, f(i, lanes) being the vector that begins at i; past the cache if
 // `non_temporal`, from the first element that may begin a vector there. f is called in order.
 template <class A, class S, class I, class F>

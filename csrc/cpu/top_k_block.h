@@ -55,14 +55,19 @@ template <class A>
 double exponentiate(const A* from, int n, A maximum, const Exp<A> exp, A* to, const char* ahead,
                     int step) {
   const A origin = maximum == A(-INFINITY) ? 0 : maximum;
-  vec_t<A> total = {};
-  over_vectors<A>(n, [&](int i, auto lanes) {
-    __builtin_prefetch(ahead + i / Simd<A>::width * step, 0, 2);
-    const vec_t<A> e = exp(load_lanes<A>(from + i, lanes, A(-INFINITY)) - origin);
-    total += e;
-    store_lanes<A>(e, to + i, lanes);
+  double total = 0;
+  over_pieces<A>(n, [&](int first, int size) {
+    vec_t<A> found = {};
+    over_vectors<A>(size, [&](int j, auto lanes) {
+      const int i = first + j;
+      __builtin_prefetch(ahead + i / Simd<A>::width * step, 0, 2);
+      const vec_t<A> e = exp(load_lanes<A>(from + i, lanes, A(-INFINITY)) - origin);
+      found += e;
+      store_lanes<A>(e, to + i, lanes);
+    });
+    total += sum<A>(found);
   });
-  return sum<A>(total);
+  return total;
 }
 
 }  // namespace fastkd::FASTKD_ISA
