@@ -36,8 +36,8 @@ FUZZ_TESTS := $(wildcard tests/test_fuzz*.py)
 SANITIZED_TESTS := $(FUZZ_TESTS) $(patsubst %,tests/test_%.py,attention autograd distillation \
     divergence divergence_edges extreme_logits fsp hint inplace isa linear_head mask metrics \
     metrics_edges num_classes probabilities ranks ranks_calls ranks_linear_head rkd row_weight \
-    similarity soft_target soft_target_teachers temperatures top_k top_k_arguments top_k_edges \
-    weighted_gradients)
+    similarity soft_target soft_target_teachers softcap temperatures top_k top_k_arguments \
+    top_k_edges weighted_gradients)
 # $(call cmake,source folder,build folder,options) compiles what only tests use.
 cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
@@ -63,7 +63,8 @@ test_on_host = PYTHONPATH=tests FASTKD_TEST_BACKENDS=native FASTKD_TEST_CASES=$(
 # What the tests of losses that have CUDA and Triton kernels are known by.
 FUSED := hint or soft_target or distillation or divergence or mask or normalizer \
     or row_weight or weighted or num_classes or inplace or temperature or probabilities or ranks \
-    or linear_head or top_k or extreme or metrics or attention or rkd or similarity or relation or fsp
+    or linear_head or softcap or top_k or extreme or metrics or attention or rkd or similarity \
+    or relation or fsp
 # Those of them that reach every address a CUDA kernel may, within minutes under ASan.
 ADDRESSES := (hint or regimes or distillation or metrics) and not (compile or large_rows or bitwise)
 # What is about other backends; memory, of which the interpreter keeps its own; and rows of a whole

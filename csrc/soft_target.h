@@ -36,6 +36,9 @@ struct SoftTargetParameters {
   // Of a shard of the classes, how many there are in all shards; 0 where the tensors have all. A
   // label is then kElsewhere where another shard has its class.
   int64_t all_classes;
+  // Of logits that were capped (see softcap.h), where the gradient is that of what they were
+  // before; or 0.
+  double softcap, teacher_softcap;
 
   static constexpr auto fields() {
     using P = SoftTargetParameters;
@@ -47,7 +50,8 @@ struct SoftTargetParameters {
         field("labels_are_classes", &P::labels_are_classes), field("divergence", &P::divergence),
         field("beta", &P::beta), field("reduction", &P::reduction), field("dim", &P::dim),
         field("weights", &P::weights), field("teacher_is", &P::teacher_is),
-        field("all_classes", &P::all_classes));
+        field("all_classes", &P::all_classes), field("softcap", &P::softcap),
+        field("teacher_softcap", &P::teacher_softcap));
   }
 };
 

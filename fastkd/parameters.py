@@ -35,7 +35,8 @@ class SoftTarget(NamedTuple):
     teacher's numbers are: logits, probabilities or log_probabilities, the last two of which are
     used as they are, and whose temperature is 1; or top_k, which has operators of its own, to
     which no temperature of the teacher comes. Where the tensors are a shard of the classes,
-    `all_classes` is how many all shards have, and a label may be `ELSEWHERE`.
+    `all_classes` is how many all shards have, and a label may be `ELSEWHERE`. Where a softcap is
+    above 0 a side's logits were capped, and its gradient is that of what they were before.
     """
 
     temperature: float
@@ -54,24 +55,24 @@ class SoftTarget(NamedTuple):
     backend: str
     teacher_is: str = "logits"
     all_classes: int = 0
+    softcap: float = 0.0
+    teacher_softcap: float = 0.0
 
 
 class Heads(NamedTuple):
     """Of the sides that are linear heads: what stands between products and logits of each.
 
-    A side that is none has a scale of 1; a softcap of 0 stands for none. The dtypes are those of
-    the products, by name; of a side of logits it is the logits' own. Where the teacher kept k
+    A side that is none has a scale of 1. The dtypes are those of the products, by name; of a side
+    of logits it is the logits' own. The softcaps are in `SoftTarget`. Where the teacher kept k
     classes, `listed_only` says that the student's softmax is over these. At most `chunk_size` rows
     have logits at a time, and 0 leaves the choice to the operator.
     """
 
     student_is_head: bool
     scale: float
-    softcap: float
     dtype: str
     teacher_is_head: bool
     teacher_scale: float
-    teacher_softcap: float
     teacher_dtype: str
     listed_only: bool
     chunk_size: int

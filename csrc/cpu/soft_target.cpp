@@ -14,8 +14,9 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   const Rows& rows = a.rows;
   // Where the mean of teachers underflows its logarithm counts, or it does not.
   const bool has_logits = a.teachers == 1 || D::kByTeacher;
+  const bool is_capped = a.to_student && a.p.softcap != 0;
   if (rows.columns() && rows.classes <= thresholds.column_classes && !a.differs_by_row() &&
-      has_logits && !a.own)
+      has_logits && !a.own && !is_capped)
     return forward_columns<D>(a, threads);
   if (a.teachers > 1)
     return parallel_for(rows.count, threads, [&](int64_t row) {
@@ -40,7 +41,7 @@ void forward_rows_of(const Arguments<A>& a, int threads) {
   with_storage(dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
     if constexpr ((sizeof(S) == 8) == (sizeof(A) == 8)) {
-      if (rows.classes > thresholds.few_classes || a.differs_by_row())
+      if (rows.classes > thresholds.few_classes || a.differs_by_row() || is_capped)
         return parallel_stretches(rows.count, threads, [&](int64_t begin, int64_t end) {
           forward_stretch<D, S, false>(a, begin, end);
         });
@@ -134,11 +135,15 @@ void backward_row(const Arguments<A>& a, int64_t row, const A* statistics) {
       by_student += sum<A>(of_temperature);
       by_own += sum<A>(of_teacher_temperature);
     }
-    if (a.to_teacher) scatter_side(teacher, kToTeacher, first, n);
+    if (a.to_teacher) {
+      uncap(a, kTeacher, row, first, n, teacher);
+      scatter_side(teacher, kToTeacher, first, n);
+    }
     if (!a.to_student) continue;
     combine<D>(Exponentials<A>{es, kept, eh}, k, n, student, false);
     if (a.labels && a.labels[row] >= first && a.labels[row] < first + n)
       student[a.labels[row] - first] -= k.label;
+    uncap(a, kStudent, row, first, n, student);
     scatter_side(student, kToStudent, first, n);
   }
   if (own && a.to_temperatures)

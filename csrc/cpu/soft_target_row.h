@@ -8,6 +8,7 @@
 #include "soft_target_block.h"
 #include "soft_target_probabilities.h"
 #include "soft_target_terms.h"
+#include "softcap.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -159,18 +160,20 @@ void finish_row(const Arguments<A>& a, int64_t row, RowState<double>& sums,
     const Factors<A> k =
         a.factors(SoftFactors<A>{A(moved.student), A(moved.teacher)}, A(hard * by_hard), by);
     const Exponentials<A> from = memory.block(b);
-    if (stride == 1) {
+    const bool has_label = a.labels && label >= first && label < first + n;
+    if (stride == 1 && a.p.softcap == 0) {
       with_storage(to.dtype, [&](auto* storage) {
         using S = std::remove_pointer_t<decltype(storage)>;
         combine<D>(from, k, n, at<S>(to, offset + first), to.non_temporal);
       });
+      if (!has_label) continue;
+      const A g = label_gradient<D>(from, k, label - first);
+      scatter(&g, 1, to, offset + label, 1);
     } else {
       combine<D>(from, k, n, computed, false);
+      if (has_label) computed[label - first] -= k.label;
+      uncap(a, kStudent, row, first, n, computed);
       scatter(computed, n, to, offset + first * stride, stride);
-    }
-    if (a.labels && label >= first && label < first + n) {
-      const A g = label_gradient<D>(from, k, label - first);
-      scatter(&g, 1, to, offset + label * stride, 1);
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "softcap.h"
 #include "top_k.h"
 #include "top_k_block.h"
 
@@ -217,6 +218,7 @@ class Row {
         g[c - first] = A(of_listed(slot, by) - smoothing);
       }
       if (label >= first && label < first + n) g[label - first] -= A(of_label);
+      uncap(a_, kStudent, row_, first, n, g);
       scatter(g, n, *side.tensor, to + first * stride, stride);
     }
   }
@@ -234,7 +236,9 @@ class Row {
     const Weights by = a_.weights_of(row_);
     for (int64_t slot = here_; slot < k_ && class_of(slot) < a_.classes;) {
       const int64_t c = class_of(slot);
-      const A g = A(of_listed(slot, by));
+      // Not from where the logit was, which may be a zero by now.
+      const double capped = memory_.logits[slot], cap = a_.p.softcap;
+      const A g = A(of_listed(slot, by) * (cap == 0 ? 1 : Softcap<double>(cap).slope(capped)));
       scatter(&g, 1, gradient, to + c * stride, 1);
     }
   }

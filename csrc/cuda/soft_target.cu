@@ -34,16 +34,19 @@ static_assert(sizeof(Memory) == soft_target_scratch_bytes());
 
 // f(call, mean, general), of which the second is there, and holds the call, where there are several
 // teachers or the third holds it, which no other form serves: a common call does without kilobytes.
+// `is_capped` is whether a softcap has a part in a gradient that is wanted.
 template <class F>
 void with_call(const Tensors& teachers, const SoftTargetParameters& p, const Tensors& temperatures,
-               const F& f) {
+               bool is_capped, const F& f) {
   GeneralCall* const absent = nullptr;
   if (p.divergence != Divergence::forward_kl || p.teacher_temperature != p.temperature ||
-      p.teacher_is != TeacherIs::logits || !temperatures.empty()) {
+      p.teacher_is != TeacherIs::logits || !temperatures.empty() || is_capped) {
     GeneralCall general{};
     general.teacher_is = p.teacher_is;
     general.beta = p.beta;
     general.teacher_temperature = p.teacher_temperature;
+    general.softcap = p.softcap;
+    general.teacher_softcap = p.teacher_softcap;
     if (!temperatures.empty()) {
       general.temperatures = temperatures[0].data;
       general.teacher_temperatures = temperatures[1].data;
@@ -61,7 +64,7 @@ void with_call(const Tensors& teachers, const SoftTargetParameters& p, const Ten
 
 void run(const GeneralCall& general, const Plan& plan, const Scratch& scratch,
          const Stream& stream) {
-  launch_general(general, plan.are_columns, scratch, stream);
+  launch_general(general, plan.are_columns && !general.is_capped(), scratch, stream);
 }
 void run(const MeanCall& mean, const Plan& plan, const Scratch& scratch, const Stream& stream) {
   if (plan.are_columns || mean.call.is_double ||
@@ -108,7 +111,8 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
       clear(output->data, output->numel(), loss.dtype, stream);
     return;
   }
-  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+  const bool is_capped = gradient && p.softcap != 0;
+  const auto run_on = [&](Call& call, MeanCall* mean, GeneralCall* general) {
     const Plan plan(call, mean, student, teachers, labels, gradient, {}, p, !temperatures.empty());
     call.loss = loss.data;
     call.parts = parts.data;
@@ -118,7 +122,8 @@ void soft_target_forward(const Place& place, const Tensor& student, const Tensor
     general ? run(*general, plan, own, stream)
     : mean  ? run(*mean, plan, own, stream)
             : run(call, plan, own, stream);
-  });
+  };
+  with_call(teachers, p, temperatures, is_capped, run_on);
 }
 
 void soft_target_backward(const Place& place, const Tensor& grad_output, const Tensor& student,
@@ -129,7 +134,8 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
   using namespace logits;
   if (student.numel() == 0) return;
   const Stream stream(place);
-  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+  const bool is_capped = (to_student && p.softcap != 0) || (to_teacher && p.teacher_softcap != 0);
+  const auto run_on = [&](Call& call, MeanCall* mean, GeneralCall* general) {
     const Plan plan(call, mean, student, teachers, labels, to_student, to_teacher, p,
                     !temperatures.empty());
     call.statistics = statistics.data;
@@ -141,7 +147,8 @@ void soft_target_backward(const Place& place, const Tensor& grad_output, const T
     general ? run(*general, plan, own, stream)
     : mean  ? run(*mean, plan, own, stream)
             : launch_backward(call, plan.are_columns, stream);
-  });
+  };
+  with_call(teachers, p, temperatures, is_capped, run_on);
 }
 
 void soft_target_terms(const Place& place, const Tensor& student, const Tensors& teachers,
@@ -150,14 +157,15 @@ void soft_target_terms(const Place& place, const Tensor& student, const Tensors&
   using namespace logits;
   const Stream stream(place);
   if (student.numel() == 0) return clear(terms.data, terms.numel(), DType::f64, stream);
-  with_call(teachers, p, temperatures, [&](Call& call, MeanCall* mean, GeneralCall* general) {
-    if (general == nullptr)
-      throw std::invalid_argument("terms are of divergences of probabilities");
-    const Plan plan(call, mean, student, teachers, labels, {}, {}, p, !temperatures.empty());
-    call.statistics = statistics.data;
-    general->terms = terms.as<double>();
-    run(*general, plan, {}, stream);
-  });
+  with_call(
+      teachers, p, temperatures, false, [&](Call& call, MeanCall* mean, GeneralCall* general) {
+        if (general == nullptr)
+          throw std::invalid_argument("terms are of divergences of probabilities");
+        const Plan plan(call, mean, student, teachers, labels, {}, {}, p, !temperatures.empty());
+        call.statistics = statistics.data;
+        general->terms = terms.as<double>();
+        run(*general, plan, {}, stream);
+      });
 }
 
 }  // namespace fastkd::cuda

@@ -191,6 +191,12 @@ struct General : GeneralPasses<A, kIsColumns> {
         // Every divergence makes the gradient of what it keeps in the same way.
         g[k] = by.template of_kept<Normalized>(at.es[k], kept[k], eh, i + k == of.label);
       }
+      const int phase = of.start.phase;
+      if (to_student)
+        this->uncap(general.softcap, call.sides[kStudent], of.start.at[kStudent], phase, i, g);
+      if (to_teacher)
+        this->uncap(general.teacher_softcap, general.mean.teachers[0].tensor, of.teacher_start,
+                    phase, i, h);
       store(g, h, of, i);
     });
     if (general.to_temperatures == nullptr) return;

@@ -13,6 +13,7 @@ namespace fastkd::cuda::logits {
 struct GeneralCall {
   MeanCall mean;
   double beta, teacher_temperature;
+  double softcap, teacher_softcap;  // of logits that were capped, or 0
   TeacherIs teacher_is;
   // The temperatures of rows, or none: of the student, of the teachers, and the one whose square
   // multiplies the divergence. Their gradients, if they are wanted, come one kind after another.
@@ -22,6 +23,7 @@ struct GeneralCall {
   // Σψ) of each row.
   double* terms;
 
+  constexpr bool is_capped() const { return softcap != 0 || teacher_softcap != 0; }
   __device__ __forceinline__ bool is_stated() const { return teacher_is != TeacherIs::logits; }
   __device__ __forceinline__ bool has_one_teacher() const { return mean.count == 1; }
   // Whether this is a backward call that has what forward found of its rows.

@@ -2,6 +2,7 @@
 // of one, and the sums of one tensor's row.
 #pragma once
 
+#include "../softcap.h"
 #include "soft_target_forms.h"
 #include "soft_target_mean.h"
 
@@ -95,6 +96,19 @@ struct ClassPasses {
   __device__ __forceinline__ auto reader(const Tensor& from, int64_t at, int phase) const {
     const bool by_vectors = is_aligned(from, at, phase);
     return [=, &from](int64_t i, A(&to)[N]) { read(from, at, i, call.classes, by_vectors, to); };
+  }
+
+  // Makes of gradients those of what the logits were before they were capped, if they were. Behind
+  // this they may take the place of the logits, which are read once more. A call with a softcap is
+  // none in columns, whose kernels have no registers for it.
+  __device__ __forceinline__ void uncap(double cap, const Tensor& from, int64_t at, int phase,
+                                        int64_t i, A (&gradient)[N]) const {
+    if (kIsColumns || cap == 0) return;
+    A z[N];
+    reader(from, at, phase)(i, z);
+    const Softcap<A> softcap(cap);
+#pragma unroll
+    for (int k = 0; k < N; ++k) gradient[k] *= softcap.slope(z[k]);
   }
 
   // Maximum and sums of one tensor's row, in every thread that has a part in it. `left_out(i)` has

@@ -197,6 +197,7 @@ struct TopK : ClassPasses<A, kIsColumns> {
       if (by.hard != 0)
 #pragma unroll
         for (int k = 0; k < N; ++k) g[k] -= i + k == of.label ? by.label : A(0);
+      this->uncap(top.softcap, call.sides[kStudent], of.start.at[kStudent], of.start.phase, i, g);
       store(g, of, i);
     });
   }
@@ -243,6 +244,7 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
   const Tensors nobody;
   const Plan plan(call, nullptr, student, nobody, labels, gradient, {}, p, !temperatures.empty());
   of.beta = p.beta;
+  of.softcap = p.softcap;
   of.count = indices.sizes[1];
   of.indices = indices.as<int32_t>();
   of.log_p = log_p.data;
@@ -266,7 +268,8 @@ void top_k_forward(const Place& place, const Tensor& student, const Tensor& indi
                                            stream);
   };
   if (call.is_double) return run(double{}, std::false_type{});
-  plan.are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
+  const bool are_columns = plan.are_columns && of.softcap == 0;
+  are_columns ? run(float{}, std::true_type{}) : run(float{}, std::false_type{});
 }
 
 void top_k_sums(const Place&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

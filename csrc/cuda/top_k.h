@@ -12,6 +12,7 @@ namespace fastkd::cuda::logits {
 struct TopKCall {
   Call call;
   double beta;
+  double softcap;          // of the student's logits, or 0
   int64_t count;           // of a row's slots
   const int32_t* indices;  // of classes, ascending within a row; those of padding are negative
   const void* log_p;       // of slots

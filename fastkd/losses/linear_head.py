@@ -113,15 +113,12 @@ def sides_of(
         )
     dtypes = ["float32" if h is None else _name(_product_dtype(h)) for h in heads]
     scales = [1.0 if h is None else float(h.scale) for h in heads]
-    caps = [0.0 if h is None or h.softcap is None else float(h.softcap) for h in heads]
     parameters = Heads(
         student_is_head=heads[0] is not None,
         scale=scales[0],
-        softcap=caps[0],
         dtype=dtypes[0],
         teacher_is_head=heads[1] is not None,
         teacher_scale=scales[1],
-        teacher_softcap=caps[1],
         teacher_dtype=dtypes[1],
         listed_only=False,
         chunk_size=0 if chunk_size is None else chunk_size,
@@ -184,6 +181,10 @@ def _stand_in(head: LinearHead) -> Tensor:
     return one.expand(*head.hidden.shape[:-1], len(head.weight))
 
 
+def _softcap(head: LinearHead | None) -> float:
+    return 0.0 if head is None or head.softcap is None else float(head.softcap)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -220,6 +221,7 @@ def run(
     weight = reduce.row_weight
     sums = reduce.sums and not (weight is not None and weight.requires_grad)
     factor = reduce.factor(compute_dtype(student, *teachers)) if sums else None
+    p = p._replace(softcap=_softcap(sides.student), teacher_softcap=_softcap(sides.teacher))
     inputs = of_student, of_teachers, labels, heads, p, temperatures
     loss, *parts = linear_head(*inputs, with_parts, sums, factor, ranks)
     return loss if sums else reduce.of(loss), *parts

@@ -43,14 +43,14 @@ class Call:
         self.student: Head | Logits
         if heads.student_is_head:
             dtype = getattr(torch, heads.dtype)
-            of_student = heads.scale, heads.softcap, dtype, p.num_classes, rows, size
+            of_student = heads.scale, p.softcap, dtype, p.num_classes, rows, size
             self.student = Head(student, *of_student)
         else:
             self.student = Logits(student[0], p.num_classes, rows)
         self.teachers: list[Head | Logits | OfRows]
         if heads.teacher_is_head:
             dtype = getattr(torch, heads.teacher_dtype)
-            of_teacher = heads.teacher_scale, heads.teacher_softcap, dtype, p.num_classes
+            of_teacher = heads.teacher_scale, p.teacher_softcap, dtype, p.num_classes
             self.teachers = [Head(teachers, *of_teacher, rows, size)]
         elif p.teacher_is == "top_k":
             self.teachers = [OfRows(slots, rows) for slots in teachers]

@@ -21,16 +21,13 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def bytes_of_row(heads: Heads, classes: Sequence[int], device: torch.device) -> int:
-    """Of the logits of one row, in all buffers of a chunk; `classes` are those of both sides."""
-    sides = (
-        (heads.student_is_head, heads.dtype, heads.softcap),
-        (heads.teacher_is_head, heads.teacher_dtype, heads.teacher_softcap),
-    )
+    """Of the logits of one row of each side that is a head; `classes` are those of both sides."""
+    sides = (heads.student_is_head, heads.dtype), (heads.teacher_is_head, heads.teacher_dtype)
     total = 0
-    for count, (is_head, name, softcap) in zip(classes, sides, strict=True):
+    for count, (is_head, name) in zip(classes, sides, strict=True):
         if is_head:
             dtype = product_dtype(getattr(torch, name), device)
-            total += count * dtype.itemsize * (2 if softcap else 1)
+            total += count * dtype.itemsize
     return total
 
 

@@ -122,7 +122,10 @@ class OfRows:
 
 
 class Head:
-    """A linear head: the logits of a chunk, and the gradients of its tensors from theirs."""
+    """A linear head: the logits of a chunk, and the gradients of its tensors.
+
+    These are from the gradients of what the logits were before a softcap, which kernels compute.
+    """
 
     def __init__(
         self,
@@ -145,7 +148,6 @@ class Head:
         self.hidden = rows.of(hidden).to(dtype)
         shape = min(size, rows.count), self.classes
         self.logits = hidden.new_empty(shape, dtype=dtype)
-        self.tanh = torch.empty_like(self.logits) if softcap else None
         self.to: list[Tensor | None] = [None] * len(tensors)
         self.adds = False
 
@@ -159,9 +161,7 @@ class Head:
             torch.mm(hidden, weight, out=to)
         else:
             torch.addmm(to, hidden, weight, beta=0, alpha=factor, out=to)
-        if self.tanh is not None:
-            torch.mul(torch.tanh(to, out=self.tanh[: len(hidden)]), softcap, out=to)
-        return to
+        return to.tanh_().mul_(softcap) if softcap else to
 
     def want(self, wanted: Sequence[bool]) -> None:
         """Make room for the gradients of those tensors that want one: of hidden, weight, bias."""
@@ -183,9 +183,6 @@ class Head:
         """Add what the gradient of the last chunk of logits gives; it may be overwritten."""
         hidden, scale, adds = self.hidden[at], self.scale, self.adds
         to_hidden, to_weight, *to_bias = self.to
-        if self.tanh is not None:
-            tanh = self.tanh[: len(hidden)]
-            torch.ops.aten.tanh_backward.grad_input(gradient, tanh, grad_input=gradient)
         if to_hidden is not None:
             _multiply(gradient, self.weight, to_hidden[at], scale, False)
         if to_weight is not None:

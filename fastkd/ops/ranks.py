@@ -33,7 +33,7 @@ from fastkd.ops.rows_over_ranks import (
 )
 from fastkd.ops.soft_target import mirrored
 from fastkd.ops.soft_target_operators import backward, terms
-from fastkd.ops.temperatures import by_temperature, exchanged
+from fastkd.ops.temperatures import by_temperature, exchanged, of_divergence
 from fastkd.parameters import SoftTarget
 from fastkd.precision import compute_dtype, widest_dtype
 from fastkd.ranks import Ranks
@@ -273,7 +273,7 @@ def _of_temperatures(
     """What the classes here add to the derivatives by both temperatures, through the logits."""
     dtype = compute_dtype(student, teacher)
     sides = student.to(dtype), teacher.to(dtype)
-    q = p._replace(hard_weight=0.0, label_smoothing=0.0)
+    q = of_divergence(p)
     if q.num_classes is not None:
         count = q.num_classes
         sides = sides[0].narrow(p.dim, 0, count), sides[1].narrow(p.dim, 0, count)

@@ -190,6 +190,8 @@ def mirrored(p: SoftTarget) -> SoftTarget:
     return p._replace(
         temperature=p.teacher_temperature,
         teacher_temperature=p.temperature,
+        softcap=p.teacher_softcap,
+        teacher_softcap=p.softcap,
         divergence=_MIRRORED[p.divergence],
         beta=1 - p.beta if p.divergence == "jsd" else p.beta,
         hard_weight=0.0,

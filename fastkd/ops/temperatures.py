@@ -19,6 +19,11 @@ def exchanged(temperatures: Sequence[Tensor]) -> Sequence[Tensor]:
     return teacher, student, root
 
 
+def of_divergence(p: SoftTarget) -> SoftTarget:
+    """Whose gradients are by the logits themselves, and have no term of the labels."""
+    return p._replace(hard_weight=0.0, label_smoothing=0.0, softcap=0.0, teacher_softcap=0.0)
+
+
 def to_temperatures(
     grad_output: Tensor,
     student: Tensor,
@@ -40,7 +45,7 @@ def to_temperatures(
     dtype = compute_dtype(student, *teachers)
     student, teachers = student.to(dtype), [t.to(dtype) for t in teachers]
     inputs = student, teachers, labels, temperatures
-    p = p._replace(hard_weight=0.0, label_smoothing=0.0)
+    p = of_divergence(p)
     if labels is not None:  # what an ignored row has for a temperature may be anything
         temperatures = [t.masked_fill(labels == p.ignore_index, 1) for t in temperatures]
     of_student, of_teacher, root = temperatures

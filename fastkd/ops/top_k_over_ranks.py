@@ -29,7 +29,7 @@ from fastkd.ops.rows_over_ranks import (
     wrong_labels,
 )
 from fastkd.ops.soft_target_operators import existing
-from fastkd.ops.temperatures import by_temperature
+from fastkd.ops.temperatures import by_temperature, of_divergence
 from fastkd.ops.top_k import in_rows, to_slots
 from fastkd.ops.top_k_operators import SUMS, backward_of_shard, forward_of_shard, sums_of_shard
 from fastkd.parameters import SoftTarget
@@ -158,7 +158,7 @@ def gradients(
     ignored = None if here is None else here == IGNORED
     if wanted[3] and ranks.here and p.soft_weight:
         x = existing(q, shard, ())[0].to(grad_output.dtype)
-        soft = q._replace(num_classes=None, hard_weight=0.0, label_smoothing=0.0)
+        soft = of_divergence(q)._replace(num_classes=None)
         is_slot = slots.indices >= 0
         listed = logits[:, :-1].masked_fill(~is_slot, -torch.inf).amax(-1)
         top = torch.maximum(sums[:, 0].to(listed.dtype), listed)

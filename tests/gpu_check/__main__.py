@@ -43,7 +43,7 @@ ON_THE_DEVICE = tuple(
         *("hint", "soft_target", "distillation", "attention", "extreme_logits"),
         *("attention_regimes", "autograd"),
         *("soft_target_teachers", "soft_target_teachers_regimes"),
-        *("linear_head", "top_k", "top_k_edges", "top_k_regimes"),
+        *("linear_head", "softcap", "top_k", "top_k_edges", "top_k_regimes"),
         *("rkd", "similarity", "fsp", "relation_regimes"),
         *("metrics", "metrics_edges", "metrics_calls"),
         *("ranks", "ranks_calls", "ranks_linear_head", "ranks_linear_head_calls"),
@@ -56,7 +56,7 @@ FUSED = {
     "attention": "attention",
     "logits": "soft_target or distillation or divergence or mask or normalizer or "
     "row_weight or num_classes or inplace or temperature or probabilities or extreme or "
-    "linear_head or top_k or metrics or ranks",
+    "linear_head or softcap or top_k or metrics or ranks",
     "hints": "hint",
     "relations": "rkd or similarity or relation or fsp",
 }

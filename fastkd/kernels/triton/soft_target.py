@@ -41,6 +41,7 @@ from fastkd.kernels.triton.soft_target_rows import (
     terms_in_blocks,
     terms_of_rows,
 )
+from fastkd.kernels.triton.softcap import slope
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, mean_of, shift, whole
 from fastkd.kernels.triton.stated import mass_and_sum, with_mass
 from fastkd.kernels.triton.temperatures import operand, temperatures_of
@@ -74,6 +75,7 @@ def logits_forward(
     hard_weight: tl.float64,
     t2: tl.float64,
     beta: tl.float64,  # of a divergence of mixtures
+    softcap: tl.float64,  # of the student's logits
     ignore_index,
     rate: tl.float64,  # log₂(e) / T, of scaled logits
     soft: tl.float64,  # the factor of the divergence's gradient
@@ -97,6 +99,7 @@ def logits_forward(
     AT_ONCE: tl.constexpr,  # whether the last pass finds the divergence along with the gradient
     NORMALIZES: tl.constexpr,  # whether the divergence is one of probabilities
     TEACHER_IS: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
     """Loss, statistics and gradient of a tile of rows.
 
@@ -183,15 +186,18 @@ def logits_forward(
             *(unit, shares, HAS_HARD, DIVERGENCE),
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
+        cap = tl.full([1, 1], softcap, COMPUTE) if IS_CAPPED else None
         if WHOLE:
             g = student_gradient(es, et, eh, apart, column, label, of, HAS_HARD, DIVERGENCE)
+            if IS_CAPPED:
+                g *= slope(s, cap)
             mask = is_row & (column < classes)
             store(g_at, column, class_strides[1], mask, tl.where(lives, g, 0))
         else:
             seen = counts if SEVERAL else lives
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
-                *(weights, rates, mean, g_at, label, is_row, lives, of),
+                *(weights, rates, mean, g_at, label, is_row, lives, of, cap),
                 *(HAS_HARD, DIVERGENCE, TEACHER_IS),
             )
     if AT_ONCE:
@@ -240,13 +246,14 @@ def soft_target_forward(
         *(student, tuple(teachers), gradient, labels, operand(temperatures, p)),
         *(*of_rows, statistics, sums, kept),
         *(grad_output, in_place, mean_of_teachers(p.weights, rate)),
-        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta),
+        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta, p.softcap),
         *(ignore_index, rate, *others),
         () if grad_output is None else plan.upstream_strides,
         SMOOTHS=p.label_smoothing > 0,
         WHOLE=whole,
         NORMALIZES=p.divergence in divergence.OF_PROBABILITIES,
         TEACHER_IS=p.teacher_is,
+        IS_CAPPED=p.softcap != 0,
         AT_ONCE=in_blocks and gradient is not None and not divergence.needs_loss(p.divergence),
         **constants(plan, labels, temperatures, dtype, p),
     )
@@ -293,7 +300,10 @@ def soft_target_backward(
         student,
         *(grad_output, in_place, student, teacher, to_student, to_teacher, to_temperatures),
         *(labels, operand(temperatures, p), statistics, kept, p.all_classes or None, p.beta),
+        *(p.softcap, p.teacher_softcap),
         *arguments(plan, labels, p),
         plan.upstream_strides,
+        IS_CAPPED=p.softcap != 0,
+        TEACHER_IS_CAPPED=p.teacher_softcap != 0,
         **constants(plan, labels, temperatures, statistics.dtype, p),
     )

@@ -6,6 +6,7 @@ import triton.language as tl
 from fastkd.kernels.triton import divergence
 from fastkd.kernels.triton.divergence import INFINITY, LN_2, SCALE
 from fastkd.kernels.triton.rows import load, locate, look_up, store, tile_of_rows
+from fastkd.kernels.triton.softcap import slope
 from fastkd.kernels.triton.softmax import between, exponentials, locate_all, target
 from fastkd.kernels.triton.temperatures import product, store_gradients, temperatures_of
 from fastkd.parameters import ELSEWHERE
@@ -80,6 +81,7 @@ def last_pass(
     is_row,
     lives,
     of,
+    cap,  # of the student's logits, or None
     HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TEACHER_IS: tl.constexpr,
@@ -102,6 +104,8 @@ def last_pass(
             difference += divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         if g_at is not None:
             g = student_gradient(es, et, eh, apart, k, label, of, HAS_HARD, DIVERGENCE)
+            if cap is not None:
+                g *= slope(s, cap)
             store(g_at, k, strides[1], is_row & (k < classes), tl.where(lives, g, 0))
     return mass, difference
 
@@ -124,6 +128,8 @@ def logits_backward(
     kept,  # the number by which the gradients are divided, or None
     all_classes,  # where these are a shard of them, or None
     beta: tl.float64,  # of a divergence of mixtures
+    softcap: tl.float64,  # of the student's logits, and of the teacher's
+    teacher_softcap: tl.float64,
     ignore_index,
     rate: tl.float64,
     soft: tl.float64,
@@ -142,6 +148,8 @@ def logits_backward(
     SIDE_BY_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
+    TEACHER_IS_CAPPED: tl.constexpr,
 ):
     """Gradients of a tile of rows, a block at a time.
 
@@ -195,6 +203,8 @@ def logits_backward(
         apart = between(et, y, x, rates, None, DIVERGENCE)
         if to_student is not None:
             g = student_gradient(es, et, eh, apart, k, label, of, HAS_HARD, DIVERGENCE)
+            if IS_CAPPED:
+                g *= slope(s, tl.full([1, 1], softcap, COMPUTE))
             g_at = to_student + locate(inner, outer, sizes, row_strides[1], UNIT)
             store(g_at, k, class_strides[1], mask, tl.where(lives, g, 0))
         if to_temperatures is not None:
@@ -210,6 +220,9 @@ def logits_backward(
                 by_teacher += product(g, y)
             if to_teacher is not None:
                 g_at = to_teacher + locate(inner, outer, sizes, row_strides[3], UNIT)
+                if TEACHER_IS_CAPPED:
+                    t = load(t_ats[0], k, class_strides[2], lives & mask, COMPUTE)
+                    g *= slope(t, tl.full([1, 1], teacher_softcap, COMPUTE))
                 g = tl.where((soft == 0) | ~lives, 0, g)
                 store(g_at, k, class_strides[3], mask, g)
     if to_temperatures is not None:

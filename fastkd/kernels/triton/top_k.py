@@ -24,6 +24,7 @@ from fastkd.kernels.triton.rows import (
 )
 from fastkd.kernels.triton.rows import plan as plan_rows
 from fastkd.kernels.triton.soft_target_rows import cross_entropy, store_losses
+from fastkd.kernels.triton.softcap import slope
 from fastkd.kernels.triton.softmax import HARD_RATE, shift
 from fastkd.kernels.triton.temperatures import temperatures_of
 from fastkd.kernels.triton.tiles import launch, power_of_2
@@ -67,6 +68,7 @@ def top_k(
     hard_weight: tl.float64,
     t2: tl.float64,
     beta: tl.float64,  # of a divergence of mixtures
+    softcap: tl.float64,  # of the student's logits
     slots,  # of a row
     ignore_index,
     rate: tl.float64,  # log₂(e) / T, of scaled logits
@@ -92,6 +94,7 @@ def top_k(
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
     """Loss, log q and gradient of a tile of rows."""
     READS: tl.constexpr = HAS_CLASSES or not LISTED_ONLY
@@ -185,17 +188,20 @@ def top_k(
                 *(slots, lives, soft, psi, shares, DIVERGENCE, LISTED_ONLY, ARE_MANY),
             )
             g += nothing
-            if READS:
+            if READS or IS_CAPPED:
                 if len(held) == 0:
                     s = load(s_at, k, stride, lives & (k < classes), COMPUTE)
                 else:
                     s = held[0]
+            if READS:
                 x = s * SCALE - tl.where(listed, of_listed[0], of_rest[0])
                 g += tl.exp2(x * rate) * tl.where(listed, of_listed[1], of_rest[1]) - of_class
                 if HAS_HARD:
                     g += tl.exp2(x * HARD_RATE) * tl.where(listed, of_listed[2], of_rest[2])
             if HAS_CLASSES:
                 g -= tl.where(k == label, hard * (1 - smoothing), 0)
+            if IS_CAPPED:
+                g *= slope(s, tl.full([1, 1], softcap, COMPUTE))
             store(g_at, k, class_strides[1], is_row & (k < classes), tl.where(lives, g, 0))
 
 
@@ -243,7 +249,7 @@ def top_k_forward(
         student,
         *(student, gradient, indices, log_p, log_rest, log_q, labels, tuple(temperatures)),
         *(*of_rows, sums, kept, grad_output),
-        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta, slots),
+        *(p.soft_weight, p.hard_weight, p.temperature * p.temperature, p.beta, p.softcap, slots),
         *arguments(plan, labels, p),
         () if grad_output is None else plan.upstream_strides,
         HAS_CLASSES=has_classes,
@@ -252,6 +258,7 @@ def top_k_forward(
         ARE_MANY=slots * known["CLASSES"] > _MOST_IN_TURN * student.shape[p.dim],
         WHOLE=student.shape[p.dim] <= known["CLASSES"],
         SLOTS=max(min(power_of_2(slots), most), 1),
+        IS_CAPPED=p.softcap != 0,
         **{**known, "HAS_HARD": known["HAS_HARD"] and has_classes},
     )
     if sums is not None and loss is not None:

@@ -65,6 +65,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
     ]
     # A number of the teacher's, and temperatures of rows, of which three are loaded.
     own, of_rows_alone = hard._replace(teacher_temperature=2.0), _at_1(hard)
+    capped = hard._replace(softcap=30.0, teacher_softcap=20.0)
     heat = [row] * 3
     temperatures = [
         Regime("own number", forward(labels, scalar, parts, None, gradient, own), Narrow(7, 3)),
@@ -116,6 +117,7 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             Regime(
                 "backward by row", backward(row, None, None, gradient, None, by_row), Narrow(1, 0)
             ),
+            Regime("capped", forward(None, scalar, None, None, gradient, capped), Narrow(0, 3)),
             *divergences,
             *temperatures,
         ]
@@ -141,6 +143,14 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
             "in place",
             backward(scalar, labels, statistics, gradient, None, hard, scalar),
             Narrow(10, 0),
+        ),
+        Regime(
+            "capped", forward(labels, scalar, parts, statistics, gradient, capped), Narrow(4, 10)
+        ),
+        Regime(
+            "capped, backward",
+            backward(scalar, labels, statistics, gradient, to_teacher, capped),
+            Narrow(9, 0),
         ),
         *divergences,
         Regime(
@@ -208,6 +218,8 @@ def _both(*shape: int, dtype: torch.dtype = float32) -> list[Tensor]:
 
 _USES = {"hard", "soft", "loss only", "by row", "backward", "backward by row", "in place"}
 
+_CAPPED = {"capped", "capped, backward"}
+
 _DIVERGENCES = {"jsd", "tvd", "skew_kl", "skew_reverse_kl", "reverse_kl", "reverse_kl backward"}
 
 _OWN = {
@@ -239,7 +251,11 @@ _LOGITS_OF_3 = {
 
 # A student and its teachers, the dimension of the classes, and the uses that are compiled.
 _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
-    "1,000 classes": (_both(512, 1000), 1, _USES | _DIVERGENCES | _OWN | _STATED | _SHARDS),
+    "1,000 classes": (
+        _both(512, 1000),
+        1,
+        _USES | _CAPPED | _DIVERGENCES | _OWN | _STATED | _SHARDS,
+    ),
     "1,000 classes, bfloat16": (_both(512, 1000, dtype=bfloat16), 1, {"hard", "in place"}),
     "1,000 classes, float16 and float32": (
         [meta(512, 1000, dtype=float16), meta(512, 1000)],
@@ -256,7 +272,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "32,000 classes, bfloat16": (
         _both(512, 32000, dtype=bfloat16),
         1,
-        {"hard", "backward"} | _DIVERGENCES | _OWN | _STATED,
+        {"hard", "backward"} | _CAPPED | _DIVERGENCES | _OWN | _STATED,
     ),
     "2,048 classes, float64": (
         _both(512, 2048, dtype=float64),
@@ -271,6 +287,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
         1,
         {
             *("hard", "jsd", "temperatures, forward_kl", "temperatures, jsd"),
+            *_CAPPED,
             *("probabilities, forward_kl", "probabilities, skew_kl"),
         },
     ),
@@ -313,7 +330,7 @@ _LOGITS: dict[str, tuple[list[Tensor], int, set[str]]] = {
     "2 teachers, 32,000 classes, bfloat16": (
         _LOGITS_OF_3[32000, bfloat16],
         1,
-        {"hard", "loss only", "reverse_kl"} | _OWN,
+        {"hard", "loss only", "reverse_kl", "capped"} | _OWN,
     ),
     "2 teachers, 5,000 classes, float64": (
         [meta(512, 5000, dtype=float64)] * 2 + [meta(512, 5000)],

@@ -16,7 +16,7 @@ _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_rever
 _BUCKETS = {f"bucket, {name}" for name in _DIVERGENCES}
 _OTHERS = {
     *("renormalize", "zero, loss only", "in place", "backward", "temperatures"),
-    *("both, hard", "both, forward_kl", "both, jsd"),
+    *("both, hard", "both, forward_kl", "both, jsd", "capped"),
 }
 
 # Slots, labels and numbers of rows; and where no logits but those of slots are read.
@@ -43,7 +43,7 @@ _STUDENTS: dict[str, tuple[Tensor, int, int, set[str]]] = {
         meta(512, 32000, dtype=bfloat16),
         1,
         100,
-        {*_BUCKETS, "backward", "in place", "temperatures"},
+        {*_BUCKETS, "backward", "in place", "temperatures", "capped"},
     ),
     "50,257 classes, bfloat16": (
         meta(512, 50257, dtype=bfloat16),
@@ -124,6 +124,8 @@ def _uses(student: Tensor, dim: int, k: int) -> Iterator[Regime]:
     yield regime("zero, loss only", None, None, scalar, None, None, None, False, soft)
     yield regime("in place", None, labels, scalar, None, None, student, False, hard)
     yield regime("backward", rest, labels, None, None, log_q, gradient, False, hard, (), scalar)
+    capped = hard._replace(softcap=30.0)
+    yield regime("capped", rest, labels, *outputs, False, capped)
     of_rows = hard._replace(temperature=1.0, teacher_temperature=1.0, reduction="none")
     losses = row, row.expand(2, *row.shape), log_q, gradient
     yield regime("temperatures", rest, labels, *losses, False, of_rows, [row] * 3, row)
