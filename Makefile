@@ -35,9 +35,9 @@ FUZZ_TESTS := $(wildcard tests/test_fuzz*.py)
 # What reaches every address that a CPU kernel may, and every branch of one.
 SANITIZED_TESTS := $(FUZZ_TESTS) $(patsubst %,tests/test_%.py,attention autograd distillation \
     divergence divergence_edges extreme_logits fsp hint inplace isa linear_head mask metrics \
-    metrics_edges num_classes probabilities ranks ranks_calls ranks_linear_head rkd row_weight \
-    similarity soft_target soft_target_teachers softcap temperatures top_k top_k_arguments \
-    top_k_edges weighted_gradients)
+    metrics_edges num_classes probabilities ranks ranks_calls ranks_linear_head ranks_top_k rkd \
+    row_weight similarity soft_target soft_target_teachers softcap temperatures top_k \
+    top_k_arguments top_k_edges weighted_gradients)
 # $(call cmake,source folder,build folder,options) compiles what only tests use.
 cmake = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(1) -B $(2) -G Ninja $(3) \
     -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \

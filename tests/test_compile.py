@@ -167,8 +167,8 @@ def test_every_operator_is_checked(kernel_backend):
     seen = {function for name in LOSSES for function, _ in operators_of(name, kernel_backend)}
     # Only compiled code calls the product, no leaf is overwritten, heads are no tensors, what has
     # no gradient is no loss, and no sample has a group. Their own tests check these:
-    # test_product.py, test_inplace.py, test_linear_head_compiled.py, test_metrics_calls.py and
-    # test_ranks_calls.py.
+    # test_product.py, test_inplace.py, test_linear_head_compiled.py, test_metrics_calls.py,
+    # test_ranks_calls.py and test_ranks_top_k_calls.py.
     seen |= {
         torch.ops.fastkd.linear_head_forward.default,
         torch.ops.fastkd.linear_head_backward.default,
@@ -176,6 +176,9 @@ def test_every_operator_is_checked(kernel_backend):
         torch.ops.fastkd.soft_target_forward_.default,
         torch.ops.fastkd.soft_target_terms.default,
         torch.ops.fastkd.top_k_forward_.default,
+        torch.ops.fastkd.top_k_sums.default,
+        torch.ops.fastkd.top_k_shard_forward.default,
+        torch.ops.fastkd.top_k_shard_backward.default,
         metrics.metrics.overload,
     }
     assert seen == set(operators.OPERATORS.values())
