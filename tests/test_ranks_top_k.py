@@ -69,6 +69,7 @@ def test_temperatures_that_learn(backend, split, keywords, dtype, kind):
     check_top_k(*tensors, backend, torch.randn(9), reduction="none", **keywords)
     labels = some_labels(9, classes=60)
     check_top_k(*tensors, backend, labels=labels, label_smoothing=0.1, **keywords)
+    check_top_k(*tensors, backend, labels=labels, soft_weight=0.0, **keywords)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])

@@ -154,16 +154,13 @@ def gradients(
     logs = to_slots(grad_output, shard, *_logs(slots), log_q, here, temperatures, q)
     if not temperatures or not (wanted[3] or wanted[5]):
         return of_student, *logs, *(None for _ in temperatures)
-    part = torch.zeros_like(grad_output)
     ignored = None if here is None else here == IGNORED
+    part = torch.zeros_like(grad_output)
     if wanted[3] and ranks.here and p.soft_weight:
         x = existing(q, shard, ())[0].to(grad_output.dtype)
         soft = q._replace(num_classes=None, hard_weight=0.0, label_smoothing=0.0)
-        is_slot = slots.indices >= 0
-        listed = logits[:, :-1].masked_fill(~is_slot, -torch.inf).amax(-1)
-        top = torch.maximum(sums[:, 0].to(listed.dtype), listed)
         heat = temperatures[0] if ignored is None else temperatures[0].masked_fill(ignored, 1)
-        top = top.view(grad_output.shape).unsqueeze(p.dim)
+        top = _largest(slots, sums, logits).view(grad_output.shape).unsqueeze(p.dim)
         part = by_temperature(to_shard(x, soft), x, heat, p.dim, top)
     # T² is the same on every rank; through the logits each has a part of the derivative.
     of_logits = ranks.total(part.to(torch.float64)).to(part.dtype)
@@ -175,6 +172,12 @@ def gradients(
     every = of_logits, None, of_root
     heats = (x if want else None for x, want in zip(every, wanted[3:], strict=True))
     return of_student, *logs, *heats
+
+
+def _largest(slots: Slots, sums: Tensor, logits: Tensor) -> Tensor:
+    """The maxima of whole rows."""
+    listed = logits[:, :-1].masked_fill(slots.indices < 0, -torch.inf).amax(-1)
+    return torch.maximum(sums[:, 0].to(listed.dtype), listed)
 
 
 def _logs(slots: Slots) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +223,7 @@ def _exchange(
         columns[:, SUMS:] = _logits_of(student, torch.cat([local, label.view(-1, 1)], 1), q, ranks)
     found = ranks.gather(columns)
     tops, at_temperature, at_1, totals = found[..., :SUMS].unbind(-1)
-    tops = tops.masked_fill(at_temperature.isnan(), torch.nan)
+    tops = tops.masked_fill(at_temperature.isnan(), torch.nan)  # a shard of NaN alone has none
     heat: Any = temperatures[0].flatten().to(widest) if temperatures else q.temperature
     whole, _ = whole_rows(Side(tops, at_temperature), 1 if slots.listed_only else heat)
     hard, _ = whole_rows(Side(tops, at_1), 1)
