@@ -24,13 +24,13 @@ class MissingProbabilityHandling(Enum):
 def dense_kl_div(
     logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Compute the sum over tokens of `KL(P‖Q)`, without a factor T²; `kl.py`.
+    """Sum over tokens `KL(P‖Q)`, without T²; `kl.py`.
 
     Args:
         logits: the student's, `(B, S, V)`.
         target_logits: the teacher's, which receive a gradient if they require one.
-        mask: as in `sparse_kl_div`.
-        temperature: T of both sides.
+        mask: as in `sparse_kl_div`. Default: None.
+        temperature: T of both sides. Default: 1.0.
     """
     return soft_target_loss(
         logits,
@@ -56,22 +56,23 @@ def sparse_kl_div(
     student_generation_temperature: float = 1.0,
     chunk_length: int | None = None,
 ) -> Tensor:
-    """Compute the sum over tokens of `KL(P‖Q)`, without a factor T².
+    """Sum over tokens `KL(P‖Q)`, without T²; `kl.py`.
 
-    `kl.py`. In fastkd `soft_target_loss` of a `TopK` teacher.
+    With both values of `missing` it is `fastkd.soft_target_loss` of a `TopK` teacher.
 
     Args:
         logits: the student's, `(B, S, V)`.
         target_ids: the classes that the teacher kept, `(B, S, k)`.
         target_values: their log-probabilities or logits, `(B, S, k)`.
-        mask: `(B, S)` or `(B, S, 1)`, True for tokens that count; a number weights its token.
-        eps: 1e-8 at most, which changes nothing.
-        missing: what the teacher gives to other classes.
-        log_target: whether the values are log-probabilities.
-        temperature: T of both sides.
-        target_generation_temperature: that of the values, G.
-        student_generation_temperature: that of the logits.
-        chunk_length: no matter; nothing but gradients is kept for backward.
+        mask: `(B, S)` or `(B, S, 1)`, True for tokens that count, or numbers that weight them.
+            Default: None, all count.
+        eps: what DistillKit leaves out; at most 1e-8, which changes no digit. Default: 1e-8.
+        missing: what the teacher gives to other classes. Default: `ZERO`.
+        log_target: whether the values are log-probabilities. Default: True.
+        temperature: T of both sides. Default: 1.0.
+        target_generation_temperature: G of the values. Default: 1.0.
+        student_generation_temperature: that of the student's logits. Default: 1.0.
+        chunk_length: no matter here, where one pass keeps the gradient alone. Default: None.
 
     Raises:
         ValueError: `eps` is larger, or logits are to have a rest.
@@ -95,13 +96,13 @@ def sparse_kl_div(
 def dense_js_div(
     logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Compute the sum over tokens of `½ KL(P‖M) + ½ KL(Q‖M), M = (P + Q) / 2`, without a factor T²; `jsd.py`.
+    """Sum over tokens `½ KL(P‖M) + ½ KL(Q‖M)`, `M = (P + Q) / 2`, without T²; `jsd.py`.
 
     Args:
         logits: the student's, `(B, S, V)`.
         target_logits: the teacher's, which receive a gradient if they require one.
-        mask: as in `sparse_js_div`.
-        temperature: T of both sides.
+        mask: as in `sparse_kl_div`. Default: None.
+        temperature: T of both sides. Default: 1.0.
     """
     return soft_target_loss(
         logits,
@@ -127,7 +128,7 @@ def sparse_js_div(
     student_generation_temperature: float = 1.0,
     chunk_length: int | None = None,
 ) -> Tensor:
-    """Compute the sum over tokens of `½ KL(P‖M) + ½ KL(Q‖M), M = (P + Q) / 2`, without a factor T²; `jsd.py`.
+    """Sum over tokens `½ KL(P‖M) + ½ KL(Q‖M)`, `M = (P + Q) / 2`, without T²; `jsd.py`.
 
     With `ZERO` the teacher's k probabilities are written out among V classes, for `chunk_length`
     tokens of each sequence at a time. Other arguments are those of `sparse_kl_div`.
@@ -151,13 +152,13 @@ def sparse_js_div(
 def dense_tvd(
     logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Compute the sum over tokens of `½ Σ |P − Q|`, without a factor T²; `tvd.py`.
+    """Sum over tokens `½ Σ |P − Q|`, without T²; `tvd.py`.
 
     Args:
         logits: the student's, `(B, S, V)`.
         target_logits: the teacher's, which receive a gradient if they require one.
-        mask: as in `sparse_tvd`.
-        temperature: T of both sides.
+        mask: as in `sparse_kl_div`. Default: None.
+        temperature: T of both sides. Default: 1.0.
     """
     return soft_target_loss(
         logits,
@@ -183,7 +184,7 @@ def sparse_tvd(
     student_generation_temperature: float = 1.0,
     chunk_length: int | None = None,
 ) -> Tensor:
-    """Compute the sum over tokens of `½ Σ |P − Q|`, without a factor T²; `tvd.py`.
+    """Sum over tokens `½ Σ |P − Q|`, without T²; `tvd.py`.
 
     With `ZERO` the teacher's k probabilities are written out among V classes, for `chunk_length`
     tokens of each sequence at a time. Other arguments are those of `sparse_kl_div`.

@@ -97,8 +97,8 @@ class LigerFusedLinearKLDivLoss(torch.nn.Module):
             raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', got {reduction!r}")
         if eps > _LARGEST_EPS:
             raise ValueError(
-                f"eps must be at most {_LARGEST_EPS:g}, got {eps}: the target's logarithm is taken as "
-                "it is, and only such an eps changes no digit of the loss"
+                f"eps must be at most {_LARGEST_EPS:g}, got {eps}: the target's logarithm is taken "
+                "without it, and only such an eps changes no digit of the loss"
             )
         _check_accum_dtype(accum_dtype)
         self.reduction = reduction

@@ -109,12 +109,13 @@ class TopLogitsKLLoss(LogitsKLLoss):
     def forward(self, predictions: Tensor, targets: Tensor) -> Result:
         """Of logits `(s, b, V)`, or tuples that start with them, the losses `(b, s)` and flags."""
         student, teacher = _logits(predictions, targets)
+        teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
         values, indices = _top(teacher, self.top_k, self._group)
-        lse = (teacher.float() / self._temperature).logsumexp(-1)
+        lse = (teacher / self._temperature).logsumexp(-1)
         if self._group is not None:
             lse = _gathered(lse[..., None], self._group).logsumexp(-1)
         if self.top_p is not None:
-            p = (values.float() / self._temperature - lse[..., None]).exp()
+            p = (values / self._temperature - lse[..., None]).exp()
             stays = p.cumsum(-1) - p < self.top_p
             stays[..., : self.top_p_min_k] = True
             indices = indices.masked_fill(~stays, -1)

@@ -5,16 +5,17 @@
 `sparse_tvd`). Its losses of rankings, hinges and hidden states stay DistillKit's. See
 `fastkd.compat` for what all modules share.
 
-What a teacher of k classes computed at a temperature G is softened to T. With `a = G/T`:
+The values v of k classes that a teacher computed at a temperature G are softened to T, with
+`a = G/T`:
 
-| values v | missing | the teacher's p | in fastkd |
+| missing | v | the teacher's p | `fastkd.TopK` |
 |---|---|---|---|
-| logits or log-probabilities | `ZERO` | `softmax(a v)`, 0 for other classes | `tail="renormalize"` |
-| log-probabilities | `SYMMETRIC_UNIFORM` | in the ratio of `exp(a v)`, and `(1 − Σ exp v)^a` for all \
-others as one class | `tail="bucket"` |
+| `ZERO` | any | `softmax(a v)`, and 0 for other classes | `tail="renormalize"` |
+| `SYMMETRIC_UNIFORM` | log-probabilities | the ratios of all `exp(a v)` and, for all other \
+classes as one, `(1 − Σ exp v)^a` | `tail="bucket"` |
 
-`ZERO` is not what `fastkd.TopK` calls `"zero"`. The power of the rest is not the sum of the powers of
-the classes in it, unless a is 1. DistillKit leaves out what is below its `eps` of 1e-8; here that
+`ZERO` is not what `TopK` calls `"zero"`. The power of the rest is not the sum of the powers of the
+classes in it, unless a is 1. DistillKit leaves out what is below its `eps` of 1e-8; here that
 counts. A teacher of k classes receives no gradient.
 
 Example:

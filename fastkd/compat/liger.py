@@ -73,8 +73,8 @@ class LigerJSD(torch.nn.Module):
     """`beta KL(P‖M) + (1 − beta) KL(Q‖M)`, `M = beta P + (1 − beta) Q`; `transformers/jsd.py`.
 
     The gradient to log q is `(1 − beta) q log(q/m)`. One fused pass computes it with the sides
-    exchanged: log q is used as it is, and log p takes the place of logits. Rows of P that do not sum
-    to 1 are normalised by that, which the library does not do. From logits
+    exchanged: log q is used as it is, and log p takes the place of logits. That normalises rows of
+    P that do not sum to 1, which the library does not do. From logits
     `fastkd.soft_target_loss(s, t, divergence="jsd", beta=beta, scale_t2=False)` computes both
     softmaxes as well.
 
