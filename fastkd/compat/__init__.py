@@ -1,0 +1,1 @@
+"""Other libraries' losses by their own names, computed by fastkd."""
