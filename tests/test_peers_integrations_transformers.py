@@ -7,6 +7,8 @@ from processes import free_port
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 trainers = pytest.importorskip("trainers")
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from fastkd.integrations.transformers import DistillationTrainer  # noqa: E402
 
 CAUSAL = {
@@ -139,22 +141,28 @@ def test_labels_that_a_collator_has_shifted(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
-def test_under_autocast(tmp_path):
+@pytest.fixture
+def forget_precision(monkeypatch):
+    """Accelerate keeps the precision of the first trainer for the whole process, until told."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield lambda: AcceleratorState._reset_state(True)
+    AcceleratorState._reset_state(True)
+
+
+def test_under_autocast(forget_precision, tmp_path):
     """Both ways compute their products in bfloat16, whose gradients are those of float32 nearly."""
-    student, teacher = trainers.pair(trainers.llama_like, "Llama")
     batch, gradients = batch_of(trainers.language()), []
     for keywords in (
         {"more": {"bf16": True}, "linear_heads": True},
         {"more": {"bf16": True}, "linear_heads": False},
         {"linear_heads": False},
     ):
-        forwards = student.forward, teacher.forward
+        forget_precision()
+        student, teacher = trainers.pair(trainers.llama_like, "Llama")
         trainer = trainer_of(tmp_path, student, teacher, **keywords)
         model = trainer.accelerator.prepare_model(student)
         trainer.compute_loss(model, batch).backward()
         gradients.append(torch.cat([x.grad.flatten() for x in student.parameters()]))
-        student.zero_grad()
-        student.forward, teacher.forward = forwards
     heads, logits, exact = gradients
     assert not torch.equal(logits, exact)
     for one in (heads, logits):
