@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.task import LogitDistillationTask as _LogitDistillationTask
+from timm import task
 from torch import Tensor, nn
 
 from fastkd.losses.soft_target import soft_target_loss
@@ -11,7 +11,7 @@ from fastkd.losses.soft_target import soft_target_loss
 __all__ = ["LogitDistillationTask"]
 
 
-class LogitDistillationTask(_LogitDistillationTask):  # type: ignore[misc]
+class LogitDistillationTask(task.LogitDistillationTask):
     """`timm.task.LogitDistillationTask` whose divergence fastkd computes.
 
     `task_loss_weight * criterion(student, target) + distill_loss_weight * T^2 * KL(teacher ‖
@@ -31,7 +31,8 @@ class LogitDistillationTask(_LogitDistillationTask):  # type: ignore[misc]
     Example:
         >>> import timm
         >>> from fastkd.integrations.timm import LogitDistillationTask
-        >>> student, teacher = (timm.create_model(n, num_classes=10) for n in ("resnet10t", "resnet14t"))
+        >>> student = timm.create_model("resnet10t", num_classes=10)
+        >>> teacher = timm.create_model("resnet14t", num_classes=10)
         >>> task = LogitDistillationTask(student, teacher, temperature=4.0, task_loss_weight=0.1)
         >>> task(torch.randn(2, 3, 32, 32), torch.randint(10, (2,)))["loss"].backward()
     """
