@@ -1,7 +1,7 @@
 """Losses of fastkd.compat against the libraries' formulas, or the libraries themselves."""
 
 import torch
-from conventions import assert_same
+from conventions import assert_same, draw
 
 import fastkd
 
@@ -9,7 +9,7 @@ import fastkd
 def assert_stands_for(backend, call, formula, *tensors, students=1):
     """`call` has the results of `formula` and their gradients, in float64 and in float32.
 
-    The formula is in float64 always. A loss in float32 is a sum of terms that cancel. Results are one tensor, or a list of them.
+    The formula is in float64 always. Results are one tensor, or a list of them.
     """
     with fastkd.use_backend(backend):
         ours, theirs = (function(*tensors) for function in (call, formula))
@@ -22,10 +22,10 @@ def assert_stands_for(backend, call, formula, *tensors, students=1):
     loss, *gradients = differentiate(backend, one(call), rounded, students)
     expected, *expected_gradients = differentiate(backend, one(formula), wide, students)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-7)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         largest = other.abs().max().item()
-        torch.testing.assert_close(gradient.double(), other, rtol=1e-5, atol=1e-6 * largest)
+        torch.testing.assert_close(gradient.double(), other, rtol=1e-5, atol=2e-6 * largest)
 
 
 def assert_same_layout(ours, theirs):
@@ -58,3 +58,8 @@ def is_without_gradient(call, student, teacher):
     """The teacher receives no gradient, though it requires one."""
     student, teacher = (x.detach().clone().requires_grad_() for x in (student, teacher))
     return torch.autograd.grad(call(student, teacher), teacher, allow_unused=True)[0] is None
+
+
+def draw_logits(*shapes):
+    """Far enough apart that the terms of a KL divergence in float32 do not cancel."""
+    return [4 * x for x in draw(*shapes)]

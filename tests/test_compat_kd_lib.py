@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compat import assert_stands_for, is_without_gradient
+from compat import assert_stands_for, draw_logits, is_without_gradient
 from conventions import draw
 from test_compat_repdistiller import LISTS, angle_loss, lists
 from test_conventions_relations import distance_loss
@@ -35,7 +35,8 @@ def hard_and_soft(s, soft, weight=WEIGHT):
 
 def kl(s, t, reduction="mean", *, of_student=T, of_teacher=T):
     q, p = (s / of_student).log_softmax(1), (t / of_teacher).softmax(1)
-    return F.kl_div(q, p, reduction=reduction)
+    total = F.kl_div(q, p, reduction="sum")
+    return total / {"mean": s.numel(), "batchmean": len(s), "sum": 1}[reduction]
 
 
 def with_labels(method):
@@ -50,7 +51,7 @@ def test_vanilla_kd(backend):
 
     method = trainer("VanillaKD", torch.nn.MSELoss()).calculate_kd_loss
     assert_stands_for(
-        backend, with_labels(method), formula, *draw((B, K), (B, K)), students=2
+        backend, with_labels(method), formula, *draw_logits((B, K), (B, K)), students=2
     )
 
 
@@ -61,14 +62,14 @@ def test_messy_collab_and_soft_random(backend, name, reduction):
     method = trainer(name, torch.nn.KLDivLoss(reduction=reduction)).calculate_kd_loss
     assert_stands_for(
         backend, with_labels(method), lambda s, t: hard_and_soft(s, T * T * kl(s, t, reduction)),
-        *draw((B, K), (B, K)), students=2,
+        *draw_logits((B, K), (B, K)), students=2,
     )  # fmt: skip
 
 
 def test_bann(backend):
     """vision/BANN/BANN.py BANN: from the second generation on."""
     later = trainer("BANN", torch.nn.CrossEntropyLoss(), gen=1).calculate_kd_loss
-    sides = draw((B, K), (B, K))
+    sides = draw_logits((B, K), (B, K))
     assert_stands_for(
         backend, with_labels(later), lambda s, t: hard_and_soft(s, T * T * kl(s, t)), *sides,
         students=2,
@@ -84,7 +85,7 @@ def test_cskd(backend):
     """vision/CSKD/cskd.py CSKD."""
     assert_stands_for(
         backend, trainer("CSKD").calculate_kd_loss,
-        lambda s, t: kl(s, t, "sum") * T**2 / len(s), *draw((B, K), (B, K)), students=2,
+        lambda s, t: kl(s, t, "sum") * T**2 / len(s), *draw_logits((B, K), (B, K)), students=2,
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_self_training(backend, reduction):
     assert_stands_for(
         backend, with_labels(method),
         lambda s, t: hard_and_soft(s, kl(s, t, reduction, of_student=1)),
-        *draw((B, K), (B, K)), students=2,
+        *draw_logits((B, K), (B, K)), students=2,
     )  # fmt: skip
 
 
@@ -108,7 +109,9 @@ def test_virtual_teacher(backend):
         return hard_and_soft(s, kl(s, made_up, of_student=1))
 
     of = trainer("VirtualTeacher", torch.nn.KLDivLoss(), correct_prob=0.9)
-    assert_stands_for(backend, lambda s: of.calculate_kd_loss(s, LABELS), formula, *draw((B, K)))
+    assert_stands_for(
+        backend, lambda s: of.calculate_kd_loss(s, LABELS), formula, *draw_logits((B, K))
+    )
 
 
 @pytest.mark.parametrize(

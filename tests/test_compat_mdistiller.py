@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compat import assert_stands_for, is_without_gradient
+from compat import assert_stands_for, draw_logits, is_without_gradient
 from conventions import draw
 from test_compat_repdistiller import LISTS, angle_loss, attention, lists, similarity
 from test_conventions_relations import distance_loss
@@ -22,7 +22,11 @@ def test_kd(backend, shape):
         return terms.sum(1).mean() * T**2
 
     assert_stands_for(
-        backend, lambda s, t: mdistiller.kd_loss(s, t, T), formula, *draw(shape, shape), students=2
+        backend,
+        lambda s, t: mdistiller.kd_loss(s, t, T),
+        formula,
+        *draw_logits(shape, shape),
+        students=2,
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compat import assert_stands_for, is_without_gradient
+from compat import assert_stands_for, draw_logits, is_without_gradient
 from conventions import draw
 from test_conventions_relations import distance_loss, flow
 
@@ -22,7 +22,7 @@ def test_distill_kl(backend, shape):
         return F.kl_div(q, p, reduction="sum") * T**2 / y_s.shape[0]
 
     assert_stands_for(
-        backend, repdistiller.DistillKL(T), formula, *draw(shape, shape), students=2
+        backend, repdistiller.DistillKL(T), formula, *draw_logits(shape, shape), students=2
     )
 
 
@@ -176,9 +176,7 @@ def test_fsp_pools_to_a_square(backend):
         return [(flows[0] - flows[1]).pow(2).mean()]
 
     criterion = repdistiller.FSP(shapes, shapes)
-    assert_stands_for(
-        backend, lists(criterion), formula, *draw(*shapes, *shapes), students=2
-    )
+    assert_stands_for(backend, lists(criterion), formula, *draw(*shapes, *shapes), students=2)
 
 
 def test_fsp_compares_channels():
