@@ -1,14 +1,15 @@
 """Model-Optimizer's losses against its formulas, written out.
 
-`modelopt/torch/distill/losses.py` and `modelopt/torch/distill/plugins/megatron.py`.
+`modelopt/torch/distill/losses.py` and `modelopt/torch/distill/plugins/megatron.py`; with a group
+they are in test_groups.py.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conventions import assert_same, draw
-from processes import Pool
+from compat import assert_stands_for
+from conventions import draw
 from signatures import parameters
 
 from fastkd.compat import modelopt
@@ -51,7 +52,7 @@ def test_logits_distillation(backend, reduction):
         return T**2 * reduced(kl_terms(log_p, log_q, False), reduction)
 
     of = squared if reduction == "none" else lambda loss: loss
-    assert_same(
+    assert_stands_for(
         backend, lambda s, t: of(criterion(s, t)), lambda s, t: of(formula(s, t)),
         *draw((B, S, V), (B, S, V)),
     )  # fmt: skip
@@ -84,7 +85,7 @@ def test_minifinetuning(backend, reduction, threshold):
 
     criterion = modelopt.MFTLoss(T, threshold, reduction)
     of = squared if reduction == "none" else lambda loss: loss
-    assert_same(
+    assert_stands_for(
         backend, lambda s, t: of(criterion(s, t, labels)), lambda s, t: of(formula(s, t)), s, t
     )
     with pytest.raises(ValueError, match="one dimension"):
@@ -99,7 +100,7 @@ def test_megatron_logits(backend, reverse):
         return kl_terms((t / T).log_softmax(-1), (s / T).log_softmax(-1), reverse).sum(-1).T
 
     sides = draw((S, B, V), (S, B, V))
-    assert_same(
+    assert_stands_for(
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
         *sides,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def test_megatron_top_classes(backend, reverse, top_p, least):
 
     sides = draw((S, B, V), (S, B, V))
     assert criterion(*sides)[1:] == (False, False)
-    assert_same(
+    assert_stands_for(
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
         *sides,
     )  # fmt: skip
@@ -142,7 +143,7 @@ def test_megatron_renormalised_classes(backend, reverse):
         log_p, log_q = ((x.gather(-1, indices) / T).log_softmax(-1) for x in (t, s))
         return kl_terms(log_p, log_q, reverse).sum(-1).T
 
-    assert_same(
+    assert_stands_for(
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
         *draw((S, B, V), (S, B, V)),
     )  # fmt: skip
@@ -155,14 +156,6 @@ def test_ranks_need_their_group():
     for make in (modelopt.LogitsKLLoss, modelopt.TopLogitsKLLoss, old_top_k):
         with pytest.raises(ValueError, match="pass the process group"):
             make(split)
-
-
-def test_classes_over_ranks():
-    pool = Pool(2)
-    try:
-        pool.run("takes_model_optimizer_s_losses")
-    finally:
-        pool.close()
 
 
 def test_signatures():

@@ -1,4 +1,4 @@
-"""Liger-Kernel's losses of hidden states and the weights of linear layers; see `liger`."""
+"""Liger-Kernel's losses of hidden states and the weights of linear layers."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""DistillKit's losses as functions, sums over tokens; see `distillkit`."""
+"""DistillKit's losses as functions, each a sum over tokens."""
 
 import math
 from enum import Enum

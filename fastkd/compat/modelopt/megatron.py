@@ -1,4 +1,4 @@
-"""The logit losses of Model-Optimizer's plugin for Megatron; see `modelopt`."""
+"""The losses of logits of Model-Optimizer's plugin for Megatron."""
 
 import warnings
 from typing import Any
