@@ -1,4 +1,4 @@
-"""timm's distillation task on fastkd; the extra `fastkd[timm]` installs what it needs."""
+"""timm's distillation task on fastkd; the extra is `fastkd[timm]`."""
 
 from typing import Any
 

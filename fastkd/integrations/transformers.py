@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that distils; the extra `fastkd[transformers]` installs what it needs."""
+"""A `transformers.Trainer` that distils; the extra is `fastkd[transformers]`."""
 
 import inspect
 from typing import Any
@@ -104,7 +104,7 @@ class DistillationTrainer(transformers.Trainer):
         }
         self.is_causal = _is_causal(self.model)
         if linear_heads is not False:
-            obstacle = self._hindrance_of_heads(teacher_model)
+            obstacle = _obstacle(self, teacher_model)
             if linear_heads and obstacle:
                 raise ValueError(f"linear_heads=True cannot be done: {obstacle}")
             linear_heads = obstacle is None
@@ -124,11 +124,13 @@ class DistillationTrainer(transformers.Trainer):
         """Compute the loss of a batch; see `transformers.Trainer.compute_loss`."""
         inputs = dict(inputs)
         labels, shifted = inputs.pop("labels"), inputs.pop("shift_labels", None)
-        outputs, student, teacher = None, None, None
+        outputs = None
+        student: Tensor | LinearHead
+        teacher: Tensor | LinearHead
         if self.linear_heads and not return_outputs:
-            student = self._head(model, inputs)
+            student = _head(self, model, inputs)
             with torch.no_grad():
-                teacher = self._head(self.teacher_model, inputs)
+                teacher = _head(self, self.teacher_model, inputs)
             self.heads_are_checked = True
         else:
             outputs = model(**inputs)
@@ -149,52 +151,13 @@ class DistillationTrainer(transformers.Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
-    def _head(self, model: nn.Module, inputs: dict[str, Any]) -> LinearHead:
-        """Hidden states of all tokens and the weights that make logits of them.
 
-        The model is called as a whole, as what wraps it expects, but for the logits of one token.
-        """
-        whole = _base(self.accelerator.unwrap_model(model))
-        hidden = []
-        hook = whole.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
-        try:
-            logits = model(**inputs, logits_to_keep=1).logits
-        finally:
-            hook.remove()
-        head, config = whole.get_output_embeddings(), whole.config.get_text_config()
-        parameters = [head.weight, head.bias]
-        if not torch.is_grad_enabled():
-            parameters = [None if x is None else x.detach() for x in parameters]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        result = LinearHead(hidden[0], *parameters, scale=_scale(config), softcap=softcap)
-        if not self.heads_are_checked:
-            with self.accelerator.autocast():
-                _check(whole, result, logits)
-        return result
-
-    def _hindrance_of_heads(self, teacher: nn.Module) -> str | None:
-        """Why linear heads cannot be used, if they cannot."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
-            return "the weights of the heads are split over ranks"
-        if self.args.torch_compile or self.args.ddp_static_graph:
-            return "the hidden states are taken out of the forward of a plain or DDP module"
-        for name, model in (("student", self.model), ("teacher", teacher)):
-            whole = _base(model)
-            if not _is_causal(whole):
-                return f"the {name} is no causal language model"
-            if type(whole.get_output_embeddings()) is not nn.Linear:
-                return f"the {name} does not end in a torch.nn.Linear"
-            if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
-                return f"the {name}'s forward does not take logits_to_keep"
-        return None
-
-
-def _base(model: nn.Module) -> Any:
+def _base(model: Any) -> Any:
     """The model without what peft wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _is_causal(model: Any) -> bool:
     """Whether the logits of a token are those of the next one, as transformers decides it."""
     model = _base(model)
     return (
@@ -202,6 +165,47 @@ def _is_causal(model: nn.Module) -> bool:
         and model.get_output_embeddings() is not None
         and not model.config.is_encoder_decoder
     )
+
+
+def _obstacle(trainer: transformers.Trainer, teacher: nn.Module) -> str | None:
+    """Why linear heads cannot be used, if they cannot."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1:
+        return "the weights of the heads are split over ranks"
+    if trainer.args.torch_compile or trainer.args.ddp_static_graph:
+        return "the hidden states are taken out of the forward of a plain or DDP module"
+    for name, model in (("student", trainer.model), ("teacher", teacher)):
+        whole = _base(model)
+        if not _is_causal(whole):
+            return f"the {name} is no causal language model"
+        if type(whole.get_output_embeddings()) is not nn.Linear:
+            return f"the {name} does not end in a torch.nn.Linear"
+        if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
+            return f"the {name}'s forward does not take logits_to_keep"
+    return None
+
+
+def _head(trainer: DistillationTrainer, model: nn.Module, inputs: dict[str, Any]) -> LinearHead:
+    """Hidden states of all tokens, and the weights that make logits of them.
+
+    The model is called as a whole, as what wraps it expects, but for the logits of one token.
+    """
+    whole = _base(trainer.accelerator.unwrap_model(model))
+    hidden: list[Tensor] = []
+    hook = whole.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
+    try:
+        logits = model(**inputs, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    head, config = whole.get_output_embeddings(), whole.config.get_text_config()
+    parameters = [head.weight, head.bias]
+    if not torch.is_grad_enabled():
+        parameters = [None if x is None else x.detach() for x in parameters]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    result = LinearHead(hidden[0], *parameters, scale=_scale(config), softcap=softcap)
+    if not trainer.heads_are_checked:
+        with trainer.accelerator.autocast():
+            _check(whole, result, logits)
+    return result
 
 
 def _scale(config: Any) -> float:

@@ -1,4 +1,4 @@
-"""TRL's `DistillationTrainer` on fastkd; the extra `fastkd[trl]` installs what it needs.
+"""TRL's `DistillationTrainer` on fastkd; the extra is `fastkd[trl]`.
 
 `fastkd.integrations.trl_gkd` has `GKDTrainer`, which TRL calls experimental.
 """

@@ -1,4 +1,4 @@
-"""TRL's `GKDTrainer` on fastkd; the extra `fastkd[trl]` installs what it needs."""
+"""TRL's `GKDTrainer` on fastkd; the extra is `fastkd[trl]`."""
 
 from trl.experimental import gkd
 
