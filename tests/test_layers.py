@@ -22,6 +22,7 @@ LAYERS = [
     ["ops"],
     ["regressor", "losses"],
     ["nn"],
+    ["compat"],
     ["info"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
