@@ -22,6 +22,7 @@ LAYERS = [
     ["ops"],
     ["regressor", "losses"],
     ["nn"],
+    ["compat"],
     ["integrations"],
     ["info"],
 ]

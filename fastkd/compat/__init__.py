@@ -24,7 +24,6 @@ says what fastkd's own function does instead. These differences are common to al
 - Where a library raises an error without need, or returns NaN, such as for an empty batch or a
   class that both sides exclude by `-inf`, a loss here may be a number.
 - Attention maps whose norm is nearly 0 are divided by 1e-12: the libraries' norms are those of
-means
-  over the channels, and fastkd's those of sums.
+  means over the channels, and fastkd's those of sums.
 - `fastkd.use_backend` picks the implementation; no class here has an argument for it.
 """

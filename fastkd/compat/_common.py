@@ -13,6 +13,7 @@ from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.distillation import distillation_loss
 from fastkd.losses.hint import hint_loss
 from fastkd.losses.soft_target import soft_target_loss
+from fastkd.precision import compute_dtype
 
 # No label has this value, so that -100 is an error, and not a row that the soft term leaves out.
 _NOTHING_IGNORED = -(2**31)
@@ -22,10 +23,10 @@ def kl_div(
     student: Tensor, teacher: Tensor, *, reduction: str = "batchmean", **keywords: Any
 ) -> Tensor:
     """`F.kl_div` of softened logits `(N, K, *)`, whose "batchmean" is the sum over N."""
-    normalizer = max(student.shape[0], 1) if reduction == "batchmean" else None
-    return soft_target_loss(
-        student, teacher, dim=1, reduction=reduction, normalizer=normalizer, **keywords
-    )
+    loss = soft_target_loss(student, teacher, dim=1, reduction=reduction, **keywords)
+    if reduction == "batchmean" and student.ndim > 2:
+        return loss * math.prod(student.shape[2:])
+    return loss
 
 
 def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
@@ -47,6 +48,11 @@ def soft_share(reduction: str, logits: Tensor) -> float:
     }[reduction]
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision in float32, for what torch computes."""
+    return x.to(compute_dtype(x))
+
+
 def pool_to_height(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the higher of two feature maps to a square of the other's height.
 
@@ -64,7 +70,7 @@ def attention_map(features: Tensor, p: float) -> Tensor:
     """`normalize(mean over channels of features ** p)`: without an absolute value."""
     if _is_even(p):
         return fused_attention_map(features, p=p)
-    return F.normalize(features.pow(p).mean(1).flatten(1))
+    return F.normalize(wide(features).pow(p).mean(1).flatten(1))
 
 
 def attention_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> Tensor:
@@ -84,6 +90,7 @@ def _is_even(p: float) -> bool:
 
 def distances(embeddings: Tensor, *, eps: float, squared: bool = False) -> Tensor:
     """The distances `(N, N)`; off the diagonal their squares are at least `eps`."""
+    embeddings = wide(embeddings)
     squares = embeddings.pow(2).sum(1)
     result = (squares[:, None] + squares - 2 * embeddings @ embeddings.T).clamp(min=eps)
     same = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)

@@ -68,7 +68,7 @@ class ATLoss(torch.nn.Module):
         loss: Any = 0.0
         for teacher, student in zip(teacher_output, student_output, strict=False):
             # One channel.
-            maps = [x.reshape(len(x), 1, -1) for x in (student, teacher)]
+            maps = [_common.wide(x).reshape(len(x), 1, -1) for x in (student, teacher)]
             if self.p == 2:
                 loss = loss + attention_transfer_loss(maps[0], maps[1], distance="mse")
             else:
@@ -103,6 +103,7 @@ class RKDAngleLoss(torch.nn.Module):
             return rkd_angle_loss(student, teacher.detach())
 
         def products(x: Tensor) -> Tensor:
+            x = _common.wide(x)
             differences = x[None] - x[:, None]
             return differences @ differences.mT
 

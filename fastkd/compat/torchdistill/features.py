@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.compat import _common
 from fastkd.compat.torchdistill.outputs import OfTwoModules, Outputs, check_mode
 from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.hint import hint_loss
@@ -100,7 +101,7 @@ def _columns(first: Tensor, second: Tensor) -> Tensor:
     layers = [
         x if list(x.shape[2:]) == size else F.adaptive_max_pool2d(x, size) for x in (second, first)
     ]
-    second, first = (x.flatten(2) for x in layers)
+    second, first = (_common.wide(x).flatten(2) for x in layers)
     return (second @ first.mT / first.shape[2]).flatten(0, 1)
 
 
@@ -185,7 +186,8 @@ class SPKDLoss(torch.nn.Module):
         """A scalar."""
         student = student_io_dict[self.student_output_path]["output"].flatten(1)
         teacher = teacher_io_dict[self.teacher_output_path]["output"].flatten(1)
-        rows = (F.normalize(z @ z.T, p=1, dim=1) for z in (student, teacher))
+        sides = (_common.wide(z) for z in (student, teacher))
+        rows = (F.normalize(z @ z.T, p=1, dim=1) for z in sides)
         loss = hint_loss(*rows, half=False, reduction="sum")
         return loss / len(student) ** 2 if self.reduction == "batchmean" else loss
 

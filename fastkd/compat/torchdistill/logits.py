@@ -198,9 +198,10 @@ class SKDInstanceLoss(OfTwoModules):
         student, teacher = self.outputs(student_io_dict, teacher_io_dict)
         if self.mode == "paper":
             return _common.kl_div(student, teacher, temperature=self.temperature, scale_t2=False)
-        confidence = teacher.detach().softmax(1).amax(1)
-        unsure = confidence <= confidence.quantile(0.5)
-        return _common.kl_div(student, teacher, temperature=self.temperature, mask=unsure)
+        confidence = _common.wide(teacher.detach()).softmax(1).amax(1)
+        # Weights, because rows that a mask leaves out would not count.
+        unsure = (confidence <= confidence.quantile(0.5)).to(confidence.dtype)
+        return _common.kl_div(student, teacher, temperature=self.temperature, row_weight=unsure)
 
 
 class SRDLoss(torch.nn.Module):
