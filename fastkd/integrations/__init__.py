@@ -4,7 +4,7 @@
 |---|---|
 | `fastkd.integrations.lightning` | `DistillationMixin`, for a `LightningModule` |
 | `fastkd.integrations.timm` | `LogitDistillationTask`, for timm's task interface |
-| `fastkd.integrations.transformers` | `DistillationTrainer`, a `transformers.Trainer` with a teacher |
+| `fastkd.integrations.transformers` | `DistillationTrainer`, a trainer with a teacher |
 | `fastkd.integrations.trl` | `DistillationTrainer`, TRL's own with fastkd's divergence |
 | `fastkd.integrations.trl_gkd` | `GKDTrainer`, TRL's own with fastkd's divergence |
 
