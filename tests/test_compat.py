@@ -12,7 +12,16 @@ from hooked import of_loss, of_modules
 
 import fastkd
 import fastkd.compat
-from fastkd.compat import kd_lib, mdistiller, repdistiller, torchdistill
+from fastkd.compat import (
+    distillkit,
+    kd_lib,
+    liger,
+    mdistiller,
+    modelopt,
+    repdistiller,
+    torchdistill,
+    trl,
+)
 
 MIGRATION = Path(__file__).parent.parent / "docs" / "migration.md"
 MODULES = sorted(
@@ -41,6 +50,9 @@ def test_the_package_and_the_documents_list_it(name):
 
 LABELS = torch.tensor([0, 6, 3, 2, 2])
 LOGITS = (5, 7), (5, 7)
+TOKENS = (3, 2, 7), (3, 2, 7)
+WEIGHT = torch.linspace(-1, 1, 77).reshape(11, 7)
+ZERO, UNIFORM = distillkit.MissingProbabilityHandling
 EMBEDDINGS = (9, 4), (9, 6)
 MAPS = (4, 3, 6, 6), (4, 5, 3, 3)
 SAME_SIZE = (4, 3, 5, 5), (4, 6, 5, 5)
@@ -61,6 +73,27 @@ def first(criterion):
 
 def swapped(criterion):
     return lambda s, t: criterion(t, s)
+
+
+def of_logs(criterion):
+    return lambda s, t: criterion(s.log_softmax(-1), t.log_softmax(-1))
+
+
+def of_heads(criterion, labels):
+    """Of hidden states, with heads of their dtype."""
+
+    def loss(s, t):
+        return criterion(s, WEIGHT.to(s.dtype), t, (WEIGHT + 1).to(t.dtype), labels)
+
+    return loss
+
+
+def of_kept(function, missing):
+    def loss(s, t):
+        values, ids = t.log_softmax(-1).topk(3)
+        return function(s, ids, values, missing=missing, temperature=2.0)
+
+    return loss
 
 
 CALLS = {
@@ -91,6 +124,37 @@ CALLS = {
     "ATLoss": (of_loss(torchdistill.ATLoss(at_pairs, "paper")), SAME_SIZE),
     "FSPLoss": (of_loss(torchdistill.FSPLoss(fsp_pairs)), SAME_SHAPE),
     "SPKDLoss": (of_loss(torchdistill.SPKDLoss(**paths, reduction="batchmean")), MAPS),
+    "generalized_jsd_loss": (
+        lambda s, t: trl.generalized_jsd_loss(s, t, LABELS - 3) + trl.generalized_jsd_loss(s, t),
+        LOGITS,
+    ),
+    "generalized_jsd_loss of each class": (
+        functools.partial(trl.generalized_jsd_loss, reduction="none"), LOGITS,
+    ),
+    "chunked_divergence_loss": (
+        lambda s, t: trl.chunked_divergence_loss(s, t, WEIGHT, WEIGHT + 1, LABELS, 0.3)[0], LOGITS,
+    ),
+    "compute_topk_self_distillation_loss": (
+        lambda s, t: trl.compute_topk_self_distillation_loss(
+            s, t, distillation_topk=3, distillation_alpha=0.5, distillation_add_tail=True
+        ),
+        LOGITS,
+    ),
+    "LigerKLDIVLoss": (of_logs(liger.LigerKLDIVLoss(reduction="sum", log_target=True)), LOGITS),
+    "LigerJSD": (of_logs(liger.LigerJSD(0.3)), LOGITS),
+    "LigerTVDLoss": (
+        lambda s, t: liger.LigerTVDLoss()(s.softmax(-1), t.softmax(-1), LABELS), LOGITS,
+    ),
+    "LigerFusedLinearJSD": (of_heads(liger.LigerFusedLinearJSD(0.3), None), LOGITS),
+    "LigerFusedLinearJSDLoss": (of_heads(liger.LigerFusedLinearJSDLoss(), LABELS), LOGITS),
+    "LogitsDistillationLoss": (modelopt.LogitsDistillationLoss(2.0, "none"), LOGITS),
+    "MFTLoss": (lambda s, t: modelopt.MFTLoss(2.0)(s, t, LABELS), LOGITS),
+    "TopLogitsKLLoss": (
+        lambda s, t: modelopt.TopLogitsKLLoss(None, top_k=3, top_p=0.3)(s, t)[0], TOKENS,
+    ),
+    "dense_js_div": (distillkit.dense_js_div, TOKENS),
+    "sparse_kl_div": (of_kept(distillkit.sparse_kl_div, UNIFORM), TOKENS),
+    "sparse_tvd": (of_kept(distillkit.sparse_tvd, ZERO), TOKENS),
 }  # fmt: skip
 every_call = pytest.mark.parametrize(("loss", "shapes"), CALLS.values(), ids=CALLS)
 

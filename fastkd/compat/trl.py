@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.compat._common import wide
 from fastkd.logits import LinearHead, LogProbabilities, TopK
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -76,7 +77,8 @@ def generalized_jsd_loss(
     if num_items_in_batch is not None:
         reduction, divisor = "batchmean", _on(student_logits, num_items_in_batch)
     elif reduction == "none":
-        terms = _jsd_terms(student_logits / temperature, teacher_logits / temperature, beta)
+        student, teacher = wide(student_logits), wide(teacher_logits)
+        terms = _jsd_terms(student / temperature, teacher / temperature, beta)
         return terms if mask is None else terms[mask]
     else:
         per_sample = reduction == "batchmean" and mask is None

@@ -1,14 +1,15 @@
 """DistillKit's losses as functions, each a sum over tokens."""
 
-import math
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.compat._common import wide
 from fastkd.logits import Probabilities, TopK
 from fastkd.losses.soft_target import soft_target_loss
+from fastkd.precision import compute_dtype
 
 # What DistillKit leaves out by default. More would change digits of a loss.
 _LARGEST_EPS = 1e-8
@@ -243,14 +244,14 @@ def _sparse(
         "divergence": divergence,
     }
     if has_rest:
-        log_p = values if math.isclose(power, 1) else _retempered(values, power)
+        log_p = values if abs(power - 1) <= 1e-9 else _retempered(values, power)
         kept = TopK(log_p, ids, values_are="log_probs", tail="bucket")
         return soft_target_loss(logits, kept, **keywords, **_rows(mask))
     if divergence == "forward_kl":
         return soft_target_loss(
             logits, TopK(values, ids), teacher_temperature=1 / power, **keywords, **_rows(mask)
         )
-    p = (power * values.to(torch.promote_types(values.dtype, torch.float32))).softmax(-1)
+    p = (power * wide(values)).softmax(-1)
     sums = []
     for start in range(0, logits.shape[1], chunk_length or logits.shape[1]):
         tokens = slice(start, start + (chunk_length or logits.shape[1]))
@@ -266,4 +267,4 @@ def _retempered(log_p: Tensor, power: float) -> Tensor:
     exact = log_p.double()
     rest = (1 - exact.exp().sum(-1, keepdim=True)).clamp(0, 1)
     total = torch.logaddexp((power * exact).logsumexp(-1, keepdim=True), power * rest.log())
-    return (power * exact - total).to(log_p.dtype)
+    return (power * exact - total).to(compute_dtype(log_p))

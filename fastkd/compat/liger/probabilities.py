@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.compat._common import wide
 from fastkd.compat.liger.linear import kept
 from fastkd.logits import LogProbabilities
 from fastkd.losses.soft_target import soft_target_loss
@@ -30,7 +31,7 @@ class LigerKLDIVLoss(torch.nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Of log-probabilities `(BT, V)` and the target a scalar, or `(BT, V)` with `"none"`."""
-        y_true = y_true.detach()
+        y_pred, y_true = wide(y_pred), wide(y_true.detach())
         if self.log_target:
             terms = y_true.exp() * (y_true - y_pred)
         else:
@@ -87,7 +88,7 @@ class LigerTVDLoss(torch.nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Of probabilities `(BT, V)`, p the student's, a scalar, or `(BT, V)` with `"none"`."""
-        terms = 0.5 * (p - q.detach()).abs()
+        terms = 0.5 * (wide(p) - wide(q.detach())).abs()
         counts = kept(shift_labels, self.ignore_index)
         if counts is None:
             return _reduced(terms, self.reduction, len(p))
@@ -96,8 +97,6 @@ class LigerTVDLoss(torch.nn.Module):
 
 
 def _reduced(terms: Tensor, reduction: str, rows: int | Tensor) -> Tensor:
-    """In float32 at least, as sums of the library's kernels are."""
-    terms = terms.to(torch.promote_types(terms.dtype, torch.float32))
     if reduction == "none":
         return terms
     if reduction == "batchmean":

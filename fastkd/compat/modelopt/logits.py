@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.compat._common import wide
 from fastkd.logits import Probabilities
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -27,7 +28,9 @@ class LogitsDistillationLoss(torch.nn.Module):
         """Of logits `(*, K)` a scalar; with `"none"` a tensor `(rows, K)`."""
         student, teacher = (x.flatten(0, -2) for x in (logits_s, logits_t.detach()))
         if self._reduction == "none":
-            return _terms(student, (teacher / self._temperature).softmax(-1), self._temperature)
+            return _terms(
+                student, (wide(teacher) / self._temperature).softmax(-1), self._temperature
+            )
         return soft_target_loss(
             student, teacher, temperature=self._temperature, reduction=self._reduction
         )
@@ -61,7 +64,7 @@ class MFTLoss(torch.nn.Module):
         student, teacher = (x.flatten(0, -2) for x in (logits_s, logits_t.detach()))
         if labels.ndim != 1:
             raise ValueError(f"labels must have one dimension, got {tuple(labels.shape)}")
-        target = self._corrected((teacher / self._temperature).softmax(-1), labels)
+        target = self._corrected((wide(teacher) / self._temperature).softmax(-1), labels)
         if self._reduction == "none":
             return _terms(student, target, self._temperature)
         return soft_target_loss(
@@ -85,5 +88,5 @@ class MFTLoss(torch.nn.Module):
 
 def _terms(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Of each class, which the fused losses add up."""
-    log_q = (student / temperature).log_softmax(-1)
+    log_q = (wide(student) / temperature).log_softmax(-1)
     return F.kl_div(log_q, target, reduction="none") * temperature**2

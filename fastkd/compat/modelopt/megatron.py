@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.compat._common import wide
 from fastkd.logits import TopK
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -109,7 +110,7 @@ class TopLogitsKLLoss(LogitsKLLoss):
     def forward(self, predictions: Tensor, targets: Tensor) -> Result:
         """Of logits `(s, b, V)`, or tuples that start with them, the losses `(b, s)` and flags."""
         student, teacher = _logits(predictions, targets)
-        teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+        teacher = wide(teacher)
         values, indices = _top(teacher, self.top_k, self._group)
         lse = (teacher / self._temperature).logsumexp(-1)
         if self._group is not None:
