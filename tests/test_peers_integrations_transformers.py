@@ -196,8 +196,8 @@ def test_a_model_whose_logits_are_not_those_of_its_head(tmp_path):
     ("make", "arguments", "more", "message"),
     [
         (trainers.bert, ["TokenClassification"], {}, "the student is no causal language model"),
-        (trainers.llama_like, ["Llama"], {"torch_compile": True}, "the forward of a plain"),
-        (trainers.llama_like, ["Llama"], {"ddp_static_graph": True}, "the forward of a plain"),
+        (trainers.llama_like, ["Llama"], {"torch_compile": True}, "does not give its hidden"),
+        (trainers.llama_like, ["Llama"], {"ddp_static_graph": True}, "does not give its hidden"),
     ],
 )
 def test_where_linear_heads_cannot_be(make, arguments, more, message, tmp_path):

@@ -172,7 +172,7 @@ def _obstacle(trainer: transformers.Trainer, teacher: nn.Module) -> str | None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1:
         return "the weights of the heads are split over ranks"
     if trainer.args.torch_compile or trainer.args.ddp_static_graph:
-        return "the hidden states are taken out of the forward of a plain or DDP module"
+        return "a compiled model, or DDP with a static graph, does not give its hidden states away"
     for name, model in (("student", trainer.model), ("teacher", teacher)):
         whole = _base(model)
         if not _is_causal(whole):
