@@ -110,7 +110,7 @@ test-all: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run every test, also
 test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU and of the tools
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
-test-peers: .venv/native .venv/with-test,peers  ## Compare with TRL and Liger-Kernel, which it installs
+test-peers: .venv/native .venv/with-test,peers  ## Compare with TRL, Liger-Kernel and others, which it installs
 	$(BIN)/pytest tests/test_peers_*.py $(ARGS)
 
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself

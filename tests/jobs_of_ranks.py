@@ -5,6 +5,7 @@ import datetime
 import functools
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import top_k
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
+from fastkd.compat import modelopt
 
 F32 = torch.float32
 
@@ -308,3 +310,27 @@ def trains_on_all_data(rank, size, kind):
     for own, other in pairs:
         gradient = own.grad.full_tensor() if isinstance(own.grad, DTensor) else own.grad
         torch.testing.assert_close(gradient, other.grad)
+
+
+def takes_model_optimizer_s_losses(rank, size):
+    """Each rank has the losses that one process has, and its part of the gradient."""
+    config, group = SimpleNamespace(tensor_model_parallel_size=size), dist.group.WORLD
+    sides = [torch.randn(5, 2, size * 8, dtype=torch.float64) for _ in range(2)]
+    for name, keywords in [
+        ("LogitsKLLoss", {}),
+        ("LogitsKLLoss", {"reverse": True}),
+        ("TopLogitsKLLoss", {"top_k": 11}),
+        ("TopLogitsKLLoss", {"top_k": 5, "top_p": 0.2, "reverse": True}),
+        ("TopKLogitsKLLoss", {"top_k": 5}),
+    ]:
+        results = []
+        for of, given in [(None, {}), (config, {"group": group})]:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                criterion = getattr(modelopt, name)(of, 2.0, **keywords, **given)
+            student, teacher = (x.chunk(size, -1)[rank] if given else x for x in sides)
+            student = student.clone().requires_grad_()
+            loss, _, _ = criterion(student, teacher.contiguous())
+            (gradient,) = torch.autograd.grad(loss.square().sum(), student)
+            results.append((loss, gradient if given else gradient.chunk(size, -1)[rank]))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 _convert = interpreter._implicit_cvt
 
 
-def _as_compiled(argument):
+def as_compiled(argument):
     """A compiled kernel finds a scalar of float32 where it is given a Python float."""
     if isinstance(argument, float):
         handle = interpreter.TensorHandle(np.array([argument], np.float32), tl.float32)
@@ -57,6 +57,6 @@ def outcome(name, keywords, student, teacher, labels, grad_output):
 
 
 if __name__ == "__main__":
-    interpreter._implicit_cvt = _as_compiled
+    interpreter._implicit_cvt = as_compiled
     with np.errstate(invalid="ignore", divide="ignore"):  # where a block has no class
         torch.save([outcome(*call) for call in torch.load(sys.argv[1])], sys.argv[2])

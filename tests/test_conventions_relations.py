@@ -21,10 +21,10 @@ def distances(e, squared=False, eps=1e-12):
     return d * (1 - torch.eye(len(e), dtype=e.dtype))
 
 
-def distance_loss(s, t, squared=False, **keywords):
+def distance_loss(s, t, squared=False, *, of_eps=1e-12, of_mean=0, **keywords):
     """RepDistiller distiller_zoo/RKD.py RKDLoss, mdistiller distillers/RKD.py rkd_loss."""
-    d_s, d_t = (distances(x, squared) for x in (s, t))
-    d_s, d_t = (d / d[d > 0].mean() for d in (d_s, d_t))
+    d_s, d_t = (distances(x, squared, of_eps) for x in (s, t))
+    d_s, d_t = (d / (d[d > 0].mean() + of_mean) for d in (d_s, d_t))
     return F.smooth_l1_loss(d_s, d_t, **keywords)
 
 

@@ -58,6 +58,7 @@ def test_kept_classes(pool, backend, keywords, dtype):
         "explains_alone",
         "raises_everywhere",
         "waits_no_longer_than_the_group",
+        "takes_model_optimizer_s_losses",
     ],
 )
 def test_groups(pool, job):

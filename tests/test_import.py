@@ -33,6 +33,11 @@ def test_import_loads_nothing_beyond_torch_but_fastkd() -> None:
     assert roots - {"fastkd"} <= sys.stdlib_module_names
 
 
+def test_integrations_load_no_other_library() -> None:
+    libraries = "{'lightning', 'timm', 'transformers', 'trl'}"
+    python(f"import sys, fastkd.integrations\nassert not {libraries} & sys.modules.keys()")
+
+
 @pytest.mark.parametrize("fault", ["raise ImportError('missing')", "raise RuntimeError('broken')"])
 def test_broken_triton_breaks_nothing(fault: str, tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text(fault)

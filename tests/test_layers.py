@@ -22,6 +22,8 @@ LAYERS = [
     ["ops"],
     ["regressor", "losses"],
     ["nn"],
+    ["compat"],
+    ["integrations"],
     ["info"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
