@@ -110,8 +110,11 @@ test-all: test-cpu $(if $(ARGS),,test-triton test-cuda)  ## Run every test, also
 test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU and of the tools
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
-test-peers: .venv/native .venv/with-test,peers  ## Compare with TRL, Liger-Kernel and others, which it installs
-	$(BIN)/pytest tests/test_peers_*.py $(ARGS)
+# torchdistill asks for torchvision, whose wheel fits one build of torch alone; beside another one not
+# even transformers can be imported. Its losses do without. timm does not, and is left out.
+test-peers: .venv/native .venv/with-test,peers  ## Compare with the libraries of fastkd.compat and .integrations
+	$(PIP) --no-deps 'torchdistill>=1.1'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal tests/test_peers_*.py $(ARGS)
 
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
 	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)

@@ -98,6 +98,16 @@ def soft_target_loss(
             number of rows in `"batchmean"` and `"mean"`: the tokens of all accumulated batches, or
             of all ranks. A tensor is not waited for, and gets no gradient. Default: None, the rows
             that count.
+        inplace: write the student's gradient over the student's logits in forward, so that a step
+            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
+            raises in backward, a use without gradient reads the gradient. The logits must be no
+            leaf and no view, nothing but the student may learn, and the loss must be one number.
+            float16 and bfloat16 gradients are rounded before `grad_output`
+            multiplies them. Without a gradient to compute, and in compiled code, nothing is
+            overwritten. Default: False.
+        chunk_size: the rows of a `LinearHead` that have logits at a time, at least 1. Default:
+            None, at most 768 on a CPU and 2,048 on a GPU, and fewer where little memory is free;
+            `fastkd.explain` tells how many. Chunks are as even as they can be.
         group: a `torch.distributed` process group over whose ranks the classes are split, in the
             order of ranks and in parts of any size. Each rank passes its part of either side's
             logits, or of a head's weight and bias, and all of the other tensors; labels and
@@ -109,16 +119,6 @@ def soft_target_loss(
         teacher_weights: the ensemble's w, one number of at least 0 for each teacher and not all 0,
             in a sequence or a NumPy array; they are divided by their sum. A teacher of weight 0 is
             not read. Default: None, all teachers weigh the same.
-        inplace: write the student's gradient over the student's logits in forward, so that a step
-            needs no memory for it. Nothing may need the logits afterwards: a use in the graph
-            raises in backward, a use without gradient reads the gradient. The logits must be no
-            leaf and no view, nothing but the student may learn, and the loss must be one number.
-            float16 and bfloat16 gradients are rounded before `grad_output`
-            multiplies them. Without a gradient to compute, and in compiled code, nothing is
-            overwritten. Default: False.
-        chunk_size: the rows of a `LinearHead` that have logits at a time, at least 1. Default:
-            None, at most 512 on a CPU and 2,048 on a GPU, and fewer where little memory is free;
-            `fastkd.explain` tells how many.
         backend: `"native"`, `"triton"` or `"reference"`, which is used or raises. Default: None,
             the best one that can serve the call; `fastkd.explain` tells which, and why. A slower
             one than the machine could offer warns with `FallbackWarning`, which says how to silence
