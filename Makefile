@@ -24,8 +24,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
-    benchmarks_command benchmarks_cuda benchmarks_liger benchmarks_pytest benchmarks_records \
-    train_step examples examples_compare examples_data examples_llm examples_llm_text cuda_check \
+    benchmarks_command benchmarks_cuda benchmarks_liger benchmarks_pytest benchmarks_ranks \
+    benchmarks_records train_step examples examples_compare examples_data examples_llm examples_llm_text cuda_check \
     cuda_check_row_path gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
@@ -171,6 +171,7 @@ format: .venv/with-lint  ## Put the sources into the style that lint checks
 bench: .venv/native .venv/with-bench  ## Measure against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.train_step --small)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.ranks --small)
 
 # Left out: what runs no kernel in this process; torch.compile, which runs the same kernels; memory,
 # of which sanitizers take their own; and what varies numbers alone (GPU), or sizes at which only a
