@@ -118,6 +118,8 @@ def shard(backend, rows, classes, k, dtype=F32, *, listed_only=False):
     }
 
     def run(student, loss=None, gradient=None):
+        # As ranks exchange them.
+        whole["logits"][:, :k].masked_fill_(indices >= p.all_classes, math.nan)
         inputs, outputs = (student, indices, log_p, None, labels), (loss, None, None, gradient)
         kernels(backend, "top_k").top_k_forward(*inputs, *outputs, listed_only, p, **whole)
 
