@@ -24,7 +24,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/* tests/cpu_helpers/*))
 NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info benchmarks \
-    benchmarks_command benchmarks_cuda benchmarks_liger benchmarks_pytest benchmarks_ranks \
+    benchmarks_command benchmarks_cuda benchmarks_liger benchmarks_processes benchmarks_pytest \
     benchmarks_records train_step examples examples_compare examples_data examples_llm \
     examples_llm_text cuda_check cuda_check_row_path gpu_check)
 CUDA := build/cuda/nvidia/cu13

@@ -1,5 +1,7 @@
 """TRL's own divergences, where it is installed, against the calls that replace them."""
 
+import warnings
+
 import pytest
 import torch
 from conventions import assert_same, draw
@@ -15,7 +17,9 @@ every_beta = pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
 
 @pytest.fixture(scope="module")
 def generalized_jsd():
-    with pytest.warns(UserWarning, match="experimental"):
+    with warnings.catch_warnings():
+        # TRL says once in a process that it is experimental.
+        warnings.simplefilter("ignore")
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
     return GKDTrainer.generalized_jsd_loss
 
