@@ -1,6 +1,7 @@
 """`fastkd.compat.trl` against TRL itself, where it is installed."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ BETAS = [0, 0.3, 1]
 @pytest.fixture(scope="module")
 def originals():
     """TRL's functions by fastkd's names."""
-    with pytest.warns(UserWarning, match="experimental"):
+    with warnings.catch_warnings():
+        # TRL says once in a process that it is experimental.
+        warnings.simplefilter("ignore")
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
     from trl.experimental.sdpo import loss_utils
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
