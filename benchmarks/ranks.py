@@ -204,7 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 120
     options.output.mkdir(parents=True, exist_ok=True)
-    device = open_device("cpu")
+    # An allocator that keeps its pages would keep those of every process.
+    device = open_device("cpu", "system")
     found = origin(device, options)
     report.warn_of_load(found["machine"], console)
     with tempfile.TemporaryDirectory() as folder:
