@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases:
         console.print(table(case))
     console.print(LEGEND, style="dim")
-    path = options.output / f"cpu-ranks{'-small' if options.small else ''}.json"
+    path = options.output / f"cpu{'-small' if options.small else ''}.json"
     path.write_text(json.dumps({**found, "cases": cases}, indent=1) + "\n")
     console.print(f"\nwritten to {path}", highlight=False)
     wrong = [case for case in cases if not all(of["is_right"] for of in case["outcomes"].values())]

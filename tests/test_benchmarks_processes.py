@@ -8,7 +8,7 @@ from benchmarks import ranks
 @pytest.mark.thorough
 def test_every_contender_is_right(tmp_path):
     assert ranks.main(["--small", "--rounds", "3", "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "cpu-ranks-small.json").read_text())
+    record = json.loads((tmp_path / "cpu-small.json").read_text())
     assert record["options"]["processes"] == 2
     assert [(case["divergence"], case["dtype"]) for case in record["cases"]] == [
         (divergence, dtype)
