@@ -99,7 +99,8 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
 
 
 def test_every_workload_can_be_explained(monkeypatch):
-    hide(monkeypatch, "trl")
+    for package in ("trl", "liger_kernel"):
+        hide(monkeypatch, package)
     for workload in WORKLOADS:
         names = contenders.lineup(workload, FLOAT, "cpu", None)
         assert names == ["eager", "compile", str(contenders.explain(workload, FLOAT, "cpu").chosen)]
