@@ -30,6 +30,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in (package, *loaded):
         monkeypatch.setitem(sys.modules, name, None)
     trl._generalized_jsd_loss.cache_clear()
+    trl._chunked_divergence_loss.cache_clear()
 
 
 def measured(names: list[str]) -> Case:
