@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd.compat._common import wide
-from fastkd.logits import Probabilities, TopK
+from fastkd.logits import Probabilities, Teacher, TopK
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.precision import compute_dtype
 
@@ -33,15 +33,7 @@ def dense_kl_div(
         mask: as in `sparse_kl_div`. Default: None.
         temperature: T of both sides. Default: 1.0.
     """
-    return soft_target_loss(
-        logits,
-        target_logits,
-        temperature=temperature,
-        scale_t2=False,
-        reduction="sum",
-        divergence="forward_kl",
-        **_rows(mask),
-    )
+    return _summed("forward_kl", logits, target_logits, mask, temperature)
 
 
 def sparse_kl_div(
@@ -105,15 +97,7 @@ def dense_js_div(
         mask: as in `sparse_kl_div`. Default: None.
         temperature: T of both sides. Default: 1.0.
     """
-    return soft_target_loss(
-        logits,
-        target_logits,
-        temperature=temperature,
-        scale_t2=False,
-        reduction="sum",
-        divergence="jsd",
-        **_rows(mask),
-    )
+    return _summed("jsd", logits, target_logits, mask, temperature)
 
 
 def sparse_js_div(
@@ -161,15 +145,7 @@ def dense_tvd(
         mask: as in `sparse_kl_div`. Default: None.
         temperature: T of both sides. Default: 1.0.
     """
-    return soft_target_loss(
-        logits,
-        target_logits,
-        temperature=temperature,
-        scale_t2=False,
-        reduction="sum",
-        divergence="tvd",
-        **_rows(mask),
-    )
+    return _summed("tvd", logits, target_logits, mask, temperature)
 
 
 def sparse_tvd(
@@ -206,6 +182,27 @@ def sparse_tvd(
     )
 
 
+def _summed(
+    divergence: str,
+    logits: Tensor,
+    teacher: Teacher,
+    mask: Tensor | None,
+    temperature: float,
+    **keywords: Any,
+) -> Tensor:
+    """Over the tokens that count, without T²."""
+    return soft_target_loss(
+        logits,
+        teacher,
+        temperature=temperature,
+        scale_t2=False,
+        reduction="sum",
+        divergence=divergence,
+        **_rows(mask),
+        **keywords,
+    )
+
+
 def _rows(mask: Tensor | None) -> dict[str, Any]:
     """What counts, as keywords."""
     if mask is None:
@@ -237,28 +234,22 @@ def _sparse(
             "classes do not tell what the others have"
         )
     values, power = values.detach(), target_temperature / temperature
-    keywords: dict[str, Any] = {
-        "temperature": temperature / student_temperature,
-        "scale_t2": False,
-        "reduction": "sum",
-        "divergence": divergence,
-    }
+    temperature = temperature / student_temperature
     if has_rest:
         log_p = values if abs(power - 1) <= 1e-9 else _retempered(values, power)
         kept = TopK(log_p, ids, values_are="log_probs", tail="bucket")
-        return soft_target_loss(logits, kept, **keywords, **_rows(mask))
+        return _summed(divergence, logits, kept, mask, temperature)
     if divergence == "forward_kl":
-        return soft_target_loss(
-            logits, TopK(values, ids), teacher_temperature=1 / power, **keywords, **_rows(mask)
-        )
+        kept, of_teacher = TopK(values, ids), 1 / power
+        return _summed(divergence, logits, kept, mask, temperature, teacher_temperature=of_teacher)
     p = (power * wide(values)).softmax(-1)
     sums = []
     for start in range(0, logits.shape[1], chunk_length or logits.shape[1]):
         tokens = slice(start, start + (chunk_length or logits.shape[1]))
         part = logits[:, tokens]
         written = p.new_zeros(part.shape).scatter_add(-1, ids[:, tokens], p[:, tokens])
-        rows = _rows(None if mask is None else mask[:, tokens])
-        sums.append(soft_target_loss(part, Probabilities(written), **keywords, **rows))
+        of_part = None if mask is None else mask[:, tokens]
+        sums.append(_summed(divergence, part, Probabilities(written), of_part, temperature))
     return torch.stack(sums).sum()
 
 
