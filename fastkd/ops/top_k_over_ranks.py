@@ -223,7 +223,6 @@ def _exchange(
         columns[:, SUMS:] = _logits_of(student, torch.cat([local, label.view(-1, 1)], 1), q, ranks)
     found = ranks.gather(columns)
     tops, at_temperature, at_1, totals = found[..., :SUMS].unbind(-1)
-    tops = tops.masked_fill(at_temperature.isnan(), torch.nan)  # a shard of NaN alone has none
     heat: Any = temperatures[0].flatten().to(widest) if temperatures else q.temperature
     whole, _ = whole_rows(Side(tops, at_temperature), 1 if slots.listed_only else heat)
     hard, _ = whole_rows(Side(tops, at_1), 1)
