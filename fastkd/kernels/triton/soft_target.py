@@ -186,7 +186,7 @@ def logits_forward(
             *(unit, shares, HAS_HARD, DIVERGENCE),
         )
         g_at = gradient + locate(inner, outer, sizes, row_strides[1], UNIT)
-        cap = tl.full([1, 1], softcap, COMPUTE) if IS_CAPPED else None
+        cap = tl.full([1, 1], softcap, COMPUTE)
         if WHOLE:
             g = student_gradient(es, et, eh, apart, column, label, of, HAS_HARD, DIVERGENCE)
             if IS_CAPPED:
@@ -198,7 +198,7 @@ def logits_forward(
             t_sum, difference = last_pass(
                 *(s_at, t_ats, class_strides, seen, column, classes, s_max, t_max),
                 *(weights, rates, mean, g_at, label, is_row, lives, of, cap),
-                *(HAS_HARD, DIVERGENCE, TEACHER_IS),
+                *(IS_CAPPED, HAS_HARD, DIVERGENCE, TEACHER_IS),
             )
     if AT_ONCE:
         t_sum = tl.sum(t_sum, 1, keep_dims=True)

@@ -78,7 +78,8 @@ def last_pass(
     is_row,
     lives,
     of,
-    cap,  # of the student's logits, or None
+    cap,  # of the student's logits where IS_CAPPED
+    IS_CAPPED: tl.constexpr,
     HAS_HARD: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TEACHER_IS: tl.constexpr,
@@ -101,7 +102,7 @@ def last_pass(
             difference += divergence.terms(es, et, apart, s == -INFINITY, t_excluded, DIVERGENCE)
         if g_at is not None:
             g = student_gradient(es, et, eh, apart, k, label, of, HAS_HARD, DIVERGENCE)
-            if cap is not None:
+            if IS_CAPPED:
                 g *= slope(s, cap)
             store(g_at, k, strides[1], is_row & (k < classes), tl.where(lives, g, 0))
     return mass, difference

@@ -180,6 +180,6 @@ def first_pass(
         if not AT_ONCE and not NORMALIZES:
             t_sum, difference = last_pass(
                 *(s_at, t_ats, strides, counts, column, classes, s_max, maxima, shares, rates),
-                *(mean, None, None, None, None, None, None, False, DIVERGENCE, TEACHER_IS),
+                *(mean, None, None, None, None, None, None, False, False, DIVERGENCE, TEACHER_IS),
             )
     return pivot, s_max, s_sum, hard_sum, pivoted, maxima, shares, t_sum, difference
