@@ -53,10 +53,10 @@ class SoftTarget(NamedTuple):
     weights: tuple[float, ...]
     num_classes: int | None
     backend: str
-    teacher_is: str = "logits"
-    all_classes: int = 0
-    softcap: float = 0.0
-    teacher_softcap: float = 0.0
+    teacher_is: str
+    all_classes: int
+    softcap: float
+    teacher_softcap: float
 
 
 class Heads(NamedTuple):

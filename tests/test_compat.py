@@ -51,7 +51,7 @@ def test_the_package_and_the_documents_list_it(name):
 LABELS = torch.tensor([0, 6, 3, 2, 2])
 LOGITS = (5, 7), (5, 7)
 TOKENS = (3, 2, 7), (3, 2, 7)
-WEIGHT = torch.linspace(-1, 1, 77).reshape(11, 7)
+WEIGHT = torch.linspace(-1, 1, 77).reshape(11, 7).bfloat16().float()
 ZERO, UNIFORM = distillkit.MissingProbabilityHandling
 EMBEDDINGS = (9, 4), (9, 6)
 MAPS = (4, 3, 6, 6), (4, 5, 3, 3)
@@ -75,8 +75,13 @@ def swapped(criterion):
     return lambda s, t: criterion(t, s)
 
 
+def log_softmax(x):
+    """Rounded to what every dtype holds."""
+    return x.float().log_softmax(-1).bfloat16().to(x.dtype)
+
+
 def of_logs(criterion):
-    return lambda s, t: criterion(s.log_softmax(-1), t.log_softmax(-1))
+    return lambda s, t: criterion(log_softmax(s), log_softmax(t))
 
 
 def of_heads(criterion, labels):
@@ -90,7 +95,7 @@ def of_heads(criterion, labels):
 
 def of_kept(function, missing):
     def loss(s, t):
-        values, ids = t.log_softmax(-1).topk(3)
+        values, ids = log_softmax(t).topk(3)
         return function(s, ids, values, missing=missing, temperature=2.0)
 
     return loss

@@ -128,9 +128,10 @@ def test_megatron_top_classes(backend, reverse, top_p, least):
 
     sides = draw((S, B, V), (S, B, V))
     assert criterion(*sides)[1:] == (False, False)
+    # What other classes have is 1 less a sum, of which some digits are lost on either side.
     assert_stands_for(
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
-        *sides,
+        *sides, tolerance=5e-6,
     )  # fmt: skip
 
 

@@ -109,6 +109,31 @@ def test_dynamic_shapes(backend, name):
         )
 
 
+def add_up_both(student, teacher, temperature):
+    labels = torch.arange(len(student)) % student.shape[1]
+    soft = fastkd.soft_target_loss(
+        student, teacher, temperature=temperature, normalizer=3 * len(student)
+    )
+    hard = fastkd.distillation_loss(
+        student, teacher, labels, temperature=2 * temperature, soft_weight=1 / len(student)
+    )
+    return soft + hard + fastkd.soft_target_loss(student, teacher, temperature=temperature)
+
+
+def test_several_calls_with_unknown_numbers(backend):
+    """Of one graph, whose sizes and temperature torch does not know."""
+    compiled = torch.compile(add_up_both, fullgraph=True, dynamic=True, backend="aot_eager")
+    with fastkd.use_backend(backend):
+        for rows in (5, 6, 7):
+            student, teacher = torch.randn(2, rows, 9).unbind()
+            student.requires_grad_()
+            results = []
+            for function in (add_up_both, compiled):
+                value = function(student, teacher, rows / 2)
+                results.append((value, *torch.autograd.grad(value, student)))
+            torch.testing.assert_close(*results)
+
+
 @pytest.fixture
 def compiled_operators():
     """Compiles a call for each run, if its guards fail; says which of our operators it holds."""

@@ -92,7 +92,26 @@ def test_schemas_end_with_the_fields():
 
 
 def test_lists_of_the_dispatcher_become_tuples():
-    fields = [2.0, 2.0, 1.0, 0.0, 0.0, -100, True, "jsd", 0.5, "sum", 1, [0.5, 0.5], None, "native"]
+    fields = [
+        2.0,
+        2.0,
+        1.0,
+        0.0,
+        0.0,
+        -100,
+        True,
+        "jsd",
+        0.5,
+        "sum",
+        1,
+        [0.5, 0.5],
+        None,
+        "native",
+        "logits",
+        0,
+        0.0,
+        0.0,
+    ]
     p = parameters.from_schema(parameters.SoftTarget, fields)
     assert p.weights == (0.5, 0.5)
     assert hash(p)

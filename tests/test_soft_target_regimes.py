@@ -314,6 +314,10 @@ def test_labels_that_are_no_class(classes, wrong, dim):
         weights=(1.0,),
         num_classes=None,
         backend="native",
+        teacher_is="logits",
+        all_classes=0,
+        softcap=0.0,
+        teacher_softcap=0.0,
     )
     loss, gradient = student.new_empty(3), torch.empty_like(student)
     statistics = student.new_empty(3 * STATISTICS + 1)

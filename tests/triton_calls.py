@@ -17,6 +17,10 @@ SUM = SoftTarget(
     weights=(1.0,),
     num_classes=None,
     backend="triton",
+    teacher_is="logits",
+    all_classes=0,
+    softcap=0.0,
+    teacher_softcap=0.0,
 )
 HARD = SUM._replace(
     soft_weight=0.9 * 4, hard_weight=0.1, label_smoothing=0.1, reduction="batchmean"

@@ -211,7 +211,7 @@ def compute_topk_self_distillation_loss(
     indices = student_logits.topk(distillation_topk, dim=-1).indices
     values = teacher_logits.gather(-1, indices)
     if distillation_add_tail:
-        teacher = TopK(values, indices, tail="bucket", lse=teacher_logits.logsumexp(-1))
+        teacher = TopK(values, indices, tail="bucket", lse=wide(teacher_logits).logsumexp(-1))
     else:
         teacher = TopK(values, indices, tail="renormalize_both")
     return soft_target_loss(

@@ -288,8 +288,8 @@ def distillation_loss(
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
-        soft_weight=soft_weight * (number * number) / reduce.number,
-        hard_weight=hard_weight / reduce.number,
+        soft_weight=reduce.weight(soft_weight * (number * number)),
+        hard_weight=reduce.weight(hard_weight),
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         labels_are_classes=True,
@@ -301,6 +301,9 @@ def distillation_loss(
         num_classes=num_classes,
         backend=chosen,
         teacher_is=teacher_is,
+        all_classes=0,
+        softcap=0.0,
+        teacher_softcap=0.0,
     )
     loss, *parts = run(
         reference.distillation_loss,

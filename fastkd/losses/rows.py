@@ -86,6 +86,12 @@ class Reduction:
         """All but the values of tensors."""
         return self.number, self.scalar is None, self.row_weight is None, self.sums
 
+    def weight(self, of_term: float) -> float:
+        """What kernels multiply a term by, whose weight this is."""
+        # torch.compile finds no bounds for the quotient of two numbers whose values it does not
+        # know.
+        return of_term * (1 / self.number)
+
     def of(self, found: Tensor) -> Tensor:
         """The result, from what kernels found with weights that were divided by the number."""
         if self.row_weight is not None:

@@ -194,7 +194,7 @@ def soft_target_loss(
     parameters = SoftTarget(
         temperature=number,
         teacher_temperature=of_teacher,
-        soft_weight=(number * number if scale_t2 else 1.0) / reduce.number,
+        soft_weight=reduce.weight(number * number if scale_t2 else 1.0),
         hard_weight=0.0,
         label_smoothing=0.0,
         ignore_index=rows.MASKED,
@@ -207,6 +207,9 @@ def soft_target_loss(
         num_classes=num_classes,
         backend=chosen,
         teacher_is=teacher_is,
+        all_classes=0,
+        softcap=0.0,
+        teacher_softcap=0.0,
     )
     loss, *_ = run(
         lambda *inputs: (reference.soft_target_loss(*inputs),),

@@ -46,6 +46,10 @@ def _uses(sides: Sequence[Tensor], dim: int) -> list[Regime]:
         weights=(1 / len(teachers),) * len(teachers),
         num_classes=None,
         backend="triton",
+        teacher_is="logits",
+        all_classes=0,
+        softcap=0.0,
+        teacher_softcap=0.0,
     )
     hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
     by_row = soft._replace(reduction="none")

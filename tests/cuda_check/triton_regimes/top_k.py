@@ -130,6 +130,9 @@ def _uses(student: Tensor, dim: int, k: int) -> Iterator[Regime]:
         num_classes=None,
         backend="triton",
         teacher_is="top_k",
+        all_classes=0,
+        softcap=0.0,
+        teacher_softcap=0.0,
     )
     hard = soft._replace(soft_weight=0.9 * 16, hard_weight=0.1, label_smoothing=0.1)
 
