@@ -102,9 +102,8 @@ def test_weights_of_classes_and_probabilities(backend):
 @pytest.mark.parametrize("mode", ["paper", "code"])
 def test_skd(backend, mode):
     keywords = {**at_module, "temperature": 1.5, "mode": mode}
-    for rows in (1, 5, 6):
-        sides = draw_logits((rows, K), (rows, K))
-        assert_same_loss(backend, "SKDInstanceLoss", keywords, sides)
+    for shape in ((1, K), (5, K), (6, K), (2, K, 3, 4)):
+        assert_same_loss(backend, "SKDInstanceLoss", keywords, draw_logits(shape, shape))
 
 
 @announced
