@@ -96,12 +96,12 @@ def test_hcl(backend, height):
     [{}, {"distance_weight": 1.0, "angle_weight": 2.0}, {"squared": True}, {"eps": 1e-3},
      {"squared": True, "eps": 1e-3}],
 )  # fmt: skip
-@pytest.mark.parametrize("shapes", [((9, 4), (9, 6)), ((5, 3, 2, 2), (5, 2, 4, 4)), ((7,), (7,))])
+@pytest.mark.parametrize("shapes", [((9, 4), (9, 6)), ((5, 3, 2, 2), (5, 2, 4, 4))])
 def test_rkd(backend, shapes, keywords):
     """RKD.py rkd_loss."""
 
     def formula(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50):
-        s, t = (f.reshape(len(f), -1) for f in (f_s, f_t))
+        s, t = f_s.flatten(1), f_t.flatten(1)
         of_distances = distance_loss(s, t, squared, of_eps=eps)
         return distance_weight * of_distances + angle_weight * angle_loss(s, t)
 
@@ -111,6 +111,12 @@ def test_rkd(backend, shapes, keywords):
     sides = draw(*shapes)
     assert_stands_for(backend, call, lambda *f: formula(*f, **keywords), *sides, in_half=True)
     assert is_without_gradient(call, *sides)
+
+
+def test_rkd_of_numbers():
+    """A sample may be one."""
+    s, t = (torch.randperm(7) + 0.1 * x for x in draw((7,), (7,)))
+    torch.testing.assert_close(mdistiller.rkd_loss(s, t), mdistiller.rkd_loss(s[:, None], t))
 
 
 def test_distances_of_samples_that_coincide(backend):

@@ -131,12 +131,12 @@ def angle_loss(s, t):
 
 
 @pytest.mark.parametrize("weights", [{}, {"w_d": 1.0, "w_a": 2.0}])
-@pytest.mark.parametrize("shapes", [((9, 4), (9, 6)), ((5, 3, 2, 2), (5, 2, 4, 4)), ((7,), (7,))])
+@pytest.mark.parametrize("shapes", [((9, 4), (9, 6)), ((5, 3, 2, 2), (5, 2, 4, 4))])
 def test_rkd(backend, shapes, weights):
     """RKD.py."""
 
     def formula(f_s, f_t):
-        s, t = (f.reshape(len(f), -1) for f in (f_s, f_t))
+        s, t = f_s.flatten(1), f_t.flatten(1)
         of = {"w_d": 25, "w_a": 50, **weights}
         return of["w_d"] * distance_loss(s, t) + of["w_a"] * angle_loss(s, t)
 
@@ -144,6 +144,18 @@ def test_rkd(backend, shapes, weights):
     sides = draw(*shapes)
     assert_stands_for(backend, criterion, formula, *sides, in_half=True)
     assert is_without_gradient(criterion, *sides)
+
+
+def test_rkd_of_numbers(backend):
+    """A sample may be one."""
+
+    def formula(s, t):
+        s, t = s[:, None], t[:, None]
+        return 25 * distance_loss(s, t) + 50 * angle_loss(s, t)
+
+    # Apart from each other, or float32 would keep no digits of the angles' gradient, which is 0.
+    sides = (torch.randperm(7) + 0.1 * x for x in draw((7,), (7,)))
+    assert_stands_for(backend, repdistiller.RKDLoss(), formula, *sides)
 
 
 @pytest.mark.parametrize(
