@@ -13,6 +13,7 @@ from test_compat_repdistiller import angle_loss
 from test_conventions_features import code_loss, paper_loss
 from test_conventions_relations import difference, distance_loss, similarity
 
+import fastkd
 from fastkd.compat import torchdistill
 
 T, K, B = 2.0, 7, 5
@@ -91,6 +92,15 @@ def test_skd(backend, shape):
     assert_stands_for(
         backend, of_loss(criterion), formula, *draw_logits(shape, shape), students=2, in_half=True
     )
+
+
+def test_skd_of_a_teacher_that_is_nan(backend):
+    """No row is below a median of NaN; the loss is not 0 for that."""
+    student, teacher = draw((B, K), (B, K))
+    teacher[1, 2] = torch.nan
+    criterion = torchdistill.SKDInstanceLoss(**at_module, mode="code")
+    with fastkd.use_backend(backend):
+        assert of_loss(criterion)(student, teacher).isnan()
 
 
 def test_srd(backend):

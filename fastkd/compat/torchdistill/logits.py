@@ -120,8 +120,9 @@ class LogitStdKDLoss(KDLoss):
         **kwargs: of `torch.nn.CrossEntropyLoss`.
 
     Raises:
-        ValueError: reduction is `"none"`, or logits have more than two dimensions, of which
-            torchdistill standardises the last and softens the second.
+        ValueError: reduction is `"none"`; logits have more than two dimensions, of which
+            torchdistill standardises the last and softens the second; or, on a CPU, they are not
+            finite.
     """
 
     def __init__(
@@ -205,10 +206,11 @@ class SKDInstanceLoss(OfTwoModules):
         if self.mode == "paper":
             return _common.kl_div(student, teacher, temperature=self.temperature, scale_t2=False)
         confidence = _common.wide(teacher.detach()).softmax(1).amax(1)
-        # Weights, because rows that a mask leaves out would not count.
+        # Weights, because rows that a mask leaves out would not count. NaN stays NaN.
         unsure = (confidence <= confidence.quantile(0.5)).to(confidence.dtype)
+        weights = torch.where(confidence.isnan(), confidence, unsure)
         return soft_target_loss(
-            student, teacher, temperature=self.temperature, row_weight=unsure, dim=1
+            student, teacher, temperature=self.temperature, row_weight=weights, dim=1
         )
 
 
