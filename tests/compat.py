@@ -6,11 +6,14 @@ from conventions import assert_same, draw
 import fastkd
 
 
-def assert_stands_for(backend, call, formula, *tensors, students=1, tolerance=2e-6):
+def assert_stands_for(backend, call, formula, *tensors, students=1, tolerance=2e-6, in_half=False):
     """`call` has the results of `formula` and their gradients, in float64 and in float32.
 
-    Results are one tensor, or a list of them.
+    Results are one tensor, or a list of them. With `in_half` the inputs are bfloat16 too, and
+    autocast is on.
     """
+    if in_half:
+        assert_keeps_precision(backend, one(call), one(formula), *tensors, students=students)
     with fastkd.use_backend(backend):
         ours, theirs = (function(*tensors) for function in (call, formula))
     assert type(ours) is type(theirs)
@@ -25,6 +28,26 @@ def assert_stands_for(backend, call, formula, *tensors, students=1, tolerance=2e
     assert found[0].dtype == torch.float32
     for result, exact, theirs in zip(found, expected, library, strict=True):
         assert_close(result, exact, theirs, tolerance)
+
+
+def assert_keeps_precision(backend, call, formula, *tensors, students):
+    """Half precision is only stored: bfloat16 inputs are widened, and autocast changes nothing."""
+
+    def under_autocast(*tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*tensors)
+
+    for function, dtype, tolerance in (
+        (call, torch.bfloat16, 2e-2),
+        (under_autocast, torch.float32, 1e-5),
+    ):
+        rounded = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
+        wide = [x.double() if x.is_floating_point() else x for x in rounded]
+        loss, *gradients = differentiate(backend, function, rounded, students)
+        exact, *expected = differentiate(backend, formula, wide, students)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+        for gradient, other in zip(gradients, expected, strict=True):
+            assert (gradient.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
 def assert_close(found, exact, theirs, tolerance):

@@ -113,6 +113,7 @@ CALLS = {
     ),
     "kd_loss": (functools.partial(mdistiller.kd_loss, temperature=4.0), LOGITS),
     "squared rkd_loss": (functools.partial(mdistiller.rkd_loss, squared=True), EMBEDDINGS),
+    "hcl_loss": (lambda s, t: mdistiller.hcl_loss([s], [t]), SAME_SHAPE),
     "ATLoss of KD_Lib": (
         lambda s, t: kd_lib.ATLoss()([t], [s]) + kd_lib.ATLoss(3)([t], [s]), SAME_SHAPE,
     ),

@@ -49,9 +49,9 @@ def test_vanilla_kd(backend):
     def formula(s, t):
         return hard_and_soft(s, T * T * F.mse_loss((t / T).softmax(1), (s / T).softmax(1)))
 
-    method = trainer("VanillaKD", torch.nn.MSELoss()).calculate_kd_loss
+    method = with_labels(trainer("VanillaKD", torch.nn.MSELoss()).calculate_kd_loss)
     assert_stands_for(
-        backend, with_labels(method), formula, *draw_logits((B, K), (B, K)), students=2
+        backend, method, formula, *draw_logits((B, K), (B, K)), students=2, in_half=True
     )
 
 
@@ -110,8 +110,9 @@ def test_virtual_teacher(backend):
 
     of = trainer("VirtualTeacher", torch.nn.KLDivLoss(), correct_prob=0.9)
     assert_stands_for(
-        backend, lambda s: of.calculate_kd_loss(s, LABELS), formula, *draw_logits((B, K))
-    )
+        backend, lambda s: of.calculate_kd_loss(s, LABELS), formula, *draw_logits((B, K)),
+        in_half=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_rkd(backend, normalize):
     of = kd_lib.RKDLoss(0.2, 0.7, normalize)
     sides = draw((9, 4), (9, 6))
     # The student first, for its gradient.
-    assert_stands_for(backend, lambda s, t: of(t, s), formula, *sides)
+    assert_stands_for(backend, lambda s, t: of(t, s), formula, *sides, in_half=True)
     assert_stands_for(
         backend, lambda s, t: kd_lib.RKDAngleLoss()(t, s, normalize), lambda s, t: angle(t, s),
         *sides,

@@ -51,19 +51,44 @@ def test_at(backend, p):
 
 
 def test_lists_of_unequal_length(backend):
-    """Are as long as the shorter one, and without any pair the loss is a plain 0."""
-    f = draw(*LISTS)
-    for loss in (lambda *g: mdistiller.at_loss(*g, 2), mdistiller.sp_loss):
-        torch.testing.assert_close(loss(f[:1], f[2:]), loss(f[:1], f[2:3]))
-        torch.testing.assert_close(loss(f[:2], f[2:3]), loss(f[:1], f[2:3]))
-        assert loss([], f) == 0
+    """Are as long as the shorter one, need not be lists, and without any pair the loss is 0."""
+    students = draw(*LISTS)
+    teachers = [x + 1 for x in students]
+    losses = (lambda *g: mdistiller.at_loss(*g, 2), mdistiller.sp_loss, mdistiller.hcl_loss)
+    for loss in losses:
+        of_one = loss(students[:1], teachers[:1])
+        torch.testing.assert_close(loss(iter(students[:1]), teachers), of_one)
+        torch.testing.assert_close(loss(students, iter(teachers[:1])), of_one)
+        assert loss([], teachers) == 0
 
 
 def test_mse(backend):
     """FitNet.py forward_train: F.mse_loss of the regressor's output."""
+    for shape in ((4, 3, 5, 5), (4,)):
+        sides = draw(shape, shape)
+        assert_stands_for(backend, mdistiller.mse_loss, F.mse_loss, *sides, students=2)
+
+
+@pytest.mark.parametrize("height", [7, 4, 1])
+def test_hcl(backend, height):
+    """ReviewKD.py hcl_loss, which leaves out squares that are not lower than the features."""
+    shapes = [(3, 4, height, 5), (3, 2, 6, 6)]
+
+    def formula(*f):
+        loss = 0.0
+        for s, t in zip(f[:2], f[2:], strict=True):
+            total, weights = F.mse_loss(s, t), 1.0
+            below = [side for side in (4, 2, 1) if side < s.shape[2]]
+            for i, side in enumerate(below, start=1):
+                pooled = (F.adaptive_avg_pool2d(x, (side, side)) for x in (s, t))
+                total, weights = total + F.mse_loss(*pooled) / 2**i, weights + 0.5**i
+            loss = loss + total / weights
+        return loss
+
     assert_stands_for(
-        backend, mdistiller.mse_loss, F.mse_loss, *draw((4, 3, 5, 5), (4, 3, 5, 5)), students=2
-    )
+        backend, lists(mdistiller.hcl_loss), formula, *draw(*shapes, *shapes), students=4,
+        in_half=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -84,8 +109,14 @@ def test_rkd(backend, shapes, keywords):
         return mdistiller.rkd_loss(f_s, f_t, **keywords)
 
     sides = draw(*shapes)
-    assert_stands_for(backend, call, lambda *f: formula(*f, **keywords), *sides)
+    assert_stands_for(backend, call, lambda *f: formula(*f, **keywords), *sides, in_half=True)
     assert is_without_gradient(call, *sides)
+
+
+def test_rkd_of_numbers():
+    """A sample may be one."""
+    s, t = (torch.randperm(7) + 0.1 * x for x in draw((7,), (7,)))
+    torch.testing.assert_close(mdistiller.rkd_loss(s, t), mdistiller.rkd_loss(s[:, None], t))
 
 
 def test_distances_of_samples_that_coincide(backend):

@@ -26,7 +26,7 @@ def test_distill_kl(backend, shape):
     )
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5, 5)])
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 5, 5), (5,), ()])
 def test_hint(backend, shape):
     """FitNet.py: torch.nn.MSELoss."""
     assert_stands_for(
@@ -67,7 +67,9 @@ def test_attention(backend, student, teacher, p):
         backend, lambda s, t: criterion([s], [t]), lambda s, t: [attention(s, t, p)], f_s, f_t,
         students=2,
     )  # fmt: skip
-    assert_stands_for(backend, criterion.at_loss, lambda s, t: attention(s, t, p), f_s, f_t)
+    assert_stands_for(
+        backend, criterion.at_loss, lambda s, t: attention(s, t, p), f_s, f_t, in_half=True
+    )
     assert_stands_for(backend, criterion.at, lambda f: at(f, p), f_s)
 
 
@@ -95,14 +97,14 @@ def test_attention_of_lists(backend):
 
 
 def test_lists_of_unequal_length(backend):
-    """Are as long as the shorter one."""
+    """Are as long as the shorter one, and need not be lists."""
     f = draw(*LISTS)
     for criterion in (repdistiller.Attention(), repdistiller.Similarity()):
-        assert len(criterion(f[:1], f[2:])) == len(criterion(f[:2], f[2:3])) == 1
+        assert len(criterion(iter(f[:1]), f[2:])) == len(criterion(f[:2], iter(f[2:3]))) == 1
 
 
 def similarity(f_s, f_t):
-    q_s, q_t = (F.normalize(z.flatten(1) @ z.flatten(1).T) for z in (f_s, f_t))
+    q_s, q_t = (F.normalize(z @ z.T) for z in (x.reshape(len(x), -1) for x in (f_s, f_t)))
     return ((q_t - q_s) ** 2).view(-1, 1).sum(0) / len(f_s) ** 2
 
 
@@ -114,7 +116,9 @@ def test_similarity(backend):
 
     f = draw(*LISTS)
     criterion = repdistiller.Similarity()
-    assert_stands_for(backend, lists(criterion), lists(formula), *f, students=4)
+    assert_stands_for(backend, lists(criterion), lists(formula), *f, students=4, in_half=True)
+    numbers = draw((4,), (4,))
+    assert_stands_for(backend, criterion.similarity_loss, similarity, *numbers, students=2)
     assert criterion.similarity_loss(f[0], f[2]).shape == (1,)
 
 
@@ -138,8 +142,20 @@ def test_rkd(backend, shapes, weights):
 
     criterion = repdistiller.RKDLoss(**weights)
     sides = draw(*shapes)
-    assert_stands_for(backend, criterion, formula, *sides)
+    assert_stands_for(backend, criterion, formula, *sides, in_half=True)
     assert is_without_gradient(criterion, *sides)
+
+
+def test_rkd_of_numbers(backend):
+    """A sample may be one."""
+
+    def formula(s, t):
+        s, t = s[:, None], t[:, None]
+        return 25 * distance_loss(s, t) + 50 * angle_loss(s, t)
+
+    # Apart from each other, or float32 would keep no digits of the angles' gradient, which is 0.
+    sides = (torch.randperm(7) + 0.1 * x for x in draw((7,), (7,)))
+    assert_stands_for(backend, repdistiller.RKDLoss(), formula, *sides)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +178,7 @@ def test_fsp(backend, shapes):
     criterion = repdistiller.FSP(shapes, shapes)
     assert_stands_for(
         backend, lambda *f: criterion(f[:layers], f[layers:]), formula, *draw(*shapes, *shapes),
-        students=2 * layers,
+        students=2 * layers, in_half=True,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from test_compat_repdistiller import angle_loss
 from test_conventions_features import code_loss, paper_loss
 from test_conventions_relations import difference, distance_loss, similarity
 
+import fastkd
 from fastkd.compat import torchdistill
 
 T, K, B = 2.0, 7, 5
@@ -36,8 +37,8 @@ def test_logits(backend, name):
 
     criterion = getattr(torchdistill, name)(**at_module, temperature=T, alpha=0.3)
     sides = draw_logits((B, K), (B, K))
-    assert_stands_for(backend, of_loss(criterion, LABELS), both, *sides, students=2)
-    assert_stands_for(backend, of_loss(criterion), soft, *sides, students=2)
+    assert_stands_for(backend, of_loss(criterion, LABELS), both, *sides, students=2, in_half=True)
+    assert_stands_for(backend, of_loss(criterion), soft, *sides, students=2, in_half=True)
 
 
 @pytest.mark.parametrize(("mode", "formula"), [("code", code_loss), ("paper", paper_loss)])
@@ -47,7 +48,7 @@ def test_at(backend, mode, formula):
 
     sides = draw((4, 3, 5, 5), (4, 2, 3, 4), (4, 6, 5, 5), (4, 4, 3, 4))
     criterion = torchdistill.ATLoss(AT_PAIRS, mode)
-    assert_stands_for(backend, of_loss(criterion), of_pairs, *sides, students=2)
+    assert_stands_for(backend, of_loss(criterion), of_pairs, *sides, students=2, in_half=True)
 
 
 def test_fsp(backend):
@@ -57,14 +58,16 @@ def test_fsp(backend):
 
     shapes = [(3, 4, 6, 6), (3, 5, 3, 4), (3, 2, 4, 3)]
     criterion = torchdistill.FSPLoss(FSP_PAIRS)
-    assert_stands_for(backend, of_loss(criterion), formula, *draw(*shapes, *shapes), students=3)
+    assert_stands_for(
+        backend, of_loss(criterion), formula, *draw(*shapes, *shapes), students=3, in_half=True
+    )
 
 
 def test_rkd(backend):
     criterion = torchdistill.RKDLoss(**two_paths, dist_factor=2, angle_factor=3, reduction="mean")
     assert_stands_for(
         backend, of_loss(criterion), lambda s, t: 2 * distance_loss(s, t) + 3 * angle_loss(s, t),
-        *draw((9, 4), (9, 6)),
+        *draw((9, 4), (9, 6)), in_half=True,
     )  # fmt: skip
 
 
@@ -72,11 +75,14 @@ def test_spkd(backend):
     criterion = torchdistill.SPKDLoss(**two_paths, reduction="batchmean")
     assert_stands_for(
         backend, of_loss(criterion), lambda s, t: similarity(s, t, p=1),
-        *draw((5, 3, 4, 4), (5, 6, 2, 2)), students=2,
+        *draw((5, 3, 4, 4), (5, 6, 2, 2)), students=2, in_half=True,
     )  # fmt: skip
 
 
-def test_skd(backend):
+@pytest.mark.parametrize("shape", [(B, K), (3, K, 2, 4)])
+def test_skd(backend, shape):
+    """The median is of all rows, pixels too, and so is the mean."""
+
     def formula(s, t):
         rows = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="none").sum(1)
         confidence = t.softmax(1).amax(1)
@@ -84,8 +90,17 @@ def test_skd(backend):
 
     criterion = torchdistill.SKDInstanceLoss(**at_module, temperature=T, mode="code")
     assert_stands_for(
-        backend, of_loss(criterion), formula, *draw_logits((B, K), (B, K)), students=2
+        backend, of_loss(criterion), formula, *draw_logits(shape, shape), students=2, in_half=True
     )
+
+
+def test_skd_of_a_teacher_that_is_nan(backend):
+    """No row is below a median of NaN; the loss is not 0 for that."""
+    student, teacher = draw((B, K), (B, K))
+    teacher[1, 2] = torch.nan
+    criterion = torchdistill.SKDInstanceLoss(**at_module, mode="code")
+    with fastkd.use_backend(backend):
+        assert of_loss(criterion)(student, teacher).isnan()
 
 
 def test_srd(backend):
@@ -95,7 +110,7 @@ def test_srd(backend):
 
     criterion = torchdistill.SRDLoss(**of_modules("feature_module", "linear_module"), temperature=T)
     sides = draw_logits((B, 6), (B, K), (B, 6), (B, K))
-    assert_stands_for(backend, of_loss(criterion), formula, *sides, students=4)
+    assert_stands_for(backend, of_loss(criterion), formula, *sides, students=4, in_half=True)
 
 
 def test_hierarchical_context(backend):
@@ -109,7 +124,9 @@ def test_hierarchical_context(backend):
         return criterion({"0": {"output": (s, None)}}, {"0": {"output": t}})
 
     criterion = torchdistill.HierarchicalContextLoss(**at_module)
-    assert_stands_for(backend, call, formula, *draw((4, 3, 3, 3), (4, 3, 3, 3)), students=2)
+    assert_stands_for(
+        backend, call, formula, *draw((4, 3, 3, 3), (4, 3, 3, 3)), students=2, in_half=True
+    )
 
 
 def test_ignored_targets_are_refused_unless_announced():

@@ -102,9 +102,8 @@ def test_weights_of_classes_and_probabilities(backend):
 @pytest.mark.parametrize("mode", ["paper", "code"])
 def test_skd(backend, mode):
     keywords = {**at_module, "temperature": 1.5, "mode": mode}
-    for rows in (1, 5, 6):
-        sides = draw_logits((rows, K), (rows, K))
-        assert_same_loss(backend, "SKDInstanceLoss", keywords, sides)
+    for shape in ((1, K), (5, K), (6, K), (2, K, 3, 4)):
+        assert_same_loss(backend, "SKDInstanceLoss", keywords, draw_logits(shape, shape))
 
 
 @announced
@@ -180,12 +179,16 @@ def test_hierarchical_context(backend, sizes, reduction):
 
 
 @pytest.fixture
-def registered():
+def restored():
     before = dict(registry.MIDDLE_LEVEL_LOSS_DICT)
-    compat.register()
     yield
     registry.MIDDLE_LEVEL_LOSS_DICT.clear()
     registry.MIDDLE_LEVEL_LOSS_DICT.update(before)
+
+
+@pytest.fixture
+def registered(restored):
+    compat.register()
 
 
 CRITERION = """
@@ -254,3 +257,12 @@ def test_a_configuration_builds_these_losses(backend, registered):
 def test_every_loss_is_registered(registered):
     for name in LOSSES:
         assert registry.MIDDLE_LEVEL_LOSS_DICT[name] is getattr(compat, name)
+
+
+def test_a_configuration_registers_them(restored, tmp_path):
+    yaml_util = pytest.importorskip("torchdistill.common.yaml_util")
+    config = tmp_path / "config.yaml"
+    config.write_text("fastkd: !import_call {key: fastkd.compat.torchdistill.register}\n")
+    assert registry.MIDDLE_LEVEL_LOSS_DICT["KDLoss"] is mid_level.KDLoss
+    yaml_util.load_yaml_file(config)
+    assert registry.MIDDLE_LEVEL_LOSS_DICT["KDLoss"] is compat.KDLoss

@@ -9,7 +9,7 @@ installed. `docs/migration.md` shows each, before and after.
 | `fastkd.compat.distillkit` | DistillKit: KL, JSD and TVD, of a whole teacher or of k classes |
 | `fastkd.compat.kd_lib` | KD_Lib: its modules of losses, and its trainers' `calculate_kd_loss` |
 | `fastkd.compat.liger` | Liger-Kernel: KL, JSD and TVD, of probabilities or of linear layers |
-| `fastkd.compat.mdistiller` | mdistiller: the losses of KD, AT, FitNet, RKD and SP |
+| `fastkd.compat.mdistiller` | mdistiller: the losses of KD, AT, FitNet, ReviewKD, RKD and SP |
 | `fastkd.compat.modelopt` | Model-Optimizer: its losses of logits, those for Megatron among them |
 | `fastkd.compat.repdistiller` | RepDistiller: `distiller_zoo` |
 | `fastkd.compat.torchdistill` | torchdistill: losses of its registry, and `register()` |

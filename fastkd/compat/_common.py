@@ -1,7 +1,7 @@
 """What several of these modules share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastkd.losses.distillation import distillation_loss
 from fastkd.losses.hint import hint_loss
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.precision import compute_dtype
+from fastkd.product import product
 
 # No label has this value, so that -100 is an error, and not a row that the soft term leaves out.
 _NOTHING_IGNORED = -(2**31)
@@ -53,6 +54,32 @@ def wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x))
 
 
+def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference of tensors of one shape, which may be numbers."""
+    return hint_loss(*map(torch.atleast_2d, (student, teacher)), half=False, reduction="mean")
+
+
+def samples(features: Tensor) -> Tensor:
+    """Features `(N, *)`, of which `(N,)` are `(N, 1)`."""
+    return features if features.ndim > 1 else features[:, None]
+
+
+def hierarchical_context_loss(
+    student: Tensor, teacher: Tensor, sizes: Iterable[int], reduction: str = "mean"
+) -> Tensor:
+    """The squared difference of features, and of these pooled to squares, weighted 1, ½, ¼, ….
+
+    Sizes that are not below the height are left out, and the weights are divided by their sum.
+    """
+    squares = [size for size in sizes if size < student.shape[2]]
+    sides = (
+        [x, *(F.adaptive_avg_pool2d(wide(x), size) for size in squares)] for x in (student, teacher)
+    )
+    weights = [0.5**level for level in range(len(squares) + 1)]
+    shares = [weight / sum(weights) for weight in weights]
+    return hint_loss(*sides, half=False, reduction=reduction, pair_weights=shares)
+
+
 def pool_to_height(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the higher of two feature maps to a square of the other's height.
 
@@ -61,7 +88,7 @@ def pool_to_height(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     height = min(first.shape[2], second.shape[2])
 
     def pooled(x: Tensor) -> Tensor:
-        return x if x.shape[2] == height else F.adaptive_avg_pool2d(x, (height, height))
+        return x if x.shape[2] == height else F.adaptive_avg_pool2d(wide(x), (height, height))
 
     return pooled(first), pooled(second)
 
@@ -73,10 +100,10 @@ def attention_map(features: Tensor, p: float) -> Tensor:
     return F.normalize(wide(features).pow(p).mean(1).flatten(1))
 
 
-def attention_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], p: float) -> Tensor:
-    """The mean squared difference of attention maps, summed over pairs, the shorter list's."""
-    pairs = [pool_to_height(*pair) for pair in zip(students, teachers, strict=False)]
-    sides = [one for one, _ in pairs], [other for _, other in pairs]
+def attention_loss(pairs: Iterable[tuple[Tensor, Tensor]], p: float) -> Tensor:
+    """The mean squared difference of attention maps, summed over pairs."""
+    pooled = [pool_to_height(*pair) for pair in pairs]
+    sides = [one for one, _ in pooled], [other for _, other in pooled]
     if _is_even(p):
         return attention_transfer_loss(*sides, p=p, distance="mse")
     maps = ([attention_map(f, p) for f in side] for side in sides)
@@ -92,7 +119,8 @@ def distances(embeddings: Tensor, *, eps: float, squared: bool = False) -> Tenso
     """The distances `(N, N)`; off the diagonal their squares are at least `eps`."""
     embeddings = wide(embeddings)
     squares = embeddings.pow(2).sum(1)
-    result = (squares[:, None] + squares - 2 * embeddings @ embeddings.T).clamp(min=eps)
+    products = product(embeddings, embeddings.mT)
+    result = (squares[:, None] + squares - 2 * products).clamp(min=eps)
     same = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
     return (result if squared else result.sqrt()).masked_fill(same, 0)
 

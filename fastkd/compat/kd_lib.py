@@ -11,8 +11,9 @@ cross-entropy is of labels `(N,)` that are classes: a label of -100, which KD_Li
 cross-entropy alone, is an error.
 
 Left out, since no kernel of fastkd serves the formula: `LabelSmoothReg` and `ProbShift`, whose KL
-divergence has its sides exchanged before the logarithm; `RCO`, whose soft term is NaN, as the
-target is a logarithm; `MeanTeacher`, which raises. `BERT2LSTM`, `DML`, `NoisyTeacher` and `TAKD`
+divergence has its sides exchanged before the logarithm; `Attention`, whose maps are of single
+logits, so that its soft term is 0; `RCO`, whose soft term is NaN, as the target is a logarithm;
+`MeanTeacher`, which raises. `BERT2LSTM`, `DML`, `NoisyTeacher` and `TAKD`
 compute a `torch.nn.MSELoss()`: where they take a `loss_fn`, pass `fastkd.nn.HintLoss(half=False,
 reduction="mean")`. See `fastkd.compat` for what all modules share.
 
@@ -32,6 +33,7 @@ from fastkd.compat import _common
 from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.hint import hint_loss
 from fastkd.losses.rkd import rkd_angle_loss
+from fastkd.product import product
 
 __all__ = [
     "BANN",
@@ -105,7 +107,7 @@ class RKDAngleLoss(torch.nn.Module):
         def products(x: Tensor) -> Tensor:
             x = _common.wide(x)
             differences = x[None] - x[:, None]
-            return differences @ differences.mT
+            return product(differences, differences.mT)
 
         return F.smooth_l1_loss(products(student), products(teacher.detach()))
 
@@ -177,9 +179,10 @@ class VanillaKD(_Trainer):
         loss = self.loss_fn
         if not isinstance(loss, torch.nn.MSELoss) or loss.reduction != "mean":
             raise ValueError(f"loss_fn must be torch.nn.MSELoss(), got {loss!r}")
-        sides = ((logits / self.temp).softmax(1) for logits in (y_pred_student, y_pred_teacher))
+        student, teacher = (_common.wide(logits) for logits in (y_pred_student, y_pred_teacher))
+        sides = ((logits / self.temp).softmax(1) for logits in (student, teacher))
         soft = hint_loss(*sides, half=False, reduction="mean")
-        hard = F.cross_entropy(y_pred_student, y_true)
+        hard = F.cross_entropy(student, y_true)
         return self.distil_weight * self.temp**2 * soft + (1 - self.distil_weight) * hard
 
 
@@ -259,6 +262,6 @@ class VirtualTeacher(SelfTraining):
     ) -> Tensor:
         """Of logits `(N, K)` and labels `(N,)`, a scalar."""
         others = (1 - self.correct_prob) / (y_pred_student.shape[1] - 1)
-        teacher = torch.full_like(y_pred_student, others, requires_grad=False)
+        teacher = torch.full_like(_common.wide(y_pred_student), others, requires_grad=False)
         teacher.scatter_(1, y_true[:, None], self.correct_prob)
         return super().calculate_kd_loss(y_pred_student, teacher, y_true)

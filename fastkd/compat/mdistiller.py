@@ -1,10 +1,10 @@
 """mdistiller's losses (megvii-research/mdistiller, `mdistiller/distillers`) on fastkd.
 
-`kd_loss`, `at_loss`, `single_stage_at_loss`, `rkd_loss`, `sp_loss`, `similarity_loss`, and
-`mse_loss` for the line of `FitNet` that calls `F.mse_loss`. The distillers call them by their names
-in the module that defines them, so that an import there in the place of the definition is all that
-a program needs. The losses of CRD, DKD, KDSVD, NST, OFD, PKT, ReviewKD and VID have formulas for
-which fastkd has no kernel. See `fastkd.compat` for what all modules share.
+`kd_loss`, `at_loss`, `single_stage_at_loss`, `rkd_loss`, `sp_loss`, `similarity_loss`, `hcl_loss`,
+and `mse_loss` for the line of `FitNet` that calls `F.mse_loss`. The distillers call them by their
+names in the module that defines them, so that an import there in the place of the definition is all
+that a program needs. The losses of CRD, DKD, KDSVD, NST, OFD, PKT and VID have formulas for which
+fastkd has no kernel. See `fastkd.compat` for what all modules share.
 
 Example:
     >>> from fastkd.compat.mdistiller import at_loss, kd_loss
@@ -13,18 +13,18 @@ Example:
     >>> loss = 0.9 * loss + 1000 * at_loss(*maps, 2)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from fastkd.compat import _common
-from fastkd.losses.hint import hint_loss
 from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from fastkd.losses.similarity import similarity_preserving_loss
 from fastkd.losses.soft_target import soft_target_loss
 
 __all__ = [
     "at_loss",
+    "hcl_loss",
     "kd_loss",
     "mse_loss",
     "rkd_loss",
@@ -44,14 +44,15 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     return soft_target_loss(logits_student, logits_teacher, temperature=temperature, dim=1)
 
 
-def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor | int:
+def at_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor], p: float) -> Tensor | int:
     """The sum of `single_stage_at_loss` over pairs of features `(N, C, H, W)`; `AT.py`.
 
     Of lists of unequal length the longer one's rest is left out, which
     `fastkd.attention_transfer_loss` refuses: a recipe of mdistiller pairs stages that way which are
     not each other's. A scalar, and 0 for empty lists.
     """
-    return _common.attention_loss(g_s, g_t, p) if min(len(g_s), len(g_t)) else 0
+    pairs = list(zip(g_s, g_t, strict=False))
+    return _common.attention_loss(pairs, p) if pairs else 0
 
 
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
@@ -62,16 +63,28 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
     the map. Where heights differ, the higher features are average-pooled to a square of the other's
     height. Of features `(N, C, H, W)`, a scalar.
     """
-    return _common.attention_loss([f_s], [f_t], p)
+    return _common.attention_loss([(f_s, f_t)], p)
 
 
 def mse_loss(input: Tensor, target: Tensor) -> Tensor:
     """The mean squared difference of features, as `FitNet.py` calls `F.mse_loss(f_s, f_t)`.
 
     `fastkd.hint_loss` has the paper's ½ and divides by the batch size unless `half=False,
-    reduction="mean"`. Of features of one shape, with at least two dimensions, a scalar.
+    reduction="mean"`. Of features of one shape, a scalar.
     """
-    return hint_loss(input, target, half=False, reduction="mean")
+    return _common.mean_square(input, target)
+
+
+def hcl_loss(fstudent: Iterable[Tensor], fteacher: Iterable[Tensor]) -> Tensor | float:
+    """The loss of `ReviewKD`, summed over pairs of features; `ReviewKD.py`.
+
+    The mean squared difference of features, and of the features pooled to squares of 4, 2 and 1
+    pixels a side, weighted. The weights are 1, ½, ¼ and ⅛, over their sum; a square that is not
+    below the features' height is left out. Of features `(N, C, H, W)` of one shape, a scalar. Of
+    lists of unequal length the longer one's rest is left out. 0.0 for empty lists.
+    """
+    pairs = zip(fstudent, fteacher, strict=False)
+    return sum((_common.hierarchical_context_loss(*pair, (4, 2, 1)) for pair in pairs), 0.0)
 
 
 def rkd_loss(
@@ -102,7 +115,7 @@ def rkd_loss(
     Returns:
         A scalar.
     """
-    student, teacher = f_s.flatten(1), f_t.detach().flatten(1)
+    student, teacher = (_common.samples(f).flatten(1) for f in (f_s, f_t.detach()))
     if squared or eps != _EPS:
         distances = _common.distance_loss(student, teacher, eps=eps, squared=squared)
     else:
@@ -110,7 +123,7 @@ def rkd_loss(
     return distance_weight * distances + angle_weight * rkd_angle_loss(student, teacher)
 
 
-def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor | int:
+def sp_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
     """The sum of `similarity_loss` over pairs of features, of shape `(1,)`; `SP.py`.
 
     Of lists of unequal length the longer one's rest is left out, which
@@ -124,4 +137,4 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     `SP.py`. Of features `(N, *)`, of shape `(1,)`.
     """
-    return similarity_preserving_loss(f_s, f_t).reshape(1)
+    return similarity_preserving_loss(*map(_common.samples, (f_s, f_t))).reshape(1)

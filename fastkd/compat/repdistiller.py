@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastkd.compat import _common
 from fastkd.losses.fsp import fsp_loss
-from fastkd.losses.hint import hint_loss
 from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from fastkd.losses.similarity import similarity_preserving_loss
 
@@ -55,8 +54,8 @@ class HintLoss(torch.nn.Module):
     """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """Of features of one shape, with at least two dimensions, a scalar."""
-        return hint_loss(f_s, f_t, half=False, reduction="mean")
+        """Of features of one shape, a scalar."""
+        return _common.mean_square(f_s, f_t)
 
 
 class Attention(torch.nn.Module):
@@ -82,7 +81,7 @@ class Attention(torch.nn.Module):
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """The loss of one pair, a scalar."""
-        return _common.attention_loss([f_s], [f_t], self.p)
+        return _common.attention_loss([(f_s, f_t)], self.p)
 
     def at(self, f: Tensor) -> Tensor:
         """The map of features `(N, C, H, W)`, `(N, H·W)`."""
@@ -102,7 +101,7 @@ class Similarity(torch.nn.Module):
 
     def similarity_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """The loss of one pair, of shape `(1,)`."""
-        return similarity_preserving_loss(f_s, f_t).reshape(1)
+        return similarity_preserving_loss(*map(_common.samples, (f_s, f_t))).reshape(1)
 
 
 class RKDLoss(torch.nn.Module):
@@ -126,7 +125,7 @@ class RKDLoss(torch.nn.Module):
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """Of features `(N, *)`, which are flattened and need not be of one size, a scalar."""
-        student, teacher = f_s.flatten(1), f_t.detach().flatten(1)
+        student, teacher = (_common.samples(f).flatten(1) for f in (f_s, f_t.detach()))
         distances = rkd_distance_loss(student, teacher)
         return self.w_d * distances + self.w_a * rkd_angle_loss(student, teacher)
 

@@ -2,7 +2,8 @@
 
 `KDLoss`, `LogitStdKDLoss`, `SKDInstanceLoss`, `SRDLoss`, `ATLoss`, `FSPLoss`, `RKDLoss`, `SPKDLoss`
 and `HierarchicalContextLoss`. `register()` puts them into torchdistill's registry under these
-names, so that its configurations build them and need no change.
+names, so that its configurations build them and need no change. A configuration may call it itself:
+`fastkd: !import_call {key: fastkd.compat.torchdistill.register}`.
 
 Modules are called as torchdistill calls them, `criterion(student_io_dict, teacher_io_dict,
 targets)`: the outputs of hooks, by the path of a module and by "input" or "output". Its other

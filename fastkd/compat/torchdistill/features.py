@@ -12,6 +12,7 @@ from fastkd.compat.torchdistill.outputs import OfTwoModules, Outputs, check_mode
 from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.hint import hint_loss
 from fastkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
+from fastkd.product import product
 
 # By a name of one's own, what is compared, and its "weight", which is 1 if it is not there.
 Pairs = Mapping[str, Mapping[str, Any]]
@@ -102,7 +103,7 @@ def _columns(first: Tensor, second: Tensor) -> Tensor:
         x if list(x.shape[2:]) == size else F.adaptive_max_pool2d(x, size) for x in (second, first)
     ]
     second, first = (_common.wide(x).flatten(2) for x in layers)
-    return (second @ first.mT / first.shape[2]).flatten(0, 1)
+    return (product(second, first.mT) / first.shape[2]).flatten(0, 1)
 
 
 class RKDLoss(torch.nn.Module):
@@ -187,7 +188,7 @@ class SPKDLoss(torch.nn.Module):
         student = student_io_dict[self.student_output_path]["output"].flatten(1)
         teacher = teacher_io_dict[self.teacher_output_path]["output"].flatten(1)
         sides = (_common.wide(z) for z in (student, teacher))
-        rows = (F.normalize(z @ z.T, p=1, dim=1) for z in sides)
+        rows = (F.normalize(product(z, z.mT), p=1, dim=1) for z in sides)
         loss = hint_loss(*rows, half=False, reduction="sum")
         return loss / len(student) ** 2 if self.reduction == "batchmean" else loss
 
@@ -199,11 +200,14 @@ class HierarchicalContextLoss(OfTwoModules):
     is left out.
 
     Args:
-        student_module_path: the student's module. student_module_io: `"input"` or `"output"` of it:
-        a pair, of which the first is the features. teacher_module_path: the teacher's module.
-        teacher_module_io: `"input"` or `"output"` of it: features `(N, C, H, W)`. reduction:
-        `"mean"` or `"sum"` over elements. Default: `"mean"`. output_sizes: heights of the squares.
-        Default: None, `[4, 2, 1]`. **kwargs: not used, as in torchdistill.
+        student_module_path: the student's module.
+        student_module_io: `"input"` or `"output"` of it: a pair, of which the first is the
+            features.
+        teacher_module_path: the teacher's module.
+        teacher_module_io: `"input"` or `"output"` of it: features `(N, C, H, W)`.
+        reduction: `"mean"` or `"sum"` over elements. Default: `"mean"`.
+        output_sizes: heights of the squares. Default: None, `[4, 2, 1]`.
+        **kwargs: not used, as in torchdistill.
 
     Raises:
         ValueError: reduction is another one.
@@ -232,10 +236,6 @@ class HierarchicalContextLoss(OfTwoModules):
     ) -> Tensor:
         """A scalar."""
         (student, _), teacher = self.outputs(student_io_dict, teacher_io_dict)
-        sizes = [size for size in self.output_sizes if size < student.shape[2]]
-        sides = (
-            [x, *(F.adaptive_avg_pool2d(x, size) for size in sizes)] for x in (student, teacher)
+        return _common.hierarchical_context_loss(
+            student, teacher, self.output_sizes, self.reduction
         )
-        weights = [0.5**level for level in range(len(sizes) + 1)]
-        shares = [weight / sum(weights) for weight in weights]
-        return hint_loss(*sides, half=False, reduction=self.reduction, pair_weights=shares)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd.compat import _common
 from fastkd.compat.torchdistill.outputs import OfTwoModules, Outputs, check_mode, no_terms
+from fastkd.losses.soft_target import soft_target_loss
 
 
 class KDLoss(OfTwoModules):
@@ -85,7 +86,9 @@ class KDLoss(OfTwoModules):
                 label_smoothing=self.cross_entropy_loss.label_smoothing,
                 reduction="sum" if self.reduction == "sum" else "batchmean",
             )
-        hard = self.cross_entropy_loss(student, targets)
+        # Weights of classes have the dtype of the logits.
+        weighted = self.cross_entropy_loss.weight is not None
+        hard = self.cross_entropy_loss(student if weighted else _common.wide(student), targets)
         return self.alpha * hard + self.beta * self.temperature**2 * self._soft(student, teacher)
 
     def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -117,8 +120,9 @@ class LogitStdKDLoss(KDLoss):
         **kwargs: of `torch.nn.CrossEntropyLoss`.
 
     Raises:
-        ValueError: reduction is `"none"`, or logits have more than two dimensions, of which
-            torchdistill standardises the last and softens the second.
+        ValueError: reduction is `"none"`; logits have more than two dimensions, of which
+            torchdistill standardises the last and softens the second; or, on a CPU, they are not
+            finite.
     """
 
     def __init__(
@@ -143,7 +147,9 @@ class LogitStdKDLoss(KDLoss):
         if student.ndim != 2:
             raise ValueError(f"logits must be (N, K), got {tuple(student.shape)}")
         # To standardise is to divide by another temperature: what is subtracted changes no softmax.
-        of_rows = [self.temperature * (self.eps + x.std(-1)) for x in (student, teacher)]
+        of_rows = [
+            self.temperature * (self.eps + _common.wide(x).std(-1)) for x in (student, teacher)
+        ]
         return _common.kl_div(
             student,
             teacher,
@@ -157,13 +163,14 @@ class LogitStdKDLoss(KDLoss):
 class SKDInstanceLoss(OfTwoModules):
     """KL divergence of softened logits: the instance-wise term of Streamlined KD.
 
-    `mode="paper"` is the mean over rows without T², `fastkd.soft_target_loss` with
-    `scale_t2=False`. `mode="code"` has T², and leaves out the rows whose teacher is surer than in
-    the median row; these count in the mean.
+    `mode="paper"` has no T², and divides the sum over `(N, K, *)` by N alone.
+    `fastkd.soft_target_loss` multiplies by T² unless `scale_t2=False`. `mode="code"` has T², is a
+    mean over all rows, and leaves out those whose teacher is surer than in the median row; these
+    count in the mean.
 
     Args:
         student_module_path: the student's module.
-        student_module_io: `"input"` or `"output"` of it: logits `(N, K)`.
+        student_module_io: `"input"` or `"output"` of it: logits `(N, K, *)`.
         teacher_module_path: the teacher's module.
         teacher_module_io: `"input"` or `"output"` of it.
         temperature: T. Default: 4.0.
@@ -199,9 +206,12 @@ class SKDInstanceLoss(OfTwoModules):
         if self.mode == "paper":
             return _common.kl_div(student, teacher, temperature=self.temperature, scale_t2=False)
         confidence = _common.wide(teacher.detach()).softmax(1).amax(1)
-        # Weights, because rows that a mask leaves out would not count.
+        # Weights, because rows that a mask leaves out would not count. NaN stays NaN.
         unsure = (confidence <= confidence.quantile(0.5)).to(confidence.dtype)
-        return _common.kl_div(student, teacher, temperature=self.temperature, row_weight=unsure)
+        weights = torch.where(confidence.isnan(), confidence, unsure)
+        return soft_target_loss(
+            student, teacher, temperature=self.temperature, row_weight=weights, dim=1
+        )
 
 
 class SRDLoss(torch.nn.Module):
@@ -265,7 +275,8 @@ class SRDLoss(torch.nn.Module):
     ) -> Tensor:
         """A scalar."""
         student, teacher = self.features.outputs(student_io_dict, teacher_io_dict)
-        of_features = (student - teacher).abs().pow(self.exponent).sum().log()
+        difference = _common.wide(student) - _common.wide(teacher)
+        of_features = difference.abs().pow(self.exponent).sum().log()
         of_logits = _common.kl_div(
             *self.logits.outputs(student_io_dict, teacher_io_dict),
             temperature=self.temperature,
