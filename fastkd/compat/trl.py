@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.compat._common import wide
+from fastkd.compat._common import log_sum_exp, wide
 from fastkd.logits import LinearHead, LogProbabilities, TopK
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -211,7 +211,7 @@ def compute_topk_self_distillation_loss(
     indices = student_logits.topk(distillation_topk, dim=-1).indices
     values = teacher_logits.gather(-1, indices)
     if distillation_add_tail:
-        teacher = TopK(values, indices, tail="bucket", lse=wide(teacher_logits).logsumexp(-1))
+        teacher = TopK(values, indices, tail="bucket", lse=log_sum_exp(teacher_logits))
     else:
         teacher = TopK(values, indices, tail="renormalize_both")
     return soft_target_loss(
