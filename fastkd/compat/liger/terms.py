@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd.autograd import savable
 from fastkd.compat._common import wide
 from fastkd.precision import compute_dtype
 
-# Numbers of either side in a chunk. A GPU's cache holds most of what a formula makes of so many.
-_CHUNK = 1 << 22
+# Numbers of either side in a chunk: what a formula makes of so many stays in caches, and is more
+# than a GPU needs to start for.
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 # Beyond it a class has no part in the mixture that float32 or float64 could show.
 _LARGEST_LOG_RATIO = 80.0
 
@@ -50,15 +50,20 @@ class _Terms(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         student, teacher = ctx.saved_tensors
+        factor = grad_output[..., None] if ctx.summed else grad_output
+
+        def gradient_of(rows: slice) -> Tensor:
+            slopes = ctx.formula.slopes(wide(student[rows]), wide(teacher[rows]))
+            # A row that does not count may hold NaN.
+            return (slopes * factor[rows]).masked_fill(factor[rows] == 0, 0)
+
+        if torch.is_grad_enabled():  # for second derivatives
+            return None, None, gradient_of(slice(None)).to(student.dtype), None
         gradient = torch.empty_like(student)
         for rows in _chunks(student):
-            slopes = ctx.formula.slopes(wide(student[rows]), wide(teacher[rows]))
-            factor = grad_output[rows, ..., None] if ctx.summed else grad_output[rows]
-            # A row that does not count may hold NaN.
-            gradient[rows] = (slopes * factor).masked_fill(factor == 0, 0)
+            gradient[rows] = gradient_of(rows)
         return None, None, gradient, None
 
 
@@ -67,7 +72,8 @@ def _chunks(x: Tensor) -> Iterator[slice]:
     count = len(x)
     step = max(count, 1)
     if not torch.compiler.is_compiling():
-        step = max(_CHUNK * count // max(x.numel(), 1), 1)
+        numbers = _CHUNK.get(x.device.type, _CHUNK["cuda"])
+        step = max(numbers * count // max(x.numel(), 1), 1)
     for start in range(0, count, step):
         yield slice(start, start + step)
 
