@@ -170,8 +170,16 @@ def test_megatron_renormalised_classes(backend, reverse):
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
         *draw((S, B, V), (S, B, V)),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="top_k must be at most the number of classes, 3"):
+    with pytest.raises(ValueError, match="at most the number of classes, 3, got 4"):
         criterion(*draw((S, B, 3), (S, B, 3)))
+
+
+def test_arguments_out_of_their_ranges():
+    for keywords in ({"top_p": 0.0}, {"top_p": 1.5}, {"top_p": 0.5, "top_p_min_k": 0}):
+        with pytest.raises(ValueError, match="top_p"):
+            modelopt.TopLogitsKLLoss(CONFIG, **keywords)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        modelopt.TopLogitsKLLoss(CONFIG, top_k=0)(*draw((S, B, V), (S, B, V)))
 
 
 def test_ranks_need_their_group():

@@ -87,6 +87,8 @@ def _reduced(
     counts: Tensor | None = None,
 ) -> Tensor:
     """Over the rows that count, which divide as 1 at least."""
+    if counts is not None and counts.shape != student.shape[:1]:
+        raise ValueError(f"shift_labels must have the shape (BT,), got {tuple(counts.shape)}")
     if reduction == "none":
         found = terms.compute(formula, student, teacher, summed=False)
         return found if counts is None else found.masked_fill(~counts[:, None], 0)

@@ -31,6 +31,9 @@ class Formula(NamedTuple):
 
 def compute(formula: Formula, student: Tensor, teacher: Tensor, *, summed: bool) -> Tensor:
     """The terms of `(rows, V)`, or the sum of each row; the teacher receives no gradient."""
+    if student.ndim != 2 or student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"both sides must have one shape (BT, V), got {shapes}")
     found: Tensor = _Terms.apply(formula, summed, student, teacher.detach())
     return found
 

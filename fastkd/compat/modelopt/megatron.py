@@ -87,9 +87,13 @@ class TopLogitsKLLoss(LogitsKLLoss):
         temperature: T, above 0. Default: 1.0.
         reverse: take `KL(Q‖P)`. Default: False.
         top_k: how many classes of each row. Default: 1024.
-        top_p: keep of these the likeliest until their probabilities reach it. Default: None, all.
+        top_p: in (0, 1]; keep of these the likeliest until their probabilities reach it. Default:
+            None, all.
         top_p_min_k: how many `top_p` leaves at least. Default: 1.
         group: as in `LogitsKLLoss`; each rank has as many classes. Default: None.
+
+    Raises:
+        ValueError: `top_p` or `top_p_min_k` is out of its range.
     """
 
     def __init__(
@@ -104,6 +108,10 @@ class TopLogitsKLLoss(LogitsKLLoss):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__(model_config, temperature, reverse, group=group)
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if top_p_min_k < 1:
+            raise ValueError(f"top_p_min_k must be at least 1, got {top_p_min_k}")
         self.top_k = top_k
         self.top_p = top_p
         self.top_p_min_k = top_p_min_k
@@ -176,8 +184,10 @@ def _top(teacher: Tensor, k: int, group: Any) -> tuple[Tensor, Tensor]:
     """The k largest logits and their classes, of all ranks, each of which has as many classes."""
     classes = teacher.shape[-1]
     size = 1 if group is None else dist.get_world_size(group)
-    if k > classes * size:
-        raise ValueError(f"top_k must be at most the number of classes, {classes * size}, got {k}")
+    if not 1 <= k <= classes * size:
+        raise ValueError(
+            f"top_k must be at least 1 and at most the number of classes, {classes * size}, got {k}"
+        )
     values, indices = teacher.topk(min(k, classes), dim=-1)
     if group is None:
         return values, indices
