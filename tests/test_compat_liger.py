@@ -7,9 +7,9 @@ their gradient.
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from compat import assert_stands_for
 from conventions import draw
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd.compat import liger
@@ -26,7 +26,8 @@ every_reduction = pytest.mark.parametrize("reduction", ["batchmean", "sum", "mea
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
     """Of two rows."""
-    monkeypatch.setitem(terms._CHUNK, "cpu", 2 * V)
+    for device in terms._CHUNK:
+        monkeypatch.setitem(terms._CHUNK, device, 2 * V)
 
 
 def drawn_logs():
@@ -162,32 +163,15 @@ def test_backward_again():
             )
 
 
-class Sizes(TorchDispatchMode):
-    """How many bytes the tensors have that operators make."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        given = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]
-        if isinstance(result, torch.Tensor):
-            storage = result.untyped_storage()
-            if storage.data_ptr() not in [x.data_ptr() for x in given]:
-                self.found.append(storage.nbytes())
-        return result
-
-
 def test_memory():
     """Of half precision the gradient is all that is as large; what is wider is of a chunk."""
     for criterion, q, p, labels in of_probabilities():
         if getattr(criterion, "reduction", "") == "none":
             continue
         student, teacher = q.bfloat16().requires_grad_(), p.bfloat16()
-        with Sizes() as sizes:
+        with Allocations() as allocations:
             criterion(student, teacher, *labels).backward()
-        *others, gradient = sorted(sizes.found)
+        *others, gradient = sorted(allocations.sizes)
         assert gradient == 2 * B * V and others[-1] == 4 * 2 * V
 
 
