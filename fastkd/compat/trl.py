@@ -1,8 +1,8 @@
 """TRL's distillation losses (trl 1.16) on fastkd.
 
 `generalized_jsd_loss` of `GKDTrainer`, `chunked_divergence_loss` of `DistillationTrainer`, and of
-`SDPOTrainer` `compute_topk_self_distillation_loss` and `compute_full_logit_self_distillation_loss`.
-See `fastkd.compat` for what all modules share.
+`SDPOTrainer` and `SDFTTrainer` `compute_topk_self_distillation_loss` and
+`compute_full_logit_self_distillation_loss`. See `fastkd.compat` for what all modules share.
 
 None has a factor T². Over no token a mean is 0 where TRL's is NaN.
 
