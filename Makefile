@@ -111,9 +111,10 @@ test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU an
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
 # torchdistill asks for torchvision, whose wheel fits one build of torch alone; beside another one not
-# even transformers can be imported. Its losses do without. timm does not, and is left out.
+# even transformers can be imported. Its losses do without. timm does not, and is left out. Of
+# Model-Optimizer two files are read.
 test-peers: .venv/native .venv/with-test,peers  ## Compare with the libraries of fastkd.compat and .integrations
-	$(PIP) --no-deps 'torchdistill>=1.1'
+	$(PIP) --no-deps 'torchdistill>=1.1' 'nvidia-modelopt>=0.47'
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal tests/test_peers_*.py $(ARGS)
 
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself

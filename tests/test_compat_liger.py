@@ -7,11 +7,13 @@ their gradient.
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from compat import assert_stands_for
 from conventions import draw
 
 import fastkd
 from fastkd.compat import liger
+from fastkd.compat.liger import terms
 
 B, V, H, T = 6, 13, 5, 2.0
 LABELS = torch.tensor([3, -100, 0, 12, -100, 7])
@@ -19,6 +21,13 @@ NONE_KEPT = torch.full((B,), -100)
 every_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 some_labels = pytest.mark.parametrize("labels", [None, LABELS, NONE_KEPT], ids=str)
 every_reduction = pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """Of two rows."""
+    for device in terms._CHUNK:
+        monkeypatch.setitem(terms._CHUNK, device, 2 * V)
 
 
 def drawn_logs():
@@ -70,12 +79,100 @@ def test_jsd(backend, beta, labels):
     )  # fmt: skip
 
 
-def test_jsd_takes_the_student_s_side_as_it_is(backend):
-    """Rows of Q need not sum to 1."""
+@every_beta
+def test_jsd_takes_its_sides_as_they_are(backend, beta):
+    """No row needs to sum to 1."""
     log_q, log_p = drawn_logs()
     assert_stands_for(
-        backend, liger.LigerJSD(0.3), lambda q, p: jsd(q, p, 0.3).mean(), log_q - 0.2, log_p
+        backend, liger.LigerJSD(beta), lambda q, p: jsd(q, p, beta).mean(), log_q - 0.2, log_p + 0.3
     )
+
+
+def of_probabilities():
+    """Each criterion of two tensors and labels, and these: the student's first."""
+    log_q, log_p = drawn_logs()
+    return [
+        *[(liger.LigerJSD(beta), log_q, log_p, (LABELS,)) for beta in (0.0, 0.3, 1.0)],
+        *[
+            (liger.LigerTVDLoss(how), log_q.exp(), log_p.exp(), (LABELS,))
+            for how in ("sum", "none")
+        ],
+        (liger.LigerKLDIVLoss(reduction="none"), log_q, log_p.exp(), ()),
+        (liger.LigerKLDIVLoss(reduction="sum", log_target=True), log_q, log_p, ()),
+    ]
+
+
+def test_rows_that_do_not_count_may_hold_nan():
+    for criterion, q, p, labels in of_probabilities():
+        if not labels:
+            continue
+        results = []
+        for filling in (0.5, torch.nan):
+            student, teacher = (x.clone() for x in (q, p))
+            student[1] = teacher[4] = filling
+            student.requires_grad_()
+            loss = criterion(student, teacher, *labels).sum()
+            results.append((loss, *torch.autograd.grad(loss, student)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@every_beta
+def test_jsd_of_classes_that_a_side_excludes(beta):
+    """As if their probabilities were next to nothing, but for a KL, which is infinite then."""
+    log_q, log_p = drawn_logs()
+    log_q[0, 1] = log_p[0, 1] = log_q[1, 2] = log_p[2, 3] = -torch.inf
+    found = [terms.jsd(beta).terms(log_q, log_p), terms.jsd(beta).slopes(log_q, log_p)]
+    floored = [x.clamp(min=-1e5) for x in (log_q, log_p)]
+    expected = [terms.jsd(beta).terms(*floored), terms.jsd(beta).slopes(*floored)]
+    expected = [x.masked_fill(x.abs() > 10, torch.inf) for x in expected]
+    found[1] = found[1].masked_fill(found[1] == -torch.inf, torch.inf)
+    torch.testing.assert_close(found, expected)
+    assert torch.isfinite(found[0]).all() == (0 < beta < 1)
+
+
+def test_jsd_of_sides_that_nearly_agree():
+    """Its terms of float32 are right to their last digits where logarithms nearly cancel."""
+    log_p = drawn_logs()[0].float()
+    log_q = log_p + 1e-3 * draw((B, V))[0].float()
+    formula = terms.jsd(0.3)
+    exact = formula.slopes(log_q.double(), log_p.double())
+    p, q = log_p.double().exp(), log_q.double().exp()
+    torch.testing.assert_close(exact, 0.7 * q * (log_q - (0.3 * p + 0.7 * q).log()))
+    torch.testing.assert_close(
+        formula.slopes(log_q, log_p).double(),
+        exact,
+        rtol=1e-3,
+        atol=1e-6 * float(exact.abs().max()),
+    )
+
+
+def test_backward_again():
+    """With the graph kept, of a teacher of inference mode, and differentiated once more."""
+    for criterion, q, p, labels in of_probabilities():
+        with torch.inference_mode():
+            teacher = p.clone()
+        student = q.clone().requires_grad_()
+        loss = criterion(student, teacher, *labels).sum()
+        (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, student, torch.tensor(-2.0), create_graph=True)
+        torch.testing.assert_close(again, -2 * gradient, rtol=0, atol=0)
+        if again.requires_grad:  # else it is linear
+            others = p, *labels
+            assert torch.autograd.gradgradcheck(
+                lambda s, c=criterion, others=others: c(s, *others), student
+            )
+
+
+def test_memory():
+    """Of half precision the gradient is all that is as large; what is wider is of a chunk."""
+    for criterion, q, p, labels in of_probabilities():
+        if getattr(criterion, "reduction", "") == "none":
+            continue
+        student, teacher = q.bfloat16().requires_grad_(), p.bfloat16()
+        with Allocations() as allocations:
+            criterion(student, teacher, *labels).backward()
+        *others, gradient = sorted(allocations.sizes)
+        assert gradient == 2 * B * V and others[-1] == 4 * 2 * V
 
 
 @every_beta
@@ -214,3 +311,11 @@ def test_arguments_that_cannot_be_honoured():
         liger.LigerFusedLinearKLDivLoss(eps=1e-3)
     with pytest.raises(ValueError, match="reduction must be"):
         liger.LigerFusedLinearKLDivLoss("none")
+    sides = drawn_logs()
+    for criterion in (liger.LigerJSD(), liger.LigerTVDLoss()):
+        with pytest.raises(ValueError, match=r"shift_labels must have the shape \(BT,\)"):
+            criterion(*sides, LABELS[:, None])
+        with pytest.raises(ValueError, match=r"one shape \(BT, V\)"):
+            criterion(sides[0], sides[1][:1])
+    with pytest.raises(ValueError, match="reduction must be"):
+        liger.LigerTVDLoss("median")(*sides)

@@ -1,9 +1,10 @@
 """Model-Optimizer's losses against its formulas, written out.
 
-`modelopt/torch/distill/losses.py` and `modelopt/torch/distill/plugins/megatron.py`; with a group
-they are in test_groups.py.
+`modelopt/torch/distill/losses.py` and `modelopt/torch/distill/plugins/megatron.py`;
+test_peers_modelopt_compat.py runs its own, and test_groups.py has them with a group.
 """
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from compat import assert_stands_for
 from conventions import draw
 from signatures import parameters
 
+import fastkd
 from fastkd.compat import modelopt
 
 S, B, V, K = 5, 2, 13, 4
@@ -43,20 +45,40 @@ def old_top_k(*arguments, **keywords):
         return modelopt.TopKLogitsKLLoss(*arguments, **keywords)
 
 
+@pytest.mark.parametrize("shape", [(B, S, V), (S, V), (V,)], ids=str)
 @every_reduction
-def test_logits_distillation(backend, reduction):
+def test_logits_distillation(backend, reduction, shape):
+    """Of rows, whose first dimension alone is the batch."""
     criterion = modelopt.LogitsDistillationLoss(T, reduction)
 
     def formula(s, t):
-        log_q, log_p = ((x.reshape(-1, V) / T).log_softmax(-1) for x in (s, t))
-        return T**2 * reduced(kl_terms(log_p, log_q, False), reduction)
+        log_q, log_p = ((x / T).log_softmax(-1) for x in (s, t))
+        terms = T**2 * kl_terms(log_p, log_q, False)
+        return terms.sum(-1) if reduction == "none" else reduced(terms, reduction)
 
     of = squared if reduction == "none" else lambda loss: loss
     assert_stands_for(
         backend, lambda s, t: of(criterion(s, t)), lambda s, t: of(formula(s, t)),
-        *draw((B, S, V), (B, S, V)),
+        *draw(shape, shape),
     )  # fmt: skip
-    assert criterion(*draw((B, S, V), (B, S, V))).shape == ((B * S, V) if of is squared else ())
+    assert criterion(*draw(shape, shape)).shape == (shape[:-1] if of is squared else ())
+
+
+def test_logits_distillation_of_a_batch_of_maps(backend):
+    """Classes are the last dimension, of which nothing warns."""
+    sides = draw((2, 3, 4, V), (2, 3, 4, V))
+    with warnings.catch_warnings(), fastkd.use_backend(backend):
+        warnings.simplefilter("error")
+        assert modelopt.LogitsDistillationLoss(T, "none")(*sides).shape == (2, 3, 4)
+
+
+def test_criteria_of_convert():
+    """`modelopt.torch.distill.convert` takes nothing but losses of torch."""
+    criteria = [
+        modelopt.LogitsDistillationLoss(), modelopt.MFTLoss(), modelopt.LogitsKLLoss(CONFIG),
+        modelopt.TopLogitsKLLoss(CONFIG), old_top_k(CONFIG),
+    ]  # fmt: skip
+    assert all(isinstance(criterion, torch.nn.modules.loss._Loss) for criterion in criteria)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.9])
@@ -148,8 +170,16 @@ def test_megatron_renormalised_classes(backend, reverse):
         backend, lambda s, t: squared(criterion(s, t)[0]), lambda s, t: squared(formula(s, t)),
         *draw((S, B, V), (S, B, V)),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="top_k must be at most the number of classes, 3"):
+    with pytest.raises(ValueError, match="at most the number of classes, 3, got 4"):
         criterion(*draw((S, B, 3), (S, B, 3)))
+
+
+def test_arguments_out_of_their_ranges():
+    for keywords in ({"top_p": 0.0}, {"top_p": 1.5}, {"top_p": 0.5, "top_p_min_k": 0}):
+        with pytest.raises(ValueError, match="top_p"):
+            modelopt.TopLogitsKLLoss(CONFIG, **keywords)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        modelopt.TopLogitsKLLoss(CONFIG, top_k=0)(*draw((S, B, V), (S, B, V)))
 
 
 def test_ranks_need_their_group():

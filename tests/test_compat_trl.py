@@ -46,6 +46,26 @@ def test_generalized_jsd(backend, beta, reduction, labels, items):
     assert_stands_for(backend, call, formula, *draw((B, L, V), (B, L, V)), students=2)
 
 
+def test_one_number_of_items_for_each_gpu(backend):
+    """As `Trainer` has them with DataParallel."""
+    items, sides, inputs = torch.tensor([[5.0], [4.0]]), draw((B, L, V), (B, L, V)), heads()
+
+    def losses(items):
+        return [
+            trl.generalized_jsd_loss(*sides, LABELS, num_items_in_batch=items),
+            of_heads(trl.chunked_divergence_loss, *inputs, KEPT, 0.5, items)[0],
+        ]
+
+    leaves = [x.requires_grad_() for x in (sides[0], *inputs[:3])]
+    with fastkd.use_backend(backend):
+        found, ones = losses(items), losses(1)
+        gradients = [torch.autograd.grad(sum(x.sum() for x in of), leaves) for of in (found, ones)]
+    for one, other in zip(found, ones, strict=True):
+        torch.testing.assert_close(one, other / items)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other * 0.45)
+
+
 def test_no_token_kept(backend):
     sides = draw((B, L, V), (B, L, V))
     for reduction in ("batchmean", "sum", "mean"):

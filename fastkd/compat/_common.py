@@ -12,6 +12,7 @@ from fastkd.losses.attention import attention_map as fused_attention_map
 from fastkd.losses.attention import attention_transfer_loss
 from fastkd.losses.distillation import distillation_loss
 from fastkd.losses.hint import hint_loss
+from fastkd.losses.metrics import distillation_metrics
 from fastkd.losses.soft_target import soft_target_loss
 from fastkd.precision import compute_dtype
 from fastkd.product import product
@@ -78,6 +79,17 @@ def hierarchical_context_loss(
     weights = [0.5**level for level in range(len(squares) + 1)]
     shares = [weight / sum(weights) for weight in weights]
     return hint_loss(*sides, half=False, reduction=reduction, pair_weights=shares)
+
+
+def log_sum_exp(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of logits over the temperature, along the last dimension, in float32 at least.
+
+    Without a gradient to record the logits are read as they are: half precision is not copied.
+    """
+    if logits.requires_grad and torch.is_grad_enabled():
+        return (wide(logits) / temperature).logsumexp(-1)
+    found = distillation_metrics(logits, logits, temperature=temperature, dim=logits.ndim - 1)
+    return found.teacher_log_sum_exp
 
 
 def pool_to_height(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """TRL's distillation losses (trl 1.16) on fastkd.
 
 `generalized_jsd_loss` of `GKDTrainer`, `chunked_divergence_loss` of `DistillationTrainer`, and of
-`SDPOTrainer` `compute_topk_self_distillation_loss` and `compute_full_logit_self_distillation_loss`.
-See `fastkd.compat` for what all modules share.
+`SDPOTrainer` and `SDFTTrainer` `compute_topk_self_distillation_loss` and
+`compute_full_logit_self_distillation_loss`. See `fastkd.compat` for what all modules share.
 
 None has a factor T². Over no token a mean is 0 where TRL's is NaN.
 
@@ -18,13 +18,15 @@ Example:
     ... )
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.compat._common import wide
+from fastkd.compat._common import log_sum_exp, wide
 from fastkd.logits import LinearHead, LogProbabilities, TopK
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -63,7 +65,7 @@ def generalized_jsd_loss(
             for the sum over rows × classes, or `"none"` for the terms of each class of the rows
             that count, which torch computes. Default: `"batchmean"`.
         num_items_in_batch: a positive number in the place of any reduction's divisor, whatever
-            `reduction` says. Default: None.
+            `reduction` says. A tensor of several gives one loss for each. Default: None.
 
     Returns:
         A scalar; with `reduction="none"` and no `num_items_in_batch` a tensor of the logits' shape,
@@ -73,27 +75,24 @@ def generalized_jsd_loss(
         ValueError: an argument is out of its range, or shapes differ.
     """
     mask = None if labels is None else labels != -100
-    divisor: float | Tensor | None
-    if num_items_in_batch is not None:
-        reduction, divisor = "batchmean", _on(student_logits, num_items_in_batch)
-    elif reduction == "none":
+    if reduction == "none" and num_items_in_batch is None:
         student, teacher = wide(student_logits), wide(teacher_logits)
         terms = _jsd_terms(student / temperature, teacher / temperature, beta)
         return terms if mask is None else terms[mask]
-    else:
-        per_sample = reduction == "batchmean" and mask is None
-        divisor = max(len(student_logits), 1) if per_sample else None
-    return soft_target_loss(
+    loss = functools.partial(
+        soft_target_loss,
         student_logits,
         teacher_logits,
         temperature=temperature,
         scale_t2=False,
-        reduction=reduction,
         divergence="jsd",
         beta=beta,
         mask=mask,
-        normalizer=divisor,
     )
+    if num_items_in_batch is not None:
+        return _over_items(loss, num_items_in_batch, student_logits.device)
+    per_sample = reduction == "batchmean" and mask is None
+    return loss(reduction=reduction, normalizer=max(len(student_logits), 1) if per_sample else None)
 
 
 def chunked_divergence_loss(
@@ -163,10 +162,8 @@ def chunked_divergence_loss(
             teacher_final_logit_softcapping,
         )
     mask = completion_mask != 0
-    divisor = None
-    if num_items_in_batch is not None:
-        divisor = _on(student_hidden_states, num_items_in_batch)
-    loss = soft_target_loss(
+    loss = functools.partial(
+        soft_target_loss,
         student,
         teacher,
         temperature=temperature,
@@ -174,9 +171,12 @@ def chunked_divergence_loss(
         divergence="jsd",
         beta=beta,
         mask=mask,
-        normalizer=divisor,
     )
-    return loss, _entropy_sum(student, mask, temperature), mask.sum()
+    if num_items_in_batch is None:
+        mean = loss()
+    else:
+        mean = _over_items(loss, num_items_in_batch, student_hidden_states.device)
+    return mean, _entropy_sum(student, mask, temperature), mask.sum()
 
 
 _chunked_divergence_loss = chunked_divergence_loss
@@ -211,7 +211,7 @@ def compute_topk_self_distillation_loss(
     indices = student_logits.topk(distillation_topk, dim=-1).indices
     values = teacher_logits.gather(-1, indices)
     if distillation_add_tail:
-        teacher = TopK(values, indices, tail="bucket", lse=wide(teacher_logits).logsumexp(-1))
+        teacher = TopK(values, indices, tail="bucket", lse=log_sum_exp(teacher_logits))
     else:
         teacher = TopK(values, indices, tail="renormalize_both")
     return soft_target_loss(
@@ -244,8 +244,13 @@ def compute_full_logit_self_distillation_loss(
     )
 
 
-def _on(tensor: Tensor, count: float | Tensor) -> float | Tensor:
-    return count.to(tensor.device) if isinstance(count, Tensor) else count
+def _over_items(loss: Callable[..., Tensor], count: float | Tensor, device: torch.device) -> Tensor:
+    """The sum over rows by the count, of which a `Trainer` has one for each GPU of DataParallel."""
+    if isinstance(count, Tensor):
+        count = count.to(device)
+        if count.ndim > 0:
+            return loss(reduction="sum") / count
+    return loss(normalizer=count)
 
 
 def _head(

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkd.compat._common import wide
 from fastkd.logits import Probabilities, Teacher, TopK
 from fastkd.losses.soft_target import soft_target_loss
-from fastkd.precision import compute_dtype
+from fastkd.precision import compute_dtype, widest_dtype
 
 # What DistillKit leaves out by default. More would change digits of a loss.
 _LARGEST_EPS = 1e-8
@@ -247,7 +247,7 @@ def _sparse(
     for start in range(0, logits.shape[1], chunk_length or logits.shape[1]):
         tokens = slice(start, start + (chunk_length or logits.shape[1]))
         part = logits[:, tokens]
-        written = p.new_zeros(part.shape).scatter_add(-1, ids[:, tokens], p[:, tokens])
+        written = p.new_zeros(part.shape).scatter_add_(-1, ids[:, tokens], p[:, tokens])
         of_part = None if mask is None else mask[:, tokens]
         sums.append(_summed(divergence, part, Probabilities(written), of_part, temperature))
     return torch.stack(sums).sum()
@@ -255,7 +255,7 @@ def _sparse(
 
 def _retempered(log_p: Tensor, power: float) -> Tensor:
     """Log-probabilities whose odds, that of the rest among them, are raised to a power."""
-    exact = log_p.double()
+    exact = log_p.to(widest_dtype(log_p.device))
     rest = (1 - exact.exp().sum(-1, keepdim=True)).clamp(0, 1)
     total = torch.logaddexp((power * exact).logsumexp(-1, keepdim=True), power * rest.log())
     return (power * exact - total).to(compute_dtype(log_p))

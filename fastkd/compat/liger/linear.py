@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.logits import LinearHead, Probabilities
+from fastkd.logits import LinearHead, Probabilities, TopK
 from fastkd.losses.distillation import distillation_loss
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -184,24 +184,29 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         teacher = LinearHead(teacher_input.detach(), teacher_weight.detach(), teacher_bias)
         parts = functools.partial(
             distillation_loss,
+            labels=true_labels,
             temperature=self.temperature,
-            divergence="jsd",
-            beta=self.beta,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
             return_parts=True,
         )
-        soft_weight = self.weight_soft_loss / self.temperature**2
-        weights = {"soft_weight": soft_weight, "hard_weight": self.weight_hard_loss}
+        soften = functools.partial(
+            parts,
+            divergence="jsd",
+            beta=self.beta,
+            soft_weight=self.weight_soft_loss / self.temperature**2,
+        )
         missing = len(teacher_weight) - len(student_weight)
         if missing > 0:
-            hard_only = {**weights, "soft_weight": 0.0, "num_classes": len(student_weight)}
-            of_labels, hard, _ = parts(student, teacher, true_labels, **hard_only)
-            student, weights = _with_zeros(student, missing), {**weights, "hard_weight": 0.0}
-            of_teacher, _, soft = parts(student, teacher, true_labels, **weights)
+            # A teacher that no product is needed for.
+            none = TopK(student_input.new_zeros(*true_labels.shape, 1), true_labels[..., None])
+            of_labels, hard, _ = parts(
+                student, none, soft_weight=0, hard_weight=self.weight_hard_loss
+            )
+            of_teacher, _, soft = soften(_with_zeros(student, missing), teacher, hard_weight=0)
             loss = of_labels + of_teacher
         else:
-            loss, hard, soft = parts(student, teacher, true_labels, **weights)
+            loss, hard, soft = soften(student, teacher, hard_weight=self.weight_hard_loss)
         if not self.return_soft_hard_loss:
             return loss
         return loss, soft / self.temperature**2, hard

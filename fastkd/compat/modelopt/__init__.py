@@ -1,8 +1,10 @@
 """The logit losses of NVIDIA's Model-Optimizer (`modelopt.torch.distill`, 0.47) on fastkd.
 
 `LogitsDistillationLoss` and `MFTLoss` of `losses.py`, and of the plugin for Megatron
-(`plugins/megatron.py`) `LogitsKLLoss`, `TopLogitsKLLoss` and the older `TopKLogitsKLLoss`. Its
-losses of features stay Model-Optimizer's. See `fastkd.compat` for what all modules share.
+(`plugins/megatron.py`) `LogitsKLLoss`, `TopKLogitsKLLoss` and, of the branch that follows 0.47,
+`TopLogitsKLLoss`. Its losses of features stay Model-Optimizer's. All are losses to `torch`
+(`torch.nn.modules.loss._Loss`), as `modelopt.torch.distill.convert` demands of a criterion. See
+`fastkd.compat` for what all modules share.
 
 The teacher receives no gradient. The losses for Megatron have no factor T².
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
-from fastkd.compat._common import wide
+from fastkd.compat._common import log_sum_exp
 from fastkd.logits import TopK
 from fastkd.losses.soft_target import soft_target_loss
 
@@ -16,7 +17,7 @@ from fastkd.losses.soft_target import soft_target_loss
 Result = tuple[Tensor, bool, bool]
 
 
-class LogitsKLLoss(torch.nn.Module):
+class LogitsKLLoss(_Loss):
     """KL divergence of each token's softened logits, without T²; `plugins/megatron.py`.
 
     `KL(P‖Q)` of the teacher's P and the student's Q, or `KL(Q‖P)`.
@@ -77,18 +78,22 @@ class LogitsKLLoss(torch.nn.Module):
 class TopLogitsKLLoss(LogitsKLLoss):
     """`LogitsKLLoss` of the teacher's k likeliest classes and of all others as one more.
 
-    `plugins/megatron.py`; in fastkd a `TopK` teacher with `tail="bucket"`. The library sets the
-    rest of either side to 1.2e-7 at least, without a gradient there; here the teacher's counts as
-    1e-7 at least, and the student's is as it is.
+    `plugins/megatron.py` after release 0.47; in fastkd a `TopK` teacher with `tail="bucket"`. The
+    library sets the rest of either side to 1.2e-7 at least, without a gradient there; here the
+    teacher's counts as 1e-7 at least, and the student's is as it is.
 
     Args:
         model_config: as in `LogitsKLLoss`.
         temperature: T, above 0. Default: 1.0.
         reverse: take `KL(Q‖P)`. Default: False.
         top_k: how many classes of each row. Default: 1024.
-        top_p: keep of these the likeliest until their probabilities reach it. Default: None, all.
+        top_p: in (0, 1]; keep of these the likeliest until their probabilities reach it. Default:
+            None, all.
         top_p_min_k: how many `top_p` leaves at least. Default: 1.
         group: as in `LogitsKLLoss`; each rank has as many classes. Default: None.
+
+    Raises:
+        ValueError: `top_p` or `top_p_min_k` is out of its range.
     """
 
     def __init__(
@@ -103,6 +108,10 @@ class TopLogitsKLLoss(LogitsKLLoss):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__(model_config, temperature, reverse, group=group)
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if top_p_min_k < 1:
+            raise ValueError(f"top_p_min_k must be at least 1, got {top_p_min_k}")
         self.top_k = top_k
         self.top_p = top_p
         self.top_p_min_k = top_p_min_k
@@ -110,13 +119,12 @@ class TopLogitsKLLoss(LogitsKLLoss):
     def forward(self, predictions: Tensor, targets: Tensor) -> Result:
         """Of logits `(s, b, V)`, or tuples that start with them, the losses `(b, s)` and flags."""
         student, teacher = _logits(predictions, targets)
-        teacher = wide(teacher)
         values, indices = _top(teacher, self.top_k, self._group)
-        lse = (teacher / self._temperature).logsumexp(-1)
+        lse = log_sum_exp(teacher, self._temperature)
         if self._group is not None:
             lse = _gathered(lse[..., None], self._group).logsumexp(-1)
         if self.top_p is not None:
-            p = (values / self._temperature - lse[..., None]).exp()
+            p = (values.to(lse.dtype) / self._temperature - lse[..., None]).exp()
             stays = p.cumsum(-1) - p < self.top_p
             stays[..., : self.top_p_min_k] = True
             indices = indices.masked_fill(~stays, -1)
@@ -127,10 +135,9 @@ class TopLogitsKLLoss(LogitsKLLoss):
 class TopKLogitsKLLoss(LogitsKLLoss):
     """`LogitsKLLoss` over the teacher's k likeliest classes alone, to which both sides sum up.
 
-    The class of this name in older releases of `plugins/megatron.py`; in newer ones the name is an
-    alias of `TopLogitsKLLoss`, whose loss is another, so that this class warns of it. In fastkd a
-    `TopK` teacher with `tail="renormalize_both"`. Of classes that tie for the last place one is
-    kept, where some releases keep all.
+    The class of this name in releases up to 0.47. After it the name is an alias of
+    `TopLogitsKLLoss`, whose loss is another, so that this class warns of it. In fastkd a `TopK`
+    teacher with `tail="renormalize_both"`.
 
     Args:
         model_config: as in `TopLogitsKLLoss`.
@@ -150,8 +157,9 @@ class TopKLogitsKLLoss(LogitsKLLoss):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         warnings.warn(
-            "TopKLogitsKLLoss renormalises both sides over the k classes, as older releases of "
-            "Model-Optimizer do; where yours has TopLogitsKLLoss, that is the class to take",
+            "TopKLogitsKLLoss renormalises both sides over the k classes, as releases of "
+            "Model-Optimizer up to 0.47 do; where yours has TopLogitsKLLoss, that is the class to "
+            "take",
             stacklevel=2,
         )
         super().__init__(model_config, temperature, reverse, group=group)
@@ -176,8 +184,10 @@ def _top(teacher: Tensor, k: int, group: Any) -> tuple[Tensor, Tensor]:
     """The k largest logits and their classes, of all ranks, each of which has as many classes."""
     classes = teacher.shape[-1]
     size = 1 if group is None else dist.get_world_size(group)
-    if k > classes * size:
-        raise ValueError(f"top_k must be at most the number of classes, {classes * size}, got {k}")
+    if not 1 <= k <= classes * size:
+        raise ValueError(
+            f"top_k must be at least 1 and at most the number of classes, {classes * size}, got {k}"
+        )
     values, indices = teacher.topk(min(k, classes), dim=-1)
     if group is None:
         return values, indices
