@@ -1,6 +1,8 @@
 PYTHON ?= python3
 # Pinned, because another torch may bring gigabytes of CUDA libraries with it.
 TORCH ?= torch==2.13.0
+# That torch's, for the tests of timm.
+TORCHVISION ?= torchvision==0.28.0
 ARGS ?=
 # What tests draw from; nothing: another seed in every run, which the tests' first line tells.
 SEED ?= 0
@@ -29,6 +31,11 @@ NO_KERNELS := $(patsubst %,--ignore tests/test_%.py,packaging nvcc import info b
     examples_llm_text cuda_check cuda_check_row_path gpu_check)
 CUDA := build/cuda/nvidia/cu13
 CUDA_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
+TIMM := build/timm
+TIMM_TESTS := tests/test_peers_integrations_timm.py \
+    'tests/test_peers_integrations_examples.py::test_docstring[timm]'
+NOT_TIMM := $(filter-out $(TIMM_TESTS),$(wildcard tests/test_peers_*.py)) \
+    $(patsubst %,--deselect=%,$(filter-out %.py,$(TIMM_TESTS)))
 # The sanitizers must be in the process before Python is, whose own allocations leak by design.
 SANITIZED = FASTKD_TEST_CASES=$(CASES) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
@@ -111,11 +118,16 @@ test-cpu: .venv/native cuda-on-host cpu-helpers  ## Run every test of the CPU an
 	$(BIN)/pytest -n $(WORKERS) --dist loadscope tests $(ARGS)
 
 # torchdistill asks for torchvision, whose wheel fits one build of torch alone; beside another one not
-# even transformers can be imported. Its losses do without. timm does not, and is left out. Of
-# Model-Optimizer two files are read.
-test-peers: .venv/native .venv/with-test,peers  ## Compare with the libraries of fastkd.compat and .integrations
+# even transformers can be imported. torchdistill's losses do without. timm does not: both have a
+# folder of their own. Of Model-Optimizer two files are read.
+test-peers: .venv/native .venv/with-test,peers $(TIMM)/timm  ## Compare with the libraries of fastkd.compat and .integrations
 	$(PIP) --no-deps 'torchdistill>=1.1' 'nvidia-modelopt>=0.47'
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal tests/test_peers_*.py $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(NOT_TIMM) $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=tests:$(TIMM) $(BIN)/pytest -p torchvision_operators $(TIMM_TESTS))
+
+# Pillow is torchvision's. What else they need comes with fastkd[peers].
+$(TIMM)/timm: | .venv/installed
+	$(PIP) --upgrade --target $(TIMM) --no-deps 'timm>=1.0.31' '$(TORCHVISION)' pillow
 
 cpu-helpers: .venv/installed  ## Compile what is tested of the CPU kernels by itself
 	$(call cmake,tests/cpu_helpers,build/cpu_helpers,)

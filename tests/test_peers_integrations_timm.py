@@ -5,13 +5,10 @@ import copy
 import pytest
 import torch
 
-try:
-    import timm
-    from timm.task import LogitDistillationTask as Own
-except (ImportError, RuntimeError) as error:  # torchvision's wheels fit one build of torch each
-    pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
+timm = pytest.importorskip("timm")
+from timm.task import LogitDistillationTask as Own  # noqa: E402
 
-from fastkd.integrations.timm import LogitDistillationTask
+from fastkd.integrations.timm import LogitDistillationTask  # noqa: E402
 
 K, STEPS = 10, 10
 QUIET = {"dtype": torch.float64, "verbose": False}

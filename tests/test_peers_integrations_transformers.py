@@ -21,7 +21,20 @@ CAUSAL = {
     ),
     "cohere": (trainers.llama_like, {"kind": "Cohere", "logit_scale": 0.25, "pad_token_id": 0}),
     "granite": (trainers.llama_like, {"kind": "Granite", "logits_scaling": 4.0}),
-}
+    "hyperclovax": (trainers.llama_like, {"kind": "HyperCLOVAX", "logits_scaling": 0.25}),
+    # It divides the hidden states, before its head, by 16 / 4.
+    "minicpm3": (
+        trainers.llama_like,
+        {
+            "kind": "MiniCPM3", "dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        },
+    ),
+    # A layer is between its hidden states and its head.
+    "bert": (trainers.bert, {"kind": "LMHeadModel", "is_decoder": True}),
+    # It calls the decoder in its base model, but not that one itself.
+    "opt": (trainers.opt, {}),
+}  # fmt: skip
 
 
 def both(folder, models, dataset, of_fastkd, of_eager=None, **keywords):
@@ -53,7 +66,7 @@ def test_a_language_model(kind, linear_heads, accumulation, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("kind", sorted(CAUSAL.keys() - {"llama", "gpt2"}))
 def test_what_a_model_does_to_the_logits_of_its_head(kind, tmp_path):
     make, keywords = CAUSAL[kind]
     trainers.assert_same_training(
@@ -65,14 +78,52 @@ def test_what_a_model_does_to_the_logits_of_its_head(kind, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
-def test_a_classifier(kind, accumulation, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (trainers.bert, "SequenceClassification"),
+        (trainers.bert, "TokenClassification"),
+        # Its forward takes no `num_items_in_batch`; the trainer counts all the same.
+        (trainers.esm, "TokenClassification"),
+        (trainers.vit, "ImageClassification"),
+    ],
+)
+def test_a_classifier(make, kind, accumulation, tmp_path):
     trainers.assert_same_training(
         *both(
-            tmp_path, lambda: trainers.pair(trainers.bert, kind), trainers.classes(kind),
+            tmp_path, lambda: trainers.pair(make, kind), trainers.classes(kind),
             {}, {"shift": False}, accumulation=accumulation,
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("linear_heads", [False, True], ids=["logits", "heads"])
+def test_a_masked_language_model(linear_heads, tmp_path):
+    trainers.assert_same_training(
+        *both(
+            tmp_path, lambda: trainers.pair(trainers.bert, "MaskedLM"), trainers.language(),
+            {"linear_heads": linear_heads}, {"shift": False}, accumulation=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("linear_heads", [False, True], ids=["logits", "heads"])
+@pytest.mark.parametrize("kind", ["Bart", "M2M100"])
+def test_an_encoder_decoder(kind, linear_heads, tmp_path):
+    """The decoder is given what the labels say, by the model's method or without one."""
+    results = []
+    for trainer_class, dataset, more in [
+        (trainers.Eager, trainers.translations(), {"shift": False}),
+        (DistillationTrainer, trainers.language(), {**trainers.LOSS, "linear_heads": linear_heads}),
+    ]:
+        student, teacher = trainers.pair(trainers.encoder_decoder, kind)
+        results.append(
+            trainers.fit(
+                trainer_class, student, dataset, tmp_path, teacher_model=teacher, accumulation=2,
+                **more,
+            )
+        )  # fmt: skip
+    trainers.assert_same_training(*results)
 
 
 @pytest.mark.parametrize("linear_heads", [False, True], ids=["logits", "heads"])
@@ -185,17 +236,23 @@ def test_other_divergences_and_sizes_of_the_vocabulary(tmp_path):
 
 
 def test_a_model_whose_logits_are_not_those_of_its_head(tmp_path):
+    """As a default its logits are computed."""
     student, teacher = trainers.pair(trainers.llama_like, "Llama")
     student.lm_head.register_forward_hook(lambda _, __, logits: 2 * logits)
-    trainer = trainer_of(tmp_path, student, teacher)
+    trainer, batch = trainer_of(tmp_path, student, teacher), batch_of(trainers.language())
+    assert trainer.linear_heads
+    loss = trainer.compute_loss(student, batch)
+    assert not trainer.linear_heads
+    torch.testing.assert_close(loss, trainer.compute_loss(student, batch))
+    trainer = trainer_of(tmp_path, student, teacher, linear_heads=True)
     with pytest.raises(ValueError, match="pass linear_heads=False"):
-        trainer.compute_loss(student, batch_of(trainers.language()))
+        trainer.compute_loss(student, batch)
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "more", "message"),
     [
-        (trainers.bert, ["TokenClassification"], {}, "the student is no causal language model"),
+        (trainers.bert, ["TokenClassification"], {}, "the student does not end in a torch.nn.Lin"),
         (trainers.llama_like, ["Llama"], {"torch_compile": True}, "does not give its hidden"),
         (trainers.llama_like, ["Llama"], {"ddp_static_graph": True}, "does not give its hidden"),
     ],
@@ -205,6 +262,72 @@ def test_where_linear_heads_cannot_be(make, arguments, more, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, *models, more=more, linear_heads=True)
     assert not trainer_of(tmp_path, *models, more=more).linear_heads
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_linear_heads_are_not_for_what_a_user_has_compiled(in_place, tmp_path):
+    student, teacher = trainers.pair(trainers.llama_like, "Llama")
+    if in_place:
+        teacher.compile(backend="eager")
+    else:
+        teacher = torch.compile(teacher, backend="eager")
+    with pytest.raises(ValueError, match="the teacher is compiled"):
+        trainer_of(tmp_path, student, teacher, linear_heads=True)
+    assert not trainer_of(tmp_path, student, teacher).linear_heads
+
+
+def test_the_teacher_keeps_no_cache(tmp_path):
+    student, teacher = trainers.pair(trainers.llama_like, "Llama")
+    caches = []
+    teacher.model.register_forward_hook(lambda _, __, out: caches.append(out.past_key_values))
+    trainer = trainer_of(tmp_path, student, teacher)
+    trainer.compute_loss(student, batch_of(trainers.language()))
+    assert caches == [None]
+
+
+def test_liger_kernel_asks_for_no_logits(tmp_path):
+    """In an evaluation, of models that it has patched; their loss is computed here."""
+    trainer = trainer_of(tmp_path, *trainers.pair(trainers.llama_like, "Llama"))
+    batch = batch_of(trainers.language())
+    expected, _ = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    trainer.model.register_forward_pre_hook(
+        lambda _, __, given: pytest.fail("skip_logits") if "skip_logits" in given else None,
+        with_kwargs=True,
+    )
+    batch["skip_logits"] = True
+    loss, _ = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_what_is_refused(tmp_path):
+    student, teacher = trainers.pair(trainers.llama_like, "Llama")
+    with pytest.raises(ValueError, match="compute_loss_func would not be called"):
+        trainer_of(tmp_path, student, teacher, compute_loss_func=lambda *_, **__: 0)
+    trainer = trainer_of(tmp_path, student, teacher)
+    with pytest.raises(ValueError, match="the batch has no labels"):
+        trainer.compute_loss(student, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
+
+
+def test_a_checkpoint_has_no_teacher_and_goes_on(tmp_path):
+    """Ten steps, and five that go on after a checkpoint of five; Adam has a state."""
+    results = []
+    for steps in (10, 5, 10):
+        torch.manual_seed(0)
+        student, teacher = trainers.pair(trainers.llama_like, "Llama")
+        before = {name: x.clone() for name, x in teacher.state_dict().items()}
+        trainer = trainer_of(
+            tmp_path / str(bool(results)), student, teacher, train_dataset=trainers.language(),
+            more={"max_steps": steps, "save_steps": 5, "lr_scheduler_type": "constant"},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=len(results) == 2)
+        results.append({name: x.detach() for name, x in student.named_parameters()})
+        assert not teacher.training
+        torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+        optimized = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+        assert optimized == len(results[-1])
+        saved = list(tmp_path.glob("*/checkpoint-*/model.safetensors"))
+        assert saved and all(x.stat().st_size < 1.2 * 4 * student.num_parameters() for x in saved)
+    torch.testing.assert_close(results[0], results[2])
 
 
 @pytest.fixture(scope="module")

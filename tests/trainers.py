@@ -29,12 +29,47 @@ def gpt2(hidden):
     )
 
 
-def bert(hidden, kind):
-    config = transformers.BertConfig(
-        **LLAMA_LIKE, num_labels=5, hidden_size=hidden, intermediate_size=hidden,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+def bert(hidden, kind, **other):
+    return _bert_like("Bert", hidden, kind, **other)
+
+
+def esm(hidden, kind):
+    other = {"mask_token_id": 3, "position_embedding_type": "rotary", "token_dropout": False}
+    return _bert_like("Esm", hidden, kind, pad_token_id=0, **other)
+
+
+def vit(hidden, kind):
+    return _bert_like("ViT", hidden, kind, image_size=8, patch_size=4)
+
+
+def _bert_like(family, hidden, kind, **other):
+    size = LLAMA_LIKE if family != "ViT" else {**LLAMA_LIKE, "vocab_size": None}
+    config = getattr(transformers, f"{family}Config")(
+        **{name: x for name, x in size.items() if x}, num_labels=5, hidden_size=hidden,
+        intermediate_size=hidden, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        **other,
     )  # fmt: skip
-    return getattr(transformers, f"BertFor{kind}")(config)
+    name = kind if kind.endswith("Model") else f"For{kind}"
+    return getattr(transformers, f"{family}{name}")(config)
+
+
+def opt(hidden):
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            **LLAMA_LIKE, hidden_size=hidden, ffn_dim=hidden, word_embed_proj_dim=8,
+            max_position_embeddings=32, dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def encoder_decoder(hidden, kind):
+    both = {"layers": 1, "attention_heads": 2, "ffn_dim": hidden}
+    both = {f"{part}_{name}": x for part in ("encoder", "decoder") for name, x in both.items()}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY, d_model=hidden, max_position_embeddings=32, dropout=0.0,
+        pad_token_id=1, decoder_start_token_id=2, **both,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
 def pair(make, *arguments, **keywords):
@@ -57,8 +92,19 @@ def language(seed=1):
     return [{"input_ids": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
 
 
+def translations():
+    """The same, and what a decoder is given: the labels, one token later."""
+    rows = language()
+    for row in rows:
+        later = row["labels"].roll(1).masked_fill(torch.arange(TOKENS) == 0, 2)
+        row["decoder_input_ids"] = later.masked_fill(later == -100, 1)
+    return rows
+
+
 def classes(kind):
-    """Rows of tokens with a class for each row, or for each token but some."""
+    """Rows of tokens with a class for each row, or for each token but some; or images."""
+    if kind == "ImageClassification":
+        return [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 5} for i in range(SAMPLES)]
     tokens = torch.randint(VOCABULARY, (SAMPLES, TOKENS))
     if kind == "SequenceClassification":
         labels = torch.randint(5, (SAMPLES,))

@@ -1,18 +1,27 @@
 """A `transformers.Trainer` that distils; the extra is `fastkd[transformers]`."""
 
-import inspect
+import dataclasses
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from fastkd.logits import LinearHead
 from fastkd.losses.distillation import distillation_loss
 
 __all__ = ["DistillationTrainer"]
+
+# Under which names models have what they multiply the logits of their heads with or divide them by,
+# and what then bounds them.
+SCALES = "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"
+SOFTCAPS = "final_logit_softcapping", "softcap", "logits_soft_cap", "output_logit_soft_cap"
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -87,11 +96,14 @@ class DistillationTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func would not be called: this class has its own loss")
         if self.args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process would be used through torch.nn.DataParallel: start "
                 "one process for each with torchrun, or show one with CUDA_VISIBLE_DEVICES"
             )
+        self.model_accepts_loss_kwargs = True  # so that labels are counted, for compute_loss
         self.distillation = {
             "temperature": temperature,
             "teacher_temperature": teacher_temperature,
@@ -103,13 +115,16 @@ class DistillationTrainer(transformers.Trainer):
             "label_smoothing": self.args.label_smoothing_factor,
         }
         self.is_causal = _is_causal(self.model)
-        if linear_heads is not False:
-            obstacle = _obstacle(self, teacher_model)
-            if linear_heads and obstacle:
-                raise ValueError(f"linear_heads=True cannot be done: {obstacle}")
-            linear_heads = obstacle is None
-        self.linear_heads = linear_heads
-        self.heads_are_checked = False  # until the first step
+        obstacle = "" if linear_heads is False else _obstacle(self, teacher_model)
+        if linear_heads and obstacle:
+            raise ValueError(f"linear_heads=True cannot be done: {obstacle}")
+        self.linear_heads, self.linear_heads_are_required = obstacle is None, bool(linear_heads)
+        self.after_heads: dict[nn.Module, dict[str, Any]] = {}  # found in the first step
+        teacher: Any = teacher_model
+        if getattr(teacher, "config", None) is not None:
+            teacher.config.use_cache = self.args.use_cache  # as the student's is set
+        if self.is_fsdp_enabled and not hasattr(teacher_model, "hf_device_map"):
+            teacher_model.to(self.args.device)  # which Accelerate leaves to FSDP
         self.teacher_model = self.accelerator.prepare_model(
             teacher_model.eval(), evaluation_mode=True
         )
@@ -123,16 +138,23 @@ class DistillationTrainer(transformers.Trainer):
     ) -> Any:
         """Compute the loss of a batch; see `transformers.Trainer.compute_loss`."""
         inputs = dict(inputs)
-        labels, shifted = inputs.pop("labels"), inputs.pop("shift_labels", None)
-        outputs = None
-        student: Tensor | LinearHead
+        inputs.pop("skip_logits", None)  # with Liger-Kernel, which would leave out what is needed
+        labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        if labels is None and shifted is None:
+            raise ValueError("the batch has no labels, which say which rows count")
+        _add_decoder_inputs(self.accelerator.unwrap_model(model), inputs, labels)
+        outputs = student = None
         teacher: Tensor | LinearHead
         if self.linear_heads and not return_outputs:
-            student = _head(self, model, inputs)
-            with torch.no_grad():
-                teacher = _head(self, self.teacher_model, inputs)
-            self.heads_are_checked = True
-        else:
+            try:
+                student = _head(self, model, inputs)
+                with torch.no_grad():
+                    teacher = _head(self, self.teacher_model, inputs)
+            except _NotOfItsHead:
+                if self.linear_heads_are_required:
+                    raise
+                self.linear_heads, student = False, None
+        if student is None:
             outputs = model(**inputs)
             student = outputs.logits
             with torch.no_grad():
@@ -152,6 +174,16 @@ class DistillationTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class _NotOfItsHead(ValueError):
+    """The logits of a model are not made by its head alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(
+            f"the logits of {type(model).__name__} are not those of its head: pass "
+            "linear_heads=False"
+        )
+
+
 def _base(model: Any) -> Any:
     """The model without what peft wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -167,6 +199,25 @@ def _is_causal(model: Any) -> bool:
     )
 
 
+def _add_decoder_inputs(model: Any, inputs: dict[str, Any], labels: Tensor | None) -> None:
+    """What an encoder-decoder for tokens would make of labels, which it is not given."""
+    model = _base(model)
+    if (
+        labels is None
+        or not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        or model.get_output_embeddings() is None
+        or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+    ):
+        return
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        config = model.config
+        inputs["decoder_input_ids"] = shift_tokens_right(
+            labels, config.pad_token_id, config.decoder_start_token_id
+        )
+
+
 def _obstacle(trainer: transformers.Trainer, teacher: nn.Module) -> str | None:
     """Why linear heads cannot be used, if they cannot."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1:
@@ -174,56 +225,65 @@ def _obstacle(trainer: transformers.Trainer, teacher: nn.Module) -> str | None:
     if trainer.args.torch_compile or trainer.args.ddp_static_graph:
         return "a compiled model, or DDP with a static graph, does not give its hidden states away"
     for name, model in (("student", trainer.model), ("teacher", teacher)):
-        whole = _base(model)
-        if not _is_causal(whole):
-            return f"the {name} is no causal language model"
-        if type(whole.get_output_embeddings()) is not nn.Linear:
-            return f"the {name} does not end in a torch.nn.Linear"
-        if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
-            return f"the {name}'s forward does not take logits_to_keep"
+        if is_compiled_module(model) or model._compiled_call_impl is not None:
+            return f"the {name} is compiled, and does not give its hidden states away"
+        find_head = getattr(_base(model), "get_output_embeddings", lambda: None)
+        if type(head := find_head()) is not nn.Linear:
+            return f"the {name} does not end in a torch.nn.Linear that makes logits of tokens"
+        if hasattr(head, "_hf_hook"):
+            return f"the {name} is split over devices"
     return None
 
 
 def _head(trainer: DistillationTrainer, model: nn.Module, inputs: dict[str, Any]) -> LinearHead:
-    """Hidden states of all tokens, and the weights that make logits of them.
+    """The hidden states of all tokens, and the weights that make logits of them.
 
-    The model is called as a whole, as what wraps it expects, but for the logits of one token.
+    The model is called as a whole, as what wraps it expects, but its head computes the logits of
+    one token alone.
     """
     whole = _base(trainer.accelerator.unwrap_model(model))
+    head = whole.get_output_embeddings()
     hidden: list[Tensor] = []
-    hook = whole.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
+
+    def leave_the_last(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        hidden.extend(arguments)
+        return arguments[0][..., -1:, :]
+
+    hook = head.register_forward_pre_hook(leave_the_last)
     try:
-        logits = model(**inputs, logits_to_keep=1).logits
+        logits = model(**inputs).logits
     finally:
         hook.remove()
-    head, config = whole.get_output_embeddings(), whole.config.get_text_config()
+    if len(hidden) != 1:
+        raise _NotOfItsHead(whole)
     parameters = [head.weight, head.bias]
     if not torch.is_grad_enabled():
         parameters = [None if x is None else x.detach() for x in parameters]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    result = LinearHead(hidden[0], *parameters, scale=_scale(config), softcap=softcap)
-    if not trainer.heads_are_checked:
-        with trainer.accelerator.autocast():
-            _check(whole, result, logits)
-    return result
+    result = LinearHead(hidden[0], *parameters)
+    if whole not in trainer.after_heads:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            trainer.after_heads[whole] = _after_head(whole, result, logits)
+    return dataclasses.replace(result, **trainer.after_heads[whole])
 
 
-def _scale(config: Any) -> float:
-    """What a model multiplies the logits of its head with, under the names of various models."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return 1 / (getattr(config, "logits_scaling", None) or 1)
+def _after_head(model: Any, head: LinearHead, logits: Tensor) -> dict[str, Any]:
+    """What a model does to the logits of its head, by the first numbers that give its own ones.
+
+    Raises unless some do, to the precision of the head's product.
+    """
+    plain, logits = linear(head.hidden[..., -1:, :], head.weight, head.bias), logits.float()
+    tolerance = 1e-3 if plain.dtype.itemsize > 2 else 0.02
+    plain, margin = plain.float(), tolerance * logits.abs().max().item()
+    config = model.config.get_text_config()
+    scales = [x for s in _numbers(config, SCALES) for x in (s, 1 / s)]
+    for scale, softcap in itertools.product([*scales, 1.0], [*_numbers(config, SOFTCAPS), None]):
+        found = scale * plain
+        if softcap is not None:
+            found = softcap * torch.tanh(found / softcap)
+        if found.shape == logits.shape and torch.allclose(found, logits, tolerance, margin, True):
+            return {"scale": scale, "softcap": softcap}
+    raise _NotOfItsHead(model)
 
 
-def _check(model: nn.Module, head: LinearHead, logits: Tensor) -> None:
-    """Raise unless the head gives the logits of the last token, to bfloat16's precision."""
-    found = head.scale * linear(head.hidden[:, -1:], head.weight, head.bias)
-    if head.softcap is not None:
-        found = head.softcap * torch.tanh(found / head.softcap)
-    found, logits = found.detach().float(), logits.detach().float()
-    if not torch.allclose(found, logits, 0.02, 0.02 * logits.abs().max().item(), equal_nan=True):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not those of its head: "
-            "pass linear_heads=False"
-        )
+def _numbers(config: Any, names: Iterable[str]) -> list[float]:
+    return [x for name in names if (x := getattr(config, name, None))]
