@@ -81,17 +81,6 @@ def hierarchical_context_loss(
     return hint_loss(*sides, half=False, reduction=reduction, pair_weights=shares)
 
 
-def log_sum_exp(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Of logits over the temperature, along the last dimension, in float32 at least.
-
-    Without a gradient to record the logits are read as they are: half precision is not copied.
-    """
-    if logits.requires_grad and torch.is_grad_enabled():
-        return (wide(logits) / temperature).logsumexp(-1)
-    found = distillation_metrics(logits, logits, temperature=temperature, dim=logits.ndim - 1)
-    return found.teacher_log_sum_exp
-
-
 def pool_to_height(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the higher of two feature maps to a square of the other's height.
 
@@ -147,3 +136,14 @@ def distance_loss(
         return d / (d.sum() / (d > 0).sum() + of_mean)
 
     return F.smooth_l1_loss(relative(student), relative(teacher))
+
+
+def log_sum_exp(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of logits over the temperature, along the last dimension, in float32 at least.
+
+    Without a gradient to record the logits are read as they are: half precision is not copied.
+    """
+    if logits.requires_grad and torch.is_grad_enabled():
+        return (wide(logits) / temperature).logsumexp(-1)
+    found = distillation_metrics(logits, logits, temperature=temperature, dim=logits.ndim - 1)
+    return found.teacher_log_sum_exp
