@@ -34,7 +34,7 @@ class DistillKL(torch.nn.Module):
     `distiller_zoo/KD.py`.
 
     Args:
-        T: the temperature.
+        T: the temperature, a number or a floating tensor without dimensions.
     """
 
     def __init__(self, T: float) -> None:
