@@ -54,7 +54,11 @@ class HintLoss(torch.nn.Module):
     """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """Of features of one shape, a scalar."""
+        """Of features of one shape, a scalar.
+
+        Raises:
+            ValueError: shapes differ, which `torch.nn.MSELoss` broadcasts with a warning.
+        """
         return _common.mean_square(f_s, f_t)
 
 
