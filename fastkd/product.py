@@ -89,15 +89,24 @@ class _Product(Fused):
         kept = [*([a] if to_b or keeps_both else []), *([b] if to_a or keeps_both else [])]
         ctx.save_for_backward(*savable(*kept))
         ctx.bias_shape = None if bias is None else bias.shape
+        ctx.b_is_transposed = b.stride(-2) == 1 != b.stride(-1)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors
         to_a, to_b, to_bias, _ = ctx.needs_input_grad
         multiply = product if torch.is_grad_enabled() else _multiply
+        by_b = None
+        if to_b:
+            # In the layout of b, or adding it to the gradient of what b is a view of is slow.
+            by_b = (
+                multiply(grad_output.mT, saved[0]).mT
+                if ctx.b_is_transposed
+                else multiply(saved[0].mT, grad_output)
+            )
         return (
             multiply(grad_output, saved[-1].mT) if to_a else None,
-            multiply(saved[0].mT, grad_output) if to_b else None,
+            by_b,
             grad_output.sum_to_size(ctx.bias_shape) if to_bias else None,
             None,
         )

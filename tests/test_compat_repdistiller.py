@@ -7,7 +7,7 @@ from compat import assert_stands_for, draw_logits, is_without_gradient
 from conventions import draw
 from test_conventions_relations import distance_loss, flow
 
-from fastkd.compat import repdistiller
+from fastkd.compat import mdistiller, repdistiller
 
 T = 4.0
 LISTS = [(4, 3, 6, 6), (4, 5, 3, 3), (4, 2, 6, 6), (4, 4, 3, 3)]
@@ -32,6 +32,12 @@ def test_hint(backend, shape):
     assert_stands_for(
         backend, repdistiller.HintLoss(), torch.nn.MSELoss(), *draw(shape, shape), students=2
     )
+
+
+@pytest.mark.parametrize("criterion", [repdistiller.HintLoss(), mdistiller.mse_loss])
+def test_features_are_not_broadcast(criterion):
+    with pytest.raises(ValueError, match="same shape"):
+        criterion(*draw((4, 3, 1, 1), (4, 3)))
 
 
 def at(f, p):

@@ -38,6 +38,21 @@ def test_derivatives(batch, with_bias):
     )
 
 
+def test_a_transposed_matrix(batch):
+    """Has a gradient in its own layout."""
+    a, b, bias = operands(batch)
+    b = b.mT.contiguous().mT
+    leaves = [x.requires_grad_() for x in (a, b, bias)]
+    assert torch.autograd.grad(product(*leaves).sum(), b)[0].stride() == b.stride()
+    assert torch.autograd.gradcheck(
+        product, leaves, check_forward_ad=True, check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )  # fmt: skip
+    assert torch.autograd.gradgradcheck(
+        product, leaves, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
+
+
 @pytest.mark.parametrize(
     "wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)]
 )

@@ -71,6 +71,9 @@ def mse_loss(input: Tensor, target: Tensor) -> Tensor:
 
     `fastkd.hint_loss` has the paper's ½ and divides by the batch size unless `half=False,
     reduction="mean"`. Of features of one shape, a scalar.
+
+    Raises:
+        ValueError: shapes differ, which `F.mse_loss` broadcasts with a warning.
     """
     return _common.mean_square(input, target)
 

@@ -34,7 +34,7 @@ class DistillKL(torch.nn.Module):
     `distiller_zoo/KD.py`.
 
     Args:
-        T: the temperature.
+        T: the temperature, a number or a floating tensor without dimensions.
     """
 
     def __init__(self, T: float) -> None:
@@ -54,7 +54,11 @@ class HintLoss(torch.nn.Module):
     """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """Of features of one shape, a scalar."""
+        """Of features of one shape, a scalar.
+
+        Raises:
+            ValueError: shapes differ, which `torch.nn.MSELoss` broadcasts with a warning.
+        """
         return _common.mean_square(f_s, f_t)
 
 
