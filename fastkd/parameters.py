@@ -2,7 +2,8 @@
 
 Each class is the one description of its parameters. The operators' schemas follow from it, and so
 does what the compiled module receives: its struct of the same name has the same fields, and takes
-them by name. It has none of `OF_OPERATORS`, which no kernel sees.
+them by name. It has none of `OF_OPERATORS`, which no kernel sees. No field has a default: where
+shapes are dynamic `torch.compile` takes one for an input, and of the first call's graph alone.
 """
 
 from typing import Any, NamedTuple, get_type_hints

@@ -115,3 +115,9 @@ def test_lists_of_the_dispatcher_become_tuples():
     p = parameters.from_schema(parameters.SoftTarget, fields)
     assert p.weights == (0.5, 0.5)
     assert hash(p)
+
+
+def test_no_field_has_a_default():
+    kinds = [x for x in vars(parameters).values() if hasattr(x, "_field_defaults")]
+    assert parameters.SoftTarget in kinds
+    assert not any(kind._field_defaults for kind in kinds)

@@ -39,8 +39,11 @@ def run(call, tensors, wanted, upstream):
 def capped(monkeypatch, caps):
     """The losses, which have no keyword for a softcap of logits, take the sides for capped ones."""
     of_sides = dict(zip(("softcap", "teacher_softcap"), caps, strict=False))
+
+    def with_caps(**fields):
+        return SoftTarget(**fields | of_sides)
+
     for module in ("soft_target", "distillation"):
-        with_caps = functools.partial(SoftTarget, **of_sides)
         monkeypatch.setattr(
             importlib.import_module(f"fastkd.losses.{module}"), "SoftTarget", with_caps
         )
