@@ -132,10 +132,25 @@ def test_hierarchical_context(backend):
 def test_ignored_targets_are_refused_unless_announced():
     sides = draw((B, K), (B, K))
     targets = LABELS.masked_fill(LABELS == 3, -100)
-    with pytest.raises(ValueError, match="-100"):
+    with pytest.raises(ValueError, match="got -100: the cross-entropy would"):
         of_loss(torchdistill.KDLoss(**at_module, temperature=T, alpha=0.3), targets)(*sides)
     announced = torchdistill.KDLoss(**at_module, temperature=T, alpha=0.3, ignore_index=-100)
     assert of_loss(announced, targets)(*sides).isfinite()
+
+
+def test_ignored_pixels(backend):
+    """Have no part in the cross-entropy alone."""
+    shape = (2, K, 3, 4)
+    targets = torch.randint(K, (2, 3, 4))
+    targets[0, 1:] = -100
+
+    def formula(s, t):
+        soft = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="batchmean")
+        return 0.3 * F.cross_entropy(s, targets) + 0.7 * T**2 * soft
+
+    criterion = torchdistill.KDLoss(**at_module, temperature=T, alpha=0.3)
+    sides = draw_logits(shape, shape)
+    assert_stands_for(backend, of_loss(criterion, targets), formula, *sides, students=2)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_pixels(backend, weights, reduction):
         assert_same_loss(backend, "KDLoss", keywords, draw_logits(shape, shape), targets)
 
 
+def test_ignored_pixels(backend):
+    """By -100, torch's own default."""
+    targets = PIXELS.clone()
+    targets[0, 1:] = -100
+    keywords = {**at_module, "temperature": 1.5, "alpha": 0.3}
+    shape = (2, K, 3, 4)
+    assert_same_loss(backend, "KDLoss", keywords, draw_logits(shape, shape), targets)
+
+
 @pytest.mark.parametrize("ignored", [-100, 2])
 def test_ignored_targets(backend, ignored):
     """Are left out of the cross-entropy alone."""

@@ -25,7 +25,7 @@ says what fastkd's own function does instead. These differences are common to al
   class that both sides exclude by `-inf`, a loss here may be a number.
 - Attention maps whose norm is nearly 0 are divided by 1e-12: the libraries' norms are those of
   means over the channels, and fastkd's those of sums.
-- A method that the library's loss is made of, such as `RKDLoss.pdist` or `Attention.at`, is not
-  here or not called: to override it changes nothing.
+- A method that the library's loss calls, such as `RKDLoss.pdist` or `Attention.at`, is not here or
+  not called. Overriding it has no effect.
 - `fastkd.use_backend` picks the implementation; no class here has an argument for it.
 """

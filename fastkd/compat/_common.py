@@ -33,9 +33,17 @@ def kl_div(
 
 def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
     """`distillation_loss` of logits `(N, K, *)`, of which every row counts."""
-    return distillation_loss(
-        student, teacher, labels, dim=1, ignore_index=_NOTHING_IGNORED, **keywords
-    )
+    try:
+        return distillation_loss(
+            student, teacher, labels, dim=1, ignore_index=_NOTHING_IGNORED, **keywords
+        )
+    except ValueError:
+        if (labels == -100).any():
+            raise ValueError(
+                "labels must be classes, got -100: the cross-entropy would leave its row out, the "
+                "soft term would not; torchdistill's KDLoss takes ignore_index=-100 for that"
+            ) from None
+        raise
 
 
 def soft_share(reduction: str, logits: Tensor) -> float:

@@ -19,8 +19,8 @@ class KDLoss(OfTwoModules):
 
     Rows with the `ignore_index` of the cross-entropy count in the KL divergence, but not in
     `fastkd.distillation_loss`. Where one is given, or class weights are, or targets are
-    probabilities, the two terms are two calls. Otherwise they are one, in which a target of -100,
-    torch's own default, is an error (on a GPU a NaN loss).
+    probabilities or those of pixels, the two terms are two calls. Otherwise they are one, in which
+    a target of -100, torch's own default, is an error (on a GPU a NaN loss).
 
     Args:
         student_module_path: the student's module.
@@ -75,7 +75,8 @@ class KDLoss(OfTwoModules):
         if not self.alpha or targets is None:
             return self._soft(student, teacher)
         assert self.beta is not None
-        if self._is_one_call and not targets.is_floating_point():
+        # Pixels are often left out, by torch's default of -100; samples are not.
+        if self._is_one_call and targets.ndim == 1:
             return _common.soft_and_hard(
                 student,
                 teacher,
