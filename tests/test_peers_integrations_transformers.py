@@ -339,7 +339,7 @@ def of_two_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("name", ["logits", "heads", "heads, no search", "FSDP"])
+@pytest.mark.parametrize("name", ["logits", "heads", "heads, no search"])
 def test_on_two_ranks(name, accumulation, of_two_ranks, tmp_path):
     """The training of one rank with batches of twice the size, on both ranks."""
     student, teacher = trainers.pair(trainers.llama_like, "Llama")
