@@ -8,6 +8,8 @@ import torch
 import fastkd
 
 lightning = pytest.importorskip("lightning")
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+
 from fastkd.integrations.lightning import DistillationMixin  # noqa: E402
 
 K, STEPS = 7, 10
@@ -33,6 +35,11 @@ class Classifier(DistillationMixin, lightning.LightningModule):
         return torch.optim.SGD(self.student.parameters(), lr=0.5)
 
 
+class OfAllParameters(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
 def networks():
     return torch.nn.Linear(8, K), torch.nn.Sequential(torch.nn.Linear(8, K), torch.nn.Dropout(0.5))
 
@@ -48,6 +55,20 @@ def fit(module, data, **keywords):
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     return trainer
+
+
+class OfTwoRanks(torch.utils.data.Dataset):
+    """Half of each batch."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, step):
+        rank = torch.distributed.get_rank()
+        return [x.chunk(2)[rank] for x in self.data[step]]
 
 
 def plain(student, teacher, data):
@@ -78,6 +99,20 @@ def test_ten_steps(tmp_path):
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert module.training and not teacher.training
     assert trainer.callback_metrics.keys() == {"hard", "soft"}
+
+
+def test_on_two_ranks(tmp_path):
+    """An optimizer that is given all parameters leaves the teacher as it is, and DDP does, too."""
+    data, (student, teacher) = batches(), networks()
+    expected, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    fit(
+        OfAllParameters(student, teacher), OfTwoRanks(data), default_root_dir=tmp_path, devices=2,
+        strategy=strategy, use_distributed_sampler=False,
+    )  # fmt: skip
+    plain(expected, teacher, data)
+    torch.testing.assert_close(student.state_dict(), expected.state_dict())
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_checkpoint_without_the_teacher(tmp_path):

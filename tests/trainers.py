@@ -172,18 +172,18 @@ def train_in_rank(rank, port, folder):
     }  # fmt: skip
     torch.set_num_threads(1)
     results = {}
-    for accumulation in (1, 4):
-        for name, trainer_class, keywords in [
-            ("eager", Eager, {}),
-            ("logits", DistillationTrainer, {**LOSS, "linear_heads": False}),
-            ("heads", DistillationTrainer, {**LOSS, "linear_heads": True}),
-            ("heads, no search", DistillationTrainer, {**LOSS, "linear_heads": True}),
-        ]:
+    # DDP searches the graph of what forward returned for parameters that are not used.
+    search, no_search = ({"ddp_find_unused_parameters": x} for x in (True, False))
+    for name, trainer_class, more, keywords in [
+        ("eager", Eager, search, {}),
+        ("logits", DistillationTrainer, search, {**LOSS, "linear_heads": False}),
+        ("heads", DistillationTrainer, search, {**LOSS, "linear_heads": True}),
+        ("heads, no search", DistillationTrainer, no_search, {**LOSS, "linear_heads": True}),
+    ]:
+        for accumulation in (1, 4):
             student, teacher = pair(llama_like, kind="Llama")
-            # DDP searches the graph of what forward returned for parameters that are not used.
-            searches = {"ddp_find_unused_parameters": "no search" not in name}
             results[name, accumulation] = fit(
                 trainer_class, student, language(), folder, batch=2, accumulation=accumulation,
-                more={"ddp_backend": "gloo", **searches}, teacher_model=teacher, **keywords,
+                more={"ddp_backend": "gloo", **more}, teacher_model=teacher, **keywords,
             )  # fmt: skip
     torch.save(results, f"{folder}/{rank}.pt")

@@ -19,9 +19,10 @@ class DistillationMixin(nn.Module):
 
     The module's own `forward` is the student: `self(inputs)` are its logits. The teacher is
     `self.teacher`: it follows the module to its device, stays in eval mode, needs no gradient, and
-    is no part of `state_dict`, so neither of checkpoints. A batch is a pair of inputs and labels.
-    For networks that return something else than logits, or for `fastkd.LinearHead` in the place of
-    logits, override `student_logits` and `teacher_logits`.
+    is no part of `state_dict`, so neither of checkpoints. (Lightning's warning that modules are in
+    eval mode is about the teacher's.) A batch is a pair of inputs and labels. For networks that
+    return something else than logits, or for `fastkd.LinearHead` in the place of logits, override
+    `student_logits` and `teacher_logits`.
 
     Args:
         *args: those of the module's other bases.

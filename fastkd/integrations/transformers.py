@@ -29,19 +29,19 @@ class DistillationTrainer(transformers.Trainer):
 
     `hard_weight * CE(student, labels) + soft_weight * T^2 * KL(teacher ‖ student at T)`, over the
     rows whose label is not -100. `compute_loss` is all that is overridden. Labels are shifted for
-    causal language models and stay as they are for others, such as classifiers of sequences, tokens
-    or images. Where the trainer counts the labels of a step (`num_items_in_batch`), over
-    accumulated batches and ranks, the loss is divided by that count, as transformers' own is.
-    `args.label_smoothing_factor` smooths the hard target. Losses that a model adds itself, such as
-    the balance of a mixture of experts, are left out.
+    causal language models and stay as they are for others: masked language models,
+    encoder-decoders, whose decoder is given the labels one token later, and classifiers of
+    sequences, tokens or images. The loss is divided by the labels of a step
+    (`num_items_in_batch`), over accumulated batches and ranks, as transformers' own is for most
+    models. `args.label_smoothing_factor` smooths the hard target. Losses that a model adds itself,
+    such as the balance of a mixture of experts, are left out.
 
-    The teacher runs in eval mode and without gradient, on the inputs of the student except for the
-    labels.
+    The teacher runs in eval mode, without gradient and without a cache of keys, on the inputs of
+    the student except for the labels. It is whole on every rank, under FSDP as well.
 
-    With linear heads no logits exist as a whole in training: either model computes the hidden
-    states of all tokens and the logits of the last one alone, and the loss takes the hidden states
-    and the weight of the head as a `fastkd.LinearHead`. Evaluation returns logits, and computes
-    them.
+    With linear heads no logits exist as a whole in training: either head is given the hidden states
+    of one token alone, and the loss takes those of all tokens and the weight of the head as a
+    `fastkd.LinearHead`. Evaluation returns logits, and computes them.
 
     Args:
         *args: those of `transformers.Trainer`.
@@ -55,14 +55,14 @@ class DistillationTrainer(transformers.Trainer):
         hard_weight: the weight of the cross-entropy; 0 switches it off. Default: 0.5.
         num_classes: how many classes exist, where an output matrix is padded. Default: None, all
             do, and both models have as many.
-        linear_heads: whether to use linear heads. Default: None, where both models are causal,
-            accept `logits_to_keep` and end in a `torch.nn.Linear`, and neither is compiled, split
-            over ranks (FSDP, DeepSpeed, tensor parallelism) or in DDP with a static graph.
+        linear_heads: whether to use linear heads. Default: None, where both models make logits of
+            tokens by a `torch.nn.Linear` (the first step finds out, up to a scale and a softcap),
+            and neither is compiled, split over ranks or devices, or in DDP with a static graph.
         **kwargs: those of `transformers.Trainer`.
 
     Raises:
-        ValueError: linear heads are asked for where they cannot be used, or a model's logits are
-            not those of its head; or the trainer would use `torch.nn.DataParallel`.
+        ValueError: `linear_heads=True` cannot be done; with `compute_loss_func`,
+            `torch.nn.DataParallel` or sequence parallelism; for a batch without labels.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -96,13 +96,7 @@ class DistillationTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func would not be called: this class has its own loss")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs in one process would be used through torch.nn.DataParallel: start "
-                "one process for each with torchrun, or show one with CUDA_VISIBLE_DEVICES"
-            )
+        _refuse(self)
         self.model_accepts_loss_kwargs = True  # so that labels are counted, for compute_loss
         self.distillation = {
             "temperature": temperature,
@@ -172,6 +166,19 @@ class DistillationTrainer(transformers.Trainer):
             # The count is that of all ranks, over whose gradients DDP averages.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
+
+
+def _refuse(trainer: transformers.Trainer) -> None:
+    """Raise for what would be left out, or would give other numbers in silence."""
+    if trainer.compute_loss_func is not None:
+        raise ValueError("compute_loss_func would not be called: this class has its own loss")
+    if trainer.get_sp_size() > 1:
+        raise ValueError("a sequence that is split over ranks by DeepSpeed is not supported")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "several GPUs in one process would be used through torch.nn.DataParallel: start "
+            "one process for each with torchrun, or show one with CUDA_VISIBLE_DEVICES"
+        )
 
 
 class _NotOfItsHead(ValueError):
