@@ -235,6 +235,18 @@ def test_other_divergences_and_sizes_of_the_vocabulary(tmp_path):
     torch.testing.assert_close(*losses)
 
 
+def test_a_head_of_zeros(tmp_path):
+    """Its logits do not tell what they were multiplied by, so that they are computed."""
+    make, keywords = CAUSAL["granite"]
+
+    def models():
+        student, teacher = trainers.pair(make, **keywords)
+        torch.nn.init.zeros_(student.lm_head.weight)
+        return student, teacher
+
+    trainers.assert_same_training(*both(tmp_path, models, trainers.language(), {}))
+
+
 def test_a_model_whose_logits_are_not_those_of_its_head(tmp_path):
     """As a default its logits are computed."""
     student, teacher = trainers.pair(trainers.llama_like, "Llama")

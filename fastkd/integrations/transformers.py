@@ -281,6 +281,8 @@ def _after_head(model: Any, head: LinearHead, logits: Tensor) -> dict[str, Any]:
     plain, logits = linear(head.hidden[..., -1:, :], head.weight, head.bias), logits.float()
     tolerance = 1e-3 if plain.dtype.itemsize > 2 else 0.02
     plain, margin = plain.float(), tolerance * logits.abs().max().item()
+    if not logits.any():  # of zeros every number makes the same
+        raise _NotOfItsHead(model)
     config = model.config.get_text_config()
     scales = [x for s in _numbers(config, SCALES) for x in (s, 1 / s)]
     for scale, softcap in itertools.product([*scales, 1.0], [*_numbers(config, SOFTCAPS), None]):
