@@ -162,15 +162,20 @@ def assert_same_training(one, other):
     torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=2e-5)
 
 
-def train_in_rank(rank, port, folder):
-    """What one of two ranks does: every training, whose results it saves."""
-    from fastkd.integrations.transformers import DistillationTrainer
-
+def enter_rank(rank, port):
+    """Make this process one of two ranks."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+
+
+def train_in_rank(rank, port, folder):
+    """What one of two ranks does: every training, whose results it saves."""
+    from fastkd.integrations.transformers import DistillationTrainer
+
+    enter_rank(rank, port)
     results = {}
     # DDP searches the graph of what forward returned for parameters that are not used.
     search, no_search = ({"ddp_find_unused_parameters": x} for x in (True, False))
