@@ -20,14 +20,19 @@ def assert_stands_for(backend, call, formula, *tensors, students=1, tolerance=2e
     assert_same_layout(ours, theirs)
     assert_same(backend, one(call), one(formula), *tensors, students=students)
 
-    rounded = [x.float() if x.is_floating_point() else x for x in tensors]
-    wide = [x.double() if x.is_floating_point() else x for x in rounded]
+    rounded, wide = rounded_to(torch.float32, tensors)
     found = differentiate(backend, one(call), rounded, students)
     expected = differentiate(backend, one(formula), wide, students)
     library = differentiate(backend, one(formula), rounded, students)
     assert found[0].dtype == torch.float32
     for result, exact, theirs in zip(found, expected, library, strict=True):
         assert_close(result, exact, theirs, tolerance)
+
+
+def rounded_to(dtype, tensors):
+    """The tensors in a dtype, and the same numbers in float64."""
+    rounded = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
+    return rounded, [x.double() if x.is_floating_point() else x for x in rounded]
 
 
 def assert_keeps_precision(backend, call, formula, *tensors, students):
@@ -41,8 +46,7 @@ def assert_keeps_precision(backend, call, formula, *tensors, students):
         (call, torch.bfloat16, 2e-2),
         (under_autocast, torch.float32, 1e-5),
     ):
-        rounded = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
-        wide = [x.double() if x.is_floating_point() else x for x in rounded]
+        rounded, wide = rounded_to(dtype, tensors)
         loss, *gradients = differentiate(backend, function, rounded, students)
         exact, *expected = differentiate(backend, formula, wide, students)
         torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)

@@ -13,8 +13,8 @@ cross-entropy alone, is an error.
 Left out, since no kernel of fastkd serves the formula: `LabelSmoothReg` and `ProbShift`, whose KL
 divergence has its sides exchanged before the logarithm; `Attention`, whose maps are of single
 logits, so that its soft term is 0; `RCO`, whose soft term is NaN, as the target is a logarithm;
-`MeanTeacher`, which raises. `BERT2LSTM`, `DML`, `NoisyTeacher` and `TAKD`
-compute a `torch.nn.MSELoss()`: where they take a `loss_fn`, pass `fastkd.nn.HintLoss(half=False,
+`MeanTeacher`, which raises. `BERT2LSTM`, `DML`, `NoisyTeacher` and `TAKD` compute a
+`torch.nn.MSELoss()`: where they take a `loss_fn`, pass `fastkd.nn.HintLoss(half=False,
 reduction="mean")`. See `fastkd.compat` for what all modules share.
 
 Example:
